@@ -37,7 +37,7 @@ class FetchConfig(Strict):
     keep_sections: pydantic.PositiveInt|None = None # Central sections of the window that are kept; all if absent
     max_blank_fraction: float = pydantic.Field(.1, gt=0, le=1) # Reject a synapse if this share of its window is blank, or more
     context: Literal['full', 'masked'] = 'full' # Keep all EM, or only what a network can see through the mask
-    reach_nm: float = pydantic.Field(223, ge=0) # With `masked`: how far an inflated mask can reach beyond the synapse
+    reach_nm: float = pydantic.Field(248, ge=0) # With `masked`: how far the augmentations can look beyond the synapse
     per_shard: pydantic.PositiveInt = 64 # Synapses in a shard
 
     @pydantic.model_validator(mode='after')

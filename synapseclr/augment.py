@@ -14,7 +14,8 @@ from .store import CLEFT, POST, PRE
 
 # %% auto #0
 __all__ = ['Probability', 'AugmentConfig', 'View', 'random_rotation', 'random_flips', 'draw_view', 'distort', 'add_noise',
-           'sampling_grid', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft', 'AugmentError', 'Augmenter']
+           'sampling_grid', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft', 'CubeConfig', 'AugmentError',
+           'Augmenter']
 
 # %% ../nbs/06_augment.ipynb #8fefa532
 Probability = pydantic.confloat(ge=0, le=1)
@@ -228,6 +229,11 @@ def touching_cleft(
     return torch.from_numpy(out).to(mask.device)
 
 # %% ../nbs/06_augment.ipynb #305bd44b
+class CubeConfig(Strict):
+    "The network's input"
+    size: pydantic.PositiveInt = 96 # Side of the cube, voxels
+    voxel_nm: pydantic.PositiveFloat = 14.3 # Side of a voxel
+
 class AugmentError(SynapseCLRError):
     "A batch that cannot be augmented"
 

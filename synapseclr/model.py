@@ -73,8 +73,10 @@ class SynapseNet(nn.Module):
         if preset not in presets: raise ModelError(f"there is no network '{preset}'; there are {', '.join(presets)}")
         self.preset = preset
         width = presets[preset]['block_inplanes'][-1]
+        self.reduction = 8 if preset == 'demo' else 16 # Side of the input over side of the last feature map
         self.fold = FoldVoxels() if preset == 'demo' else nn.Identity()
         self.backbone = ResNet(block='basic', spatial_dims=3, no_max_pool=True, shortcut_type='B', bias_downsample=False, feed_forward=False, **presets[preset])
+        if preset == 'demo': self.backbone.layer4 = nn.Identity()
         self.projector = Projector(width, 128)
         initialize(self, torch.Generator().manual_seed(seed))
 
@@ -86,20 +88,22 @@ class SynapseNet(nn.Module):
 def save_weights(
     net: SynapseNet, # Its weights and normalisation statistics
     path: str|Path, # safetensors file
+    **about, # What else to say in the header: its input, its origin
 ):
     "Write a network"
-    with atomic(path) as f: safetensors.torch.save_file(net.state_dict(), f, dict(format='synapseclr.weights', version='1', preset=net.preset))
+    header = dict(format='synapseclr.weights', version=1, preset=net.preset, about=about)
+    with atomic(path) as f: safetensors.torch.save_file(net.state_dict(), f, dict(synapseclr=json.dumps(header)))
 
 def load_weights(
     path: str|Path, # safetensors file that `save_weights` wrote
-) -> SynapseNet: # In evaluation mode
+) -> tuple[SynapseNet, dict]: # The network in evaluation mode, and what the header says about it
     "Read a network. Raises `ModelError` if the file is absent, damaged, or does not hold all weights of its preset"
     try:
-        with safetensors.safe_open(path, 'pt') as f: about,state = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
+        with safetensors.safe_open(path, 'pt') as f: header,state = json.loads((f.metadata() or {}).get('synapseclr', '{}')),{k: f.get_tensor(k) for k in f.keys()}
     except FileNotFoundError: raise ModelError(f"{path}: there is no such file") from None
     except (safetensors.SafetensorError, OSError) as e: raise ModelError(f"{path}: not readable as safetensors: {e}") from None
-    if about.get('format') != 'synapseclr.weights' or about.get('version') != '1': raise ModelError(f"{path}: not weights of synapseclr that this version knows")
-    net = SynapseNet(about['preset'])
+    if (header.get('format'), header.get('version')) != ('synapseclr.weights', 1): raise ModelError(f"{path}: not weights of synapseclr that this version knows")
+    net = SynapseNet(header['preset'])
     try: net.load_state_dict(state)
     except RuntimeError as e: raise ModelError(f"{path}: {e}") from None
-    return net.eval()
+    return net.eval(),header['about']

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 import safetensors, safetensors.torch
 import torch
 import torch.nn.functional as F
-from monai.networks.nets.resnet import ResNet
 from torch import Tensor, nn
 from .core import SynapseCLRError, atomic
 
@@ -69,6 +68,7 @@ class SynapseNet(nn.Module):
         preset: Literal['paper', 'demo'] = 'paper', # The paper's network, or one for two CPU cores
         seed: int = 0, # Of the initial weights
     ):
+        from monai.networks.nets.resnet import ResNet # here, since importing MONAI takes seconds
         super().__init__()
         if preset not in presets: raise ModelError(f"there is no network '{preset}'; there are {', '.join(presets)}")
         self.preset = preset

@@ -4,14 +4,19 @@
 
 # %% ../nbs/13_query.ipynb #35497867
 from __future__ import annotations
+from pathlib import Path
 from typing import Literal
 import faiss, numpy as np, pandas as pd
 from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import normalize
-from .core import SynapseCLRError
+from .annotate import baseline
+from .core import Strict, SynapseCLRError
+from .extract import read_features
+from .tables import read_table
 
 # %% auto #0
-__all__ = ['QueryError', 'SimilarityIndex', 'retrieval', 'chance_precision', 'mean_average_precision']
+__all__ = ['QueryError', 'SimilarityIndex', 'retrieval', 'chance_precision', 'mean_average_precision', 'QueryConfig',
+           'feature_sets', 'compare_retrieval']
 
 # %% ../nbs/13_query.ipynb #e29f5ec8
 class QueryError(SynapseCLRError):
@@ -90,3 +95,42 @@ def mean_average_precision(
     draws = np.random.default_rng(seed).choice(values, (n_bootstrap, len(values))).mean(1) if len(values) else [np.nan]
     lo,hi = np.quantile(draws, [.025, .975])
     return dict(map=by_group.average_precision.mean(), lo95=lo, hi95=hi, chance=by_group.chance.mean(), n_groups=len(values), n_queries=len(found))
+
+# %% ../nbs/13_query.ipynb #0e941609
+class QueryConfig(Strict):
+    "What the query report shows"
+    layer: Literal['backbone', 'hidden', 'projection'] = 'backbone' # Features to compare
+    metric: Literal['euclidean', 'cosine'] = 'euclidean'
+    neighbours: int = 7 # Of each prompt
+    prompts: list[int] = [] # Synapses to show; spread over the table if empty
+
+def feature_sets(
+    run: str|Path, # Run folder, extracted and annotated
+    layer: str = 'backbone',
+) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # The kept rows of the table, and three kinds of features for them
+    "Features of a run: `trained`, `untrained`, and `morphometrics` (logarithms, standardised)"
+    table = read_table(Path(run)/'synapses.parquet', 'synapses')
+    table = table[table.reject_reason == ''].reset_index(drop=True)
+    sets = {}
+    for name,folder in (('trained', 'features'), ('untrained', 'features_untrained')):
+        ids,x = read_features(Path(run)/folder, layer)
+        if set(ids) != set(table.id): raise QueryError(f"{Path(run)/folder}: features of other synapses than the table; extract again")
+        sets[name] = x[pd.Index(ids).get_indexer(table.id)]
+    ruler = np.log1p(table[baseline].fillna(0).to_numpy())
+    sets['morphometrics'] = (ruler-ruler.mean(0))/np.maximum(ruler.std(0), 1e-12)
+    return table,sets
+
+def compare_retrieval(
+    run: str|Path, # Run folder, extracted and annotated
+    layer: str = 'backbone',
+) -> pd.DataFrame: # One row per kind of features and set of synapses
+    "Mean average precision over presynaptic neurites, pairs of one cleft excluded"
+    table,sets = feature_sets(run, layer)
+    strict = (table.blank_fraction < .1).to_numpy()
+    subsets = {'all kept': np.ones(len(table), bool)} | ({'less than 10 % blank': strict} if 0 < strict.sum() < len(table) else {})
+    rows = []
+    for subset,which in subsets.items():
+        for name,x in sets.items():
+            found = retrieval(x[which], table.pre_root_id[which].to_numpy(), table.cleft_id[which].to_numpy())
+            if len(found): rows.append(dict(synapses=subset, features=name) | mean_average_precision(found))
+    return pd.DataFrame(rows)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
-import numpy as np, zarr
+import numpy as np, tensorstore, zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from .core import SynapseCLRError
 
@@ -34,6 +34,7 @@ class ChunkStore:
     def __init__(self, path, group: zarr.Group):
         self.path,self.group = Path(path),group
         self.em,self.mask = group['em'],group['mask']
+        self.readers = [_reader(self.path/a) for a in ('em', 'mask')]
         self.place_ids = group['id'][:]
         self.places = np.flatnonzero(self.place_ids != EMPTY)
 
@@ -111,7 +112,11 @@ class ChunkStore:
     ) -> tuple[np.ndarray, np.ndarray]: # em and mask, each `(n, Z, Y, X)` uint8
         "Read some synapses. Raises `StoreError` if their checksums do not match"
         places = self.places[np.asarray(indices, int)]
-        try: return self.em.oindex[places],self.mask.oindex[places]
+        try: return tuple(o.result() for o in [r.oindex[places].read() for r in self.readers])
         except (ValueError, RuntimeError, OSError) as e:
             shards = ', '.join(f'c/{k}/0/0/0' for k in np.unique(places//self.per_shard)[:3])
             raise StoreError(f"{self.path}: a chunk is damaged in one of the shards {shards}: {e}") from e
+
+def _reader(path: Path) -> tensorstore.TensorStore:
+    "An array of the store, to be read at random"
+    return tensorstore.open(dict(driver='zarr3', kvstore=dict(driver='file', path=f'{path.absolute()}/')), read=True).result()

@@ -5,7 +5,6 @@
 # %% ../nbs/06_augment.ipynb #92c234c3
 from __future__ import annotations
 from dataclasses import dataclass
-from typing import NamedTuple
 import cc3d, numpy as np, pydantic, torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -271,7 +270,7 @@ class Augmenter:
 
     def apply(self, em: Tensor, mask: Tensor, views: list[View], keys: list[int]) -> Tensor:
         "The given views of a batch that is on the device"
-        c,n = self.config,len(em)
+        c = self.config
         put = lambda field: torch.tensor(np.stack([getattr(v, field) for v in views]), dtype=torch.float32).to(self.device, non_blocking=True)
         seen = (em > 0) & (put('cut_sections') == 0)[:, :, None, None]
         x = em.float()/255

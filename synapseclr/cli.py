@@ -17,9 +17,8 @@ from .extract import extract
 from .fetch import DataConfig, FetchConfig, fetch
 from .model import SynapseNet, load_weights
 from .query import QueryConfig, compare_retrieval
-from .store import ChunkStore
 from .tables import write_table
-from .train import TrainConfig, TrainingError, measured, train
+from .train import TrainConfig, TrainingError, train
 
 # %% auto #0
 __all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'RestartOption', 'RunConfig', 'open_run',
@@ -102,7 +101,7 @@ def run_notebook(
     os.environ['SYNAPSECLR_HEADLESS'] = '1'
     try:
         papermill.execute_notebook(source, report/f'{stage}.ipynb', dict(config=str(Path(config).resolve()), overrides=list(overrides), **parameters),
-            kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True)
+            kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=ERROR'])
     except papermill.PapermillExecutionError as e:
         if e.ename in _known_errors(): raise SynapseCLRError(e.evalue) from None
         raise

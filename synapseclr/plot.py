@@ -6,9 +6,7 @@
 from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import ListedColormap
 from scipy.spatial.distance import pdist
-from .loss import nt_xent_floor, nt_xent_start
 from .query import SimilarityIndex
 from .store import CLEFT, MITO, POST, PRE, Chunk, ChunkStore
 

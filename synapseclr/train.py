@@ -160,7 +160,7 @@ def load_checkpoint(
             with safetensors.safe_open(path, 'pt', device=str(next(net.parameters()).device)) as f:
                 about,tensors = json.loads(f.metadata()['about']),{k: f.get_tensor(k) for k in f.keys()}
         except (safetensors.SafetensorError, OSError) as e:
-            warnings.warn(f"{path} is damaged ({e}); trying the one before it")
+            warnings.warn(f"{path} is damaged ({e}); trying the one before it", stacklevel=2)
             continue
         net.load_state_dict({k.removeprefix('net.'): v for k,v in tensors.items() if k.startswith('net.')})
         for name,p in net.named_parameters():

@@ -1,0 +1,41 @@
+# Two commands for a fresh machine with Python 3.11 and a C compiler: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MPLBACKEND := agg
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.PHONY: install demo test check notebooks site clean
+
+install: $(BIN)/.installed
+
+# torch first: a CPU build where there is one, and no other package may choose
+$(BIN)/.installed: settings.ini setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -e '.[dev]'
+	touch $@
+
+demo: install
+	synapseclr run --config configs/vnc.toml
+
+test: install check notebooks site
+	python -m pytest -q tests
+
+# Package, notebooks and README say the same; the code is tidy
+check: install
+	nbdev_export
+	nbdev_clean
+	git diff --exit-code -- nbs synapseclr
+	ruff check nbs tests
+
+notebooks: install
+	OMP_NUM_THREADS=1 timeout 1500 nbdev_test --n_workers 2
+
+site: install
+	synapseclr_docs
+	git diff --exit-code -- README.md
+
+clean:
+	rm -rf _docs _proc _runs build *.egg-info

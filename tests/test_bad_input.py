@@ -1,0 +1,83 @@
+"Wrong input is refused before any work, with a message that says what, where and what to do, and harms nothing."
+import re, sys
+import numpy as np, pandas as pd, pytest
+from conftest import files, synapseclr
+from synapseclr.cli import main, stages
+
+def say(capsys, monkeypatch, *args):
+    "Exit code and what the command printed"
+    monkeypatch.setattr(sys, 'argv', ['synapseclr', *map(str, args)])
+    with pytest.raises(SystemExit) as e: main()
+    code = e.value.code
+    printed = capsys.readouterr()
+    return (1, code) if isinstance(code, str) else (code or 0, printed.out + printed.err)
+
+def test_help(capsys, monkeypatch):
+    code,text = say(capsys, monkeypatch, '--help')
+    assert code == 0
+    for stage in (*stages, 'run'): assert re.search(rf'^  {stage} ', text, re.M)
+    for stage in stages:
+        code,text = say(capsys, monkeypatch, stage, '--help')
+        assert code == 0 and '--config' in text and '--set' in text and ('--restart' in text) == (stage == 'train')
+
+@pytest.mark.parametrize('args', [['fetsh'], ['fetch'], ['fetch', '--config'], ['fetch', '--confg', 'a.toml']], ids=' '.join)
+def test_wrong_command_line(args, capsys, monkeypatch):
+    code,text = say(capsys, monkeypatch, *args)
+    assert code == 2 and 'Usage: synapseclr' in text
+
+def test_error_exit():
+    "As a shell sees it: one line, no traceback"
+    done = synapseclr('fetch', '--config', 'nowhere.toml', cwd='.')
+    assert (done.returncode, done.stderr) == (1, 'error: nowhere.toml: there is no such file\n')
+
+@pytest.mark.parametrize('override,said', [
+    ('train.batchsize=4', "did you mean 'batch_size'?"), ('fetch.max_blank_fraction=2', 'less than or equal to 1'), ('fetch.window_vx=[1,2,3]', 'state the window once'),
+    ('data.em.mip=5', 'layer em'), ('data.seg.path="nowhere"', 'layer seg'), ('data.table="nowhere.csv"', 'no such file'), ('data.cleft.path="em"', 'cleft'),
+    ('train', 'section.key=value'), ('train.model=resnet', "'paper' or 'demo'")], ids=str)
+def test_wrong_configuration(override, said, tiny, tmp_path, capsys, monkeypatch):
+    if override.startswith('data.cleft'): override = f'data.cleft.path="{tiny.parent}/nothing"'
+    code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', override, '--set', f'run={tmp_path/"run"}', '--no-notebook')
+    assert code == 1 and text.startswith('error: ') and said in text
+    assert not (tmp_path/'run/chunks.zarr').exists()
+
+def test_error_in_a_notebook(tiny, tmp_path, capsys, monkeypatch):
+    "The message of a stage that fails inside papermill is the command's message"
+    code,text = say(capsys, monkeypatch, 'extract', '--config', tiny, '--set', f'run={tmp_path/"run"}')
+    assert code == 1 and 'Traceback' not in text and 'there is no chunk store' in text or 'not trained yet' in text
+
+@pytest.fixture
+def table(tiny): return pd.read_csv(tiny.parent/'synapses.csv')
+
+spoil = {
+    'missing column': (lambda t: t.drop(columns=['presyn_segid', 'centroid_y_nm']), ['no column for pre_root_id', 'centre of the cleft']),
+    'float ids': (lambda t: t.astype(dict(postsyn_segid=float)), ['postsyn_segid is float64']),
+    'missing id': (lambda t: t.astype(object).where(t.index != 3), ['presyn_segid']),
+    'duplicate ids': (lambda t: t.assign(cleft_segid=7), ['ids that came before in 11 rows']),
+    'not finite': (lambda t: t.assign(centroid_x_nm=t.centroid_x_nm.where(t.index != 2, np.inf)), ['not finite in 1 row (row 2)']),
+    'out of volume': (lambda t: t.assign(centroid_z_nm=t.centroid_z_nm*1000), ['outside the volume']),
+    'pre is post': (lambda t: t.assign(postsyn_segid=t.presyn_segid.where(t.index == 5, t.postsyn_segid)), ['same cell in 1 row (row 5)']),
+    'all at once': (lambda t: t.assign(cleft_segid=7, centroid_x_nm=np.nan, postsyn_segid=t.presyn_segid), ['came before', 'not finite', 'same cell']),
+}
+
+@pytest.mark.parametrize('suffix', ['.csv', '.parquet', '.feather'])
+@pytest.mark.parametrize('change,said', spoil.values(), ids=spoil)
+def test_wrong_table(change, said, suffix, table, tiny, tmp_path, capsys, monkeypatch):
+    bad,path = change(table),tmp_path/f'bad{suffix}'
+    if suffix == '.csv': bad.to_csv(path, index=False)
+    else: getattr(bad.infer_objects(), f'to_{suffix[1:]}')(path)
+    code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', f'data.table="{path}"', '--set', f'run={tmp_path/"run"}', '--no-notebook')
+    assert code == 1 and str(path) in text
+    for o in said: assert o in text
+    assert not (tmp_path/'run/chunks.zarr').exists()
+
+def test_another_table_harms_nothing(table, tiny, tmp_path, capsys, monkeypatch):
+    "A run folder that belongs to one table refuses another, and stays as it is"
+    run = ['fetch', '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook']
+    monkeypatch.setattr(sys, 'argv', ['synapseclr', *map(str, run)])
+    with pytest.raises(SystemExit) as e: main()
+    assert not e.value.code
+    before = files(tmp_path/'run', 'chunks.zarr/**/*', 'synapses.parquet')
+    table[:5].to_csv(tmp_path/'less.csv', index=False)
+    code,text = say(capsys, monkeypatch, *run, '--set', f'data.table="{tmp_path/"less.csv"}"')
+    assert code == 1 and 'another table, volume or configuration' in text
+    assert files(tmp_path/'run', 'chunks.zarr/**/*', 'synapses.parquet') == before

@@ -1,0 +1,120 @@
+"The whole line on a tiny volume: through papermill, and killed in every stage."
+import json, signal
+from html.parser import HTMLParser
+import pandas as pd, pytest
+from conftest import files, python, synapseclr
+from synapseclr.cli import open_run, stages
+from synapseclr.extract import read_features
+from synapseclr.store import ChunkStore
+from synapseclr.tables import read_table
+
+everything = ['chunks.zarr/**/*', 'fetch/*', 'synapses.parquet', 'train/weights.safetensors', 'train/log.jsonl', 'features*/*', 'retrieval.parquet']
+
+@pytest.fixture(scope='module')
+def whole(tiny, tmp_path_factory):
+    "A run of all stages, with notebooks"
+    cwd = tmp_path_factory.mktemp('whole')
+    done = synapseclr('run', '--config', tiny, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert [s for s in stages if f'] {s}: ' in done.stdout] == list(stages)
+    assert 'report: _runs/tiny/report/index.html' in done.stdout
+    return cwd/'_runs/tiny'
+
+def test_outputs(whole):
+    store,table = ChunkStore.open(whole/'chunks.zarr'),read_table(whole/'synapses.parquet', 'synapses')
+    assert len(table) == 12 and (table.reject_reason == '').sum() == len(store)
+    for folder in ('features', 'features_untrained'):
+        for layer in ('backbone', 'hidden', 'projection'):
+            ids,x = read_features(whole/folder, layer)
+            assert sorted(ids) == sorted(store.ids) and x.shape == (len(store), 128) and (x.std(0) > 0).any()
+    result = read_table(whole/'retrieval.parquet', 'retrieval')
+    assert set(result.features) == {'trained', 'untrained', 'morphometrics'} and result.map.between(0, 1).all()
+
+def test_others_can_read_it(whole):
+    "Without this package"
+    import zarr
+    assert zarr.open(whole/'chunks.zarr')['em'].shape[1:] == ChunkStore.open(whole/'chunks.zarr').chunk_shape
+    features = pd.concat(map(pd.read_parquet, sorted((whole/'features').glob('*.parquet'))))
+    assert len(pd.read_parquet(whole/'synapses.parquet').merge(features, on='id')) == 12
+
+class Links(HTMLParser):
+    "What a page loads, and where it leads"
+    def __init__(self, page):
+        super().__init__()
+        self.loads,self.leads = [],[]
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if tag in ('script', 'img', 'iframe') and a.get('src'): self.loads.append(a['src'])
+        if tag == 'link' and a.get('rel') == 'stylesheet': self.loads.append(a['href'])
+        if tag == 'a' and a.get('href'): self.leads.append(a['href'])
+
+def test_report(whole):
+    "Every stage has a page with its figures; pages load nothing from elsewhere; no cell warned"
+    pages = {p.stem: p.read_text() for p in (whole/'report').glob('*.html')}
+    assert set(pages) == {'index', *stages}
+    for name,page in pages.items():
+        links = Links(page)
+        assert not [o for o in links.loads if not o.startswith('data:')], name
+        assert 'import(' not in page and '@import url(' not in page
+        if name != 'index': assert any(o.startswith('data:image/png') for o in links.loads), name
+    for o in Links(pages['index']).leads: assert (whole/'report'/o).exists()
+    for p in (whole/'report').glob('*.ipynb'):
+        outputs = [o for c in json.loads(p.read_text())['cells'] for o in c.get('outputs', [])]
+        assert not [o for o in outputs if o.get('name') == 'stderr' or o['output_type'] == 'error'], p
+
+def test_notebooks_change_nothing(whole, tiny, tmp_path):
+    "The functions alone make the same files"
+    assert synapseclr('run', '--config', tiny, '--no-notebook', cwd=tmp_path).returncode == 0
+    assert files(tmp_path/'_runs/tiny', *everything) == files(whole, *everything)
+
+def test_again_does_nothing(whole, tiny):
+    before = {p: p.stat().st_mtime_ns for o in ('chunks.zarr/**/c/*', 'features/*', 'train/checkpoint*') for p in whole.glob(o)}
+    assert synapseclr('run', '--config', tiny, '--no-notebook', cwd=whole.parent.parent).returncode == 0
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+# Each kills its own process with SIGKILL, at a call that is in the middle of a stage
+kill_at = """
+import os, signal, sys
+import {module} as module
+from synapseclr.cli import main
+owner, name, deadly, calls = {owner}, {name!r}, {deadly}, 0
+original = getattr(owner, name)
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == deadly: os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(owner, name, counted)
+main()
+"""
+kills = {
+    'fetch, writing the second shard': dict(module='synapseclr.store', owner='module.ChunkStore', name='write_shard', deadly=2),
+    'fetch, before the record of a shard': dict(module='synapseclr.fetch', owner='module', name='atomic', deadly=3),
+    'fetch, before the table': dict(module='synapseclr.fetch', owner='module', name='write_table', deadly=1),
+    'annotate, before the table': dict(module='synapseclr.annotate', owner='module', name='write_table', deadly=1),
+    'train, in a step': dict(module='synapseclr.train', owner='module', name='nt_xent', deadly=6),
+    'train, writing a checkpoint': dict(module='synapseclr.train.safetensors.torch', owner='module', name='save_file', deadly=2),
+    'train, before the weights': dict(module='synapseclr.train', owner='module', name='save_weights', deadly=1),
+    'extract, second shard': dict(module='synapseclr.extract', owner='module', name='write_table', deadly=2),
+}
+
+@pytest.mark.parametrize('kill', kills.values(), ids=kills)
+def test_killed_and_resumed(kill, whole, tiny, tmp_path):
+    "The files of a run that was killed are those of the run that was not"
+    dead = python(kill_at.format(**kill), 'run', '--config', tiny, '--no-notebook', cwd=tmp_path)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr
+    alive = synapseclr('run', '--config', tiny, '--no-notebook', cwd=tmp_path)
+    assert alive.returncode == 0, alive.stderr
+    assert files(tmp_path/'_runs/tiny', *everything) == files(whole, *everything)
+
+@pytest.mark.parametrize('voxel_nm', [(40, 7.16, 7.16), (47.5, 9.2, 9.2), (10, 10, 10)], ids=str)
+def test_any_voxel(voxel_nm, tmp_path):
+    "One configuration in nm serves every anisotropy"
+    from synapseclr.dev import tiny_volume
+    c = open_run(tiny_volume(tmp_path, n=4, voxel_nm=voxel_nm), [f'run={tmp_path/"run"}', 'train.batch_size=2', 'train.epochs=1', 'fetch.keep_sections=60'])
+    for stage in stages.values(): stage(c)
+    store = ChunkStore.open(tmp_path/'run/chunks.zarr')
+    assert store.voxel_nm == voxel_nm and store.chunk_shape == (min(60, round(880/voxel_nm[0])), *(round(896/v) for v in voxel_nm[1:]))
+    assert len(read_features(tmp_path/'run/features')[0]) == len(store) == 4

@@ -4,7 +4,7 @@
 
 # %% ../nbs/19_cli.ipynb #bef9bd4c
 from __future__ import annotations
-import datetime, html, logging, os, sys, time, warnings
+import datetime, html, logging, os, re, sys, time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -106,6 +106,7 @@ def run_notebook(
         if e.ename in _known_errors(): raise SynapseCLRError(e.evalue) from None
         raise
     finally: os.environ.pop('SYNAPSECLR_HEADLESS')
+    _tidy(report/f'{stage}.ipynb')
     _to_html(report/f'{stage}.ipynb')
     _write_index(c)
 
@@ -123,24 +124,39 @@ def _talk():
     log.addHandler(handler); log.setLevel(logging.INFO); log.propagate = False
 
 # %% ../nbs/19_cli.ipynb #df8c8516
+def _tidy(notebook: Path):
+    "Join what a cell printed, and let a carriage return do what it does in a terminal"
+    import nbformat
+    nb = nbformat.read(notebook, 4)
+    for cell in nb.cells:
+        if cell.cell_type != 'code': continue
+        printed = ''.join(o.text for o in cell.outputs if o.output_type == 'stream' and o.name == 'stdout')
+        cell.outputs = [o for o in cell.outputs if o.output_type != 'stream' or o.name != 'stdout']
+        last = re.sub(r'[^\n]*\r(?!\n)', '', printed)
+        if last.strip(): cell.outputs.insert(0, nbformat.v4.new_output('stream', text=last))
+    nbformat.write(nb, notebook)
+
+_style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52em;margin:2em auto;padding:0 1em} img{max-width:100%} small,blockquote{color:#555} blockquote{margin:0}
+table{border-collapse:collapse;font-size:.9em;margin:1em 0} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.6em 1em;overflow:auto;font-size:.8em} .anchor-link{display:none}"""
+
+def _page(title: str, body: str) -> str:
+    "A whole HTML page"
+    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>synapseclr: {html.escape(title)}</title><style>{_style}</style><body>{body}</body></html>'
+
 def _to_html(notebook: Path):
     "Write an executed notebook as a page of its own, code left out"
     from nbconvert import HTMLExporter
-    exporter = HTMLExporter(exclude_input=True, exclude_output_prompt=True, mathjax_url='', require_js_url='', jquery_url='', mermaid_js_url='')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        body,_ = exporter.from_filename(str(notebook))
-    notebook.with_suffix('.html').write_text(body)
+    exporter = HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True)
+    body,_ = exporter.from_filename(str(notebook))
+    notebook.with_suffix('.html').write_text(_page(notebook.stem, f'<p><a href="index.html">all stages</a></p>{body}'))
 
 def _write_index(c: RunConfig):
     "The page that lists the stages"
     pages = [(s, c.folder/'report'/f'{s}.html') for s in stages]
     rows = [f'<li><a href="{s}.html">{s}</a>: {html.escape(stages[s].__doc__)} <small>({datetime.datetime.fromtimestamp(p.stat().st_mtime):%Y-%m-%d %H:%M}; <a href="{s}.ipynb">notebook</a>)</small></li>'
         for s,p in pages if p.exists()]
-    style = 'body{font:16px/1.5 system-ui,sans-serif;max-width:45em;margin:2em auto;padding:0 1em} small{color:#666} pre{background:#f6f6f6;padding:1em;overflow:auto}'
-    text = html.escape((c.folder/'config.toml').read_text())
-    (c.folder/'report/index.html').write_text(f'<!doctype html><meta charset="utf-8"><title>synapseclr: {html.escape(c.folder.name)}</title><style>{style}</style>'
-        f'<h1>{html.escape(c.folder.name)}</h1><p>A run of synapseclr {synapseclr.__version__}.</p><ol>{"".join(rows)}</ol><h2>Configuration</h2><pre>{text}</pre>')
+    body = f'<h1>{html.escape(c.folder.name)}</h1><p>A run of synapseclr {synapseclr.__version__}.</p><ol>{"".join(rows)}</ol><h2>Configuration</h2><pre>{html.escape((c.folder/"config.toml").read_text())}</pre>'
+    (c.folder/'report/index.html').write_text(_page(c.folder.name, body))
 
 # %% ../nbs/19_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

@@ -42,7 +42,7 @@ def contact_sheet(
 ) -> plt.Figure:
     "Many chunks on one sheet"
     rows = -(-len(chunks)//columns)
-    fig,axes = plt.subplots(rows, columns, figsize=(.75*columns, .9*rows), squeeze=False, dpi=100)
+    fig,axes = plt.subplots(rows, columns, figsize=(.95*columns, 1.13*rows), squeeze=False, dpi=100)
     for ax in axes.flat: ax.axis('off')
     for ax,chunk,title in zip(axes.flat, chunks, titles): draw_chunk(ax, chunk, voxel_nm, title)
     fig.subplots_adjust(left=0, right=1, bottom=0, top=.92, wspace=.04, hspace=.22)

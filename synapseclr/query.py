@@ -88,13 +88,13 @@ def chance_precision(
 def mean_average_precision(
     found: pd.DataFrame, # From `retrieval`
     seed: int = 0, n_bootstrap: int = 2000,
-) -> dict: # `map`, `lo95`, `hi95`, `chance`, `n_groups`, `n_queries`
+) -> dict: # `mean_average_precision`, `lo95`, `hi95`, `chance`, `n_groups`, `n_queries`
     "Mean over groups of the mean average precision of their synapses, with a bootstrap interval over groups"
     by_group = found.groupby('group')[['average_precision', 'chance']].mean()
     values = by_group.average_precision.to_numpy()
     draws = np.random.default_rng(seed).choice(values, (n_bootstrap, len(values))).mean(1) if len(values) else [np.nan]
     lo,hi = np.quantile(draws, [.025, .975])
-    return dict(map=by_group.average_precision.mean(), lo95=lo, hi95=hi, chance=by_group.chance.mean(), n_groups=len(values), n_queries=len(found))
+    return dict(mean_average_precision=by_group.average_precision.mean(), lo95=lo, hi95=hi, chance=by_group.chance.mean(), n_groups=len(values), n_queries=len(found))
 
 # %% ../nbs/13_query.ipynb #0e941609
 class QueryConfig(Strict):

@@ -23,7 +23,7 @@ def test_help(capsys, monkeypatch):
 @pytest.mark.parametrize('args', [['fetsh'], ['fetch'], ['fetch', '--config'], ['fetch', '--confg', 'a.toml']], ids=' '.join)
 def test_wrong_command_line(args, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, *args)
-    assert code == 2 and 'Usage: synapseclr' in text
+    assert code == 2 and 'Error: ' in text
 
 def test_error_exit():
     "As a shell sees it: one line, no traceback"
@@ -51,7 +51,7 @@ def table(tiny): return pd.read_csv(tiny.parent/'synapses.csv')
 spoil = {
     'missing column': (lambda t: t.drop(columns=['presyn_segid', 'centroid_y_nm']), ['no column for pre_root_id', 'centre of the cleft']),
     'float ids': (lambda t: t.astype(dict(postsyn_segid=float)), ['postsyn_segid is float64']),
-    'missing id': (lambda t: t.astype(object).where(t.index != 3), ['presyn_segid']),
+    'missing id': (lambda t: t.assign(presyn_segid=t.presyn_segid.where(t.index != 3)), ['presyn_segid is float64']),
     'duplicate ids': (lambda t: t.assign(cleft_segid=7), ['ids that came before in 11 rows']),
     'not finite': (lambda t: t.assign(centroid_x_nm=t.centroid_x_nm.where(t.index != 2, np.inf)), ['not finite in 1 row (row 2)']),
     'out of volume': (lambda t: t.assign(centroid_z_nm=t.centroid_z_nm*1000), ['outside the volume']),

@@ -43,5 +43,5 @@ def test_chunks_are_where_the_table_says(run):
 def test_retrieval_report(run):
     result = read_table(run/'retrieval.parquet', 'retrieval').set_index(['synapses', 'features'])
     assert set(result.index.get_level_values(1)) == {'trained', 'untrained', 'morphometrics'}
-    assert (result.n_groups[:3] == 14).all() and (result.lo95 <= result.map).all() and (result.map <= result.hi95).all()
+    assert (result.n_groups[:3] == 14).all() and result.mean_average_precision.between(result.lo95, result.hi95).all()
     assert (run/'report/query.html').exists()

@@ -5,16 +5,19 @@
 # %% ../nbs/06_augment.ipynb #92c234c3
 from __future__ import annotations
 from dataclasses import dataclass
+from typing import Literal
 import cc3d, numpy as np, pydantic, torch
 import torch.nn.functional as F
+from scipy.special import ndtri
 from torch import Tensor
 from .core import Strict, SynapseCLRError, key as counter_key
 from .store import CLEFT, POST, PRE
 
 # %% auto #0
-__all__ = ['Probability', 'AugmentConfig', 'View', 'random_rotation', 'random_flips', 'draw_view', 'distort', 'add_noise',
-           'sampling_grid', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft', 'CubeConfig', 'AugmentError',
-           'Augmenter']
+__all__ = ['Probability', 'turns', 'MISSING', 'quantiles', 'AugmentConfig', 'View', 'random_rotation', 'random_flips',
+           'random_octahedral', 'draw_view', 'distort', 'tone_table', 'look_up', 'random_bits', 'add_noise',
+           'sampling_grid', 'affine_points', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft',
+           'touching_cleft_on_device', 'released', 'CubeConfig', 'AugmentError', 'Augmenter']
 
 # %% ../nbs/06_augment.ipynb #8fefa532
 Probability = pydantic.confloat(ge=0, le=1)
@@ -31,7 +34,7 @@ class AugmentConfig(Strict):
     noise_p: Probability = 1. # V -> A + M V, A ~ N(0, s), M ~ LogNormal(0, s'), s and s' ~ U(0, .05)
     noise_additive: float = .05
     noise_multiplicative: float = .05
-    rotate: bool = True # By a uniform rotation
+    turn: Literal['so3', 'octahedral', 'none'] = 'so3' # A uniform rotation, or one of the 48 symmetries of the cube (Fig. S7B)
     flip: bool = True # x, y and z, each with probability 1/2, and x with y swapped
     displacement: float = .2 # Of the centre, along each axis, in shares of the cube
     blur_p: Probability = .5 # 3 x 3 x 3 Gaussian, in output voxels
@@ -45,15 +48,26 @@ class AugmentConfig(Strict):
     inflation: tuple[int, int] = (1, 9) # Radius in output voxels, uniform on the integers of this range
     mean: float = .44 # z-score: grey values from 0 to 1
     sd: float = .28
+    geometry: Literal['physical', 'released'] = 'physical' # Or what the published code did; see `released`
 
     @classmethod
     def paper(cls, **changes) -> AugmentConfig: return cls(**changes)
 
     @classmethod
+    def octahedral(cls, **changes) -> AugmentConfig:
+        "The paper's, with turns that map the axes onto each other (Fig. S7B): orientation can be learnt"
+        return cls(**dict(turn='octahedral', flip=False) | changes)
+
+    @classmethod
     def extract(cls, **changes) -> AugmentConfig:
         "Only resampling, an inflation of 3 and the z-score: deterministic"
         off = dict.fromkeys(['section_cutout_p', 'intensity_p', 'noise_p', 'displacement', 'blur_p', 'corner_cutout_p', 'cubic_cutout_p', 'centre_crop_p'], 0)
-        return cls(**off | dict(rotate=False, flip=False, inflation=(3, 3)) | changes)
+        return cls(**off | dict(turn='none', flip=False, inflation=(3, 3)) | changes)
+
+    @classmethod
+    def released(cls) -> AugmentConfig:
+        "What the published code feeds its network when it extracts features, for use with its weights"
+        return cls.extract(geometry='released')
 
 # %% ../nbs/06_augment.ipynb #78fd3db7
 @dataclass(frozen=True)
@@ -86,6 +100,14 @@ def random_flips(
     m = np.diag(rng.choice([-1., 1.], 3))
     return m[[0, 2, 1]] if rng.random() < .5 else m
 
+def random_octahedral(
+    rng: np.random.Generator,
+) -> np.ndarray: # `(3, 3)`
+    "One of the 48 signed permutations of the axes"
+    return np.diag(rng.choice([-1., 1.], 3))[rng.permutation(3)]
+
+turns = dict(so3=random_rotation, octahedral=random_octahedral, none=lambda rng: np.eye(3))
+
 # %% ../nbs/06_augment.ipynb #a5c521c7
 def draw_view(
     config: AugmentConfig, # The law
@@ -102,7 +124,7 @@ def draw_view(
     return View(
         cut_sections=rng.permutation(n_sections) < n_cut, sectional=curve(n_sections), volumetric=curve(),
         noise=rng.uniform(0, 1, 2)*(c.noise_additive, c.noise_multiplicative)*chance(c.noise_p),
-        turn=(random_rotation(rng) if c.rotate else np.eye(3)) @ (random_flips(rng) if c.flip else np.eye(3)),
+        turn=turns[c.turn](rng) @ (random_flips(rng) if c.flip else np.eye(3)),
         displacement=rng.uniform(-1, 1, 3)*c.displacement, blur_sigma=rng.choice(c.blur_sigmas)*chance(c.blur_p),
         cutouts=np.concatenate([_corner(rng)[:chance(c.corner_cutout_p)], _cubes(rng, *c.cubic_cutout_side)[:2*chance(c.cubic_cutout_p)]]),
         crop=_crop(rng, c) if chance(c.centre_crop_p) else np.array([[-2.]*3, [2.]*3]), inflation=int(rng.integers(c.inflation[0], c.inflation[1]+1)))
@@ -125,23 +147,61 @@ def _crop(rng, c) -> np.ndarray:
 
 # %% ../nbs/06_augment.ipynb #af653ec1
 def distort(
-    x: Tensor, # `(B, Z, Y, X)` grey values from 0 to 1
+    x: Tensor, # Grey values from 0 to 1
     curve: Tensor, # shift, scale, gamma in the last dimension; the others broadcast to `x`
 ) -> Tensor:
     "`shift + scale * x^gamma`, clipped to [0, 1]"
     shift,scale,gamma = curve.unbind(-1)
     return (shift + scale*x.pow(gamma)).clamp_(0, 1)
 
+# %% ../nbs/06_augment.ipynb #ab7eeefc
+MISSING = -10.
+
+def tone_table(
+    sectional: Tensor, # `(B, Z, 3)` shift, scale, gamma of each section
+    volumetric: Tensor, # `(B, 3)` of the volume
+    cut_sections: Tensor, # `(B, Z)` bool
+) -> Tensor: # `(B, Z, 256)`
+    "What becomes of each grey value in each section"
+    grey = torch.arange(256, device=sectional.device)/255
+    table = distort(distort(grey, sectional[:, :, None]), volumetric[:, None, None])
+    return table.masked_fill(cut_sections[:, :, None] | (grey == 0), MISSING)
+
+def look_up(
+    em: Tensor, # `(B, Z, Y, X)` uint8
+    table: Tensor, # `(B, Z, 256)`
+) -> Tensor: # `(B, Z, Y, X)` float
+    "The entry of each voxel's grey value in the table of its section"
+    b,z = em.shape[:2]
+    row = torch.arange(b*z, device=em.device, dtype=torch.int32).view(b, z, 1, 1)*256
+    return table.flatten().index_select(0, (em.int() + row).flatten()).view(em.shape)
+
+# %% ../nbs/06_augment.ipynb #781ab0ce
+quantiles = torch.from_numpy(ndtri((np.arange(2**16)+.5)/2**16)).float() # Of the normal distribution
+
+def random_bits(
+    shape, # Of the result
+    key: int, # Where they come from
+    device: torch.device,
+) -> Tensor: # int32 in [0, 2^16)
+    "Uniform 16-bit numbers"
+    n = int(np.prod(shape))
+    words = torch.empty(-(-n//4), dtype=torch.int64, device=device).random_(-2**63, None, generator=torch.Generator(device).manual_seed(key))
+    return words.view(torch.uint16)[:n].view(shape).to(torch.int32)
+
 def add_noise(
     x: Tensor, # `(B, Z, Y, X)` grey values from 0 to 1
     sd: Tensor, # `(B, 2)` of the additive noise and of the logarithm of the multiplicative
     keys: list[int], # One for each sample, so that its noise does not depend on its batch
 ) -> Tensor:
-    "Independent noise for every voxel, `A + M x`, clipped to [0, 1]"
-    normal = torch.empty((2, *x.shape), device=x.device)
-    for i,k in enumerate(keys): normal[:, i] = torch.randn((2, *x.shape[1:]), device=x.device, generator=torch.Generator(x.device).manual_seed(k))
-    additive,multiplicative = (n*s.view(-1, 1, 1, 1) for n,s in zip(normal, sd.T))
-    return (additive + multiplicative.exp()*x).clamp_(0, 1)
+    "Independent noise for every voxel, `A + M x`"
+    normal = quantiles.to(x.device, non_blocking=True)
+    out = torch.empty_like(x)
+    for i,k in enumerate(keys):
+        a,m = random_bits((2, x[i].numel()), k, x.device)
+        additive,multiplicative = (normal*sd[i, 0]).index_select(0, a),(normal*sd[i, 1]).exp_().index_select(0, m)
+        torch.addcmul(additive.view(x[i].shape), multiplicative.view(x[i].shape), x[i], out=out[i])
+    return out
 
 # %% ../nbs/06_augment.ipynb #0b0dc744
 def sampling_grid(
@@ -157,9 +217,19 @@ def sampling_grid(
     to_unit = 2/np.maximum(shape-1, 1)
     linear = turn*half_nm/voxel_nm[:, None]*to_unit[:, None]
     offset = (shape//2 + displacement_nm/voxel_nm)*to_unit - 1
-    theta = np.concatenate([linear[:, ::-1, ::-1], offset[:, ::-1, None]], 2)
-    theta = torch.tensor(theta.copy(), dtype=torch.float32, device=device)
-    return F.affine_grid(theta, (len(theta), 1, *[out_size]*3), align_corners=True)
+    return affine_points(linear, offset, out_size, device)
+
+def affine_points(
+    linear: np.ndarray, # `(B, 3, 3)` from output to source, `(z, y, x)`, both from -1 to 1
+    offset: np.ndarray, # `(B, 3)`
+    size: int, # Of the cube
+    device='cpu',
+) -> Tensor: # `(B, D, D, D, 3)`, x first, as `grid_sample` wants it
+    "The points of an affine grid; as `affine_grid`, without its slow batched product"
+    a,b = (torch.tensor(o[:, ::-1].copy(), dtype=torch.float32).to(device, non_blocking=True) for o in (linear, offset))
+    u = torch.linspace(-1, 1, size, device=device)[None, :, None]
+    z,y,x = (u*column[:, None] for column in a.unbind(2))
+    return (z+b[:, None])[:, :, None, None] + y[:, None, :, None] + x[:, None, None, :]
 
 def resample(
     em: Tensor, # `(B, Z, Y, X)` float
@@ -170,7 +240,7 @@ def resample(
     sample = lambda x, mode: F.grid_sample(x[:, None], grid, mode=mode, align_corners=True)[:, 0]
     return sample(em, 'bilinear'),sample(mask.to(em.dtype), 'nearest').to(torch.uint8)
 
-# %% ../nbs/06_augment.ipynb #cb70c533
+# %% ../nbs/06_augment.ipynb #e260e463
 def in_boxes(
     boxes: Tensor, # `(B, n, 2, 3)` lower and upper corners in voxels
     size: int, # Of the cube
@@ -200,24 +270,30 @@ def inflate(
     mask: Tensor, # `(B, D, D, D)` bool
     radius: np.ndarray, # `(B,)` voxels
 ) -> Tensor: # `(B, D, D, D)` bool
-    "Dilate each mask with a cube of `2 radius + 1` voxels, one axis after the other"
+    "Dilate each mask with a cube of `2 radius + 1` voxels"
     out = torch.empty_like(mask)
     for r in np.unique(radius):
-        which = torch.from_numpy(np.flatnonzero(radius == r)).to(mask.device)
-        x = mask[which][:, None].float()
-        for axis in range(3):
-            kernel,padding = [1]*3,[0]*3
-            kernel[axis],padding[axis] = 2*int(r)+1,int(r)
-            x = F.max_pool3d(x, kernel, stride=1, padding=padding)
-        out[which] = x[:, 0] > 0
+        which = torch.from_numpy(np.flatnonzero(radius == r)).to(mask.device, non_blocking=True)
+        out[which] = _inflate(mask[which], int(r))
     return out
+
+def _inflate(x: Tensor, radius: int) -> Tensor:
+    "All with the same radius, one axis after the other; along an axis, intervals grow by doubling"
+    for axis in range(1, 4):
+        x = F.pad(x, [0, 0]*(3-axis) + [radius, radius])
+        reach,size = 1,x.shape[axis]
+        while reach < 2*radius+1:
+            step = min(reach, 2*radius+1-reach)
+            x = x.narrow(axis, 0, size-step) | x.narrow(axis, step, size-step)
+            reach,size = reach+step,size-step
+    return x
 
 # %% ../nbs/06_augment.ipynb #6f53b5b6
 def touching_cleft(
     mask: Tensor, # `(B, D, D, D)` bool
     cleft: Tensor, # `(B, D, D, D)` bool
 ) -> Tensor: # `(B, D, D, D)` bool
-    "The connected components of each mask that touch its cleft; all of the mask if there is no cleft in the cube"
+    "The connected components of each mask that touch its cleft, by cc3d on the host; all of the mask if there is no cleft in the cube"
     out = np.empty(mask.shape, bool)
     for i,(m,c) in enumerate(zip(mask.cpu().numpy(), cleft.cpu().numpy())):
         labels = cc3d.connected_components(m, connectivity=26)
@@ -226,6 +302,50 @@ def touching_cleft(
         keep[0] = False
         out[i] = keep[labels] if keep.any() else m
     return torch.from_numpy(out).to(mask.device)
+
+def touching_cleft_on_device(
+    mask: Tensor, # `(B, D, D, D)` bool, `D` up to 256
+    cleft: Tensor, # `(B, D, D, D)` bool
+    rounds: int = 12, # Of hooking and flattening
+) -> Tensor: # `(B, D, D, D)` bool
+    "The same without the host"
+    b,n = len(mask),mask[0].numel()
+    inside = mask.view(b, n)
+    label = torch.where(inside, torch.arange(n, device=mask.device), n)
+    def smallest_nearby(label):
+        near = -F.max_pool3d(-label.view(mask.shape)[:, None].float(), 3, 1, 1).view(b, n).long()
+        return torch.where(inside, near, n)
+    for _ in range(rounds):
+        parent = F.pad(label, [0, 1], value=n)
+        parent = parent.scatter_reduce(1, label, smallest_nearby(label), 'amin')
+        for _ in range(5): parent = parent.gather(1, parent)
+        label = parent.gather(1, label)
+    torch._assert_async((smallest_nearby(label) == label).all(), 'components are not settled: more rounds are needed')
+    touched = torch.zeros(b, n+1, device=mask.device).scatter_reduce(1, label, (cleft.view(b, n) & inside).float(), 'amax')
+    keep = (touched.gather(1, label) > 0) & inside
+    return torch.where(keep.any(1, keepdim=True), keep, inside).view(mask.shape)
+
+# %% ../nbs/06_augment.ipynb #1d304713
+def released(
+    em: Tensor, # `(B, Z, Y, X)` uint8
+    mask: Tensor, # `(B, Z, Y, X)` uint8 role bits
+    size: int = 96, # Of the cube
+    mean: float = .44, sd: float = .28, # Of the z-score
+    radius: int = 3, # Of the dilation
+) -> Tensor: # `(B, 1, D, D, D)` float
+    "The input of the published networks"
+    b,(z,y,x) = len(em),em.shape[1:]
+    linear = np.diag([.75, .75, .75*x/(5*z)])
+    grid = affine_points(np.tile(linear, (b, 1, 1)), np.zeros((b, 3)), size, em.device)
+    sample = lambda v: F.grid_sample(v[:, None], grid, align_corners=True)[:, 0]
+    grey = sample(em.float()/255)
+    pre,cleft,post = (sample(((mask & bit) > 0).float()) > .5 for bit in (PRE, CLEFT, POST))
+    connected = touching_cleft if em.device.type == 'cpu' else touching_cleft_on_device
+    synapse = connected(pre | cleft, cleft) | connected(post | cleft, cleft)
+    offsets = torch.arange(-radius, radius+1, device=em.device)**2
+    ball = (offsets[:, None, None] + offsets[:, None] + offsets <= radius**2).float()
+    zone = F.conv3d(synapse[:, None].float(), ball[None, None], padding=radius)[:, 0] > .5
+    return ((grey*zone - mean)/sd)[:, None]
 
 # %% ../nbs/06_augment.ipynb #305bd44b
 class CubeConfig(Strict):
@@ -244,7 +364,9 @@ class Augmenter:
         out_size: int = 96, # Side of the cube, voxels
         out_voxel_nm: float = 14.3, # Of the cube
         device: str|torch.device = 'cpu',
-    ): self.config,self.voxel_nm,self.out_size,self.out_voxel_nm,self.device = config,tuple(voxel_nm),out_size,out_voxel_nm,torch.device(device)
+    ):
+        self.config,self.voxel_nm,self.out_size,self.out_voxel_nm,self.device = config,tuple(voxel_nm),out_size,out_voxel_nm,torch.device(device)
+        self.connected = touching_cleft if self.device.type == 'cpu' else touching_cleft_on_device
 
     def __call__(self,
         em: np.ndarray|Tensor, # `(B, Z, Y, X)` uint8; 0 where missing
@@ -257,7 +379,9 @@ class Augmenter:
         keys = [counter_key(key, first+i) for i in range(len(em))]
         views = [draw_view(self.config, np.random.default_rng(k), em.shape[1]) for k in ([key] if self.config.coupled else keys)]
         if self.config.coupled: views = views*len(em)
-        return self.apply(em.to(self.device, non_blocking=True), mask.to(self.device, non_blocking=True), views, keys)
+        em,mask = (o.to(self.device, non_blocking=True) for o in (em, mask))
+        if self.device.type != 'cpu': return self.apply(em, mask, views, keys)
+        return torch.cat([self.apply(em[i:i+1], mask[i:i+1], views[i:i+1], keys[i:i+1]) for i in range(len(em))]) # one by one stays in the cache
 
     def _checked(self, em, mask) -> tuple[Tensor, Tensor]:
         "Both as uint8 tensors"
@@ -271,18 +395,18 @@ class Augmenter:
     def apply(self, em: Tensor, mask: Tensor, views: list[View], keys: list[int]) -> Tensor:
         "The given views of a batch that is on the device"
         c = self.config
-        put = lambda field: torch.tensor(np.stack([getattr(v, field) for v in views]), dtype=torch.float32).to(self.device, non_blocking=True)
-        seen = (em > 0) & (put('cut_sections') == 0)[:, :, None, None]
-        x = em.float()/255
-        if c.intensity_p: x = distort(distort(x, put('sectional')[:, :, None, None]), put('volumetric')[:, None, None, None])
+        if c.geometry == 'released': return released(em, mask, self.out_size, c.mean, c.sd)
+        put = lambda field, dtype=torch.float32: torch.tensor(np.stack([getattr(v, field) for v in views]), dtype=dtype).to(self.device, non_blocking=True)
+        x = look_up(em, tone_table(put('sectional'), put('volumetric'), put('cut_sections', torch.bool))) if c.intensity_p or c.section_cutout_p else em.float().div_(255)
         if c.noise_p: x = add_noise(x, put('noise'), keys)
         turn,displacement = (np.stack([getattr(v, o) for v in views]) for o in ('turn', 'displacement'))
         grid = sampling_grid(turn, displacement*self.out_size*self.out_voxel_nm, em.shape[1:], self.voxel_nm, self.out_size, self.out_voxel_nm, self.device)
-        x,roles = resample(x*seen, mask, grid)
-        if c.blur_p: x = blur(x, np.array([v.blur_sigma for v in views]))
+        x,roles = resample(x.clamp_(0, 1), mask, grid)
+        sigma = np.array([v.blur_sigma for v in views])
+        if sigma.any(): x = blur(x, sigma)
         cleft,synapse = (roles & CLEFT) > 0,(roles & (PRE|CLEFT|POST)) > 0
         kept = self._kept(cleft, views)
-        active = touching_cleft(inflate(synapse & kept, np.array([v.inflation for v in views])) & kept, cleft)
+        active = self.connected(inflate(synapse & kept, np.array([v.inflation for v in views])) & kept, cleft)
         return ((x*active - c.mean)/c.sd)[:, None]
 
     def _kept(self, cleft: Tensor, views: list[View]) -> Tensor:

@@ -12,6 +12,7 @@ import typer
 import synapseclr
 from .annotate import annotate
 from .augment import AugmentConfig, CubeConfig
+from .bench import bench_augment
 from .core import Strict, SynapseCLRError, made_by, read_config, write_toml
 from .extract import extract
 from .fetch import DataConfig, FetchConfig, fetch
@@ -21,9 +22,9 @@ from .tables import write_table
 from .train import TrainConfig, TrainingError, train
 
 # %% auto #0
-__all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'RestartOption', 'RunConfig', 'open_run',
+__all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'RestartOption', 'bench', 'RunConfig', 'open_run',
            'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage', 'query_stage', 'notebook_of',
-           'run_notebook', 'run_all', 'main']
+           'run_notebook', 'run_all', 'bench_augment_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #b9703edd
 class RunConfig(Strict):
@@ -191,6 +192,19 @@ for name in stages: _add_stage(name)
 
 @app.command('run', help=f"Do all stages: {', '.join(stages)}")
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(list(stages), config, set, notebook) # noqa: B006
+
+bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory, beside something to compare with')
+app.add_typer(bench, name='bench')
+
+@bench.command('augment', help="Views per second of the paper's augmentation and of extraction, beside the straightforward way")
+def bench_augment_command(
+    batch: Annotated[int, typer.Option(help='Synapses in a batch', min=1)] = 8,
+    size: Annotated[int, typer.Option(help='Side of the cube, voxels', min=8)] = 96,
+    repeats: Annotated[int, typer.Option(help='Batches that are timed in each of three turns', min=1)] = 9,
+): print(bench_augment(batch, size, repeats).round(1).to_string(index=False))
+
+@bench.callback()
+def _bench(): "Keeps `augment` a word of the command line while it is the only benchmark"
 
 def main():
     "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line"

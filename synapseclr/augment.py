@@ -334,7 +334,7 @@ def released(
     radius: int = 3, # Of the dilation
 ) -> Tensor: # `(B, 1, D, D, D)` float
     "The input of the published networks"
-    b,(z,y,x) = len(em),em.shape[1:]
+    b,z,_,x = em.shape
     linear = np.diag([.75, .75, .75*x/(5*z)])
     grid = affine_points(np.tile(linear, (b, 1, 1)), np.zeros((b, 3)), size, em.device)
     sample = lambda v: F.grid_sample(v[:, None], grid, align_corners=True)[:, 0]

@@ -15,10 +15,10 @@ from .augment import AugmentConfig, CubeConfig
 from .bench import bench_augment
 from .core import Strict, SynapseCLRError, made_by, read_config, write_toml
 from .extract import extract
-from .fetch import DataConfig, FetchConfig, fetch
+from .fetch import DataConfig, FetchConfig, fetch, outcome
 from .model import SynapseNet, load_weights
 from .query import QueryConfig, compare_retrieval
-from .tables import write_table
+from .tables import read_table, write_table
 from .train import TrainConfig, TrainingError, train
 
 # %% auto #0
@@ -69,7 +69,7 @@ def extract_stage(c: RunConfig):
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
     net,about = load_weights(weights)
     cube,z = CubeConfig(**about['cube']),AugmentConfig(mean=about['mean'], sd=about['sd'])
-    extract(c.folder, SynapseNet(c.train.model, c.train.seed), z, cube, 'features_untrained')
+    extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), z, cube, 'features_untrained')
     return extract(c.folder, net, z, cube)
 
 def query_stage(c: RunConfig):
@@ -81,6 +81,8 @@ def query_stage(c: RunConfig):
 stages: dict[str, Callable] = dict(fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, query=query_stage)
 
 # %% ../nbs/19_cli.ipynb #85acb632
+_headless = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') # Whatever the user's is, figures go into the notebook
+
 def notebook_of(stage: str) -> Path:
     "The notebook of a stage"
     path = Path(synapseclr.__file__).parent.parent/'nbs/runs'/f'{stage}.ipynb'
@@ -99,14 +101,16 @@ def run_notebook(
     report = c.folder/'report'
     report.mkdir(parents=True, exist_ok=True)
     _talk()
-    os.environ['SYNAPSECLR_HEADLESS'] = '1'
+    before = {k: os.environ.get(k) for k in _headless}
+    os.environ.update(_headless)
     try:
         papermill.execute_notebook(source, report/f'{stage}.ipynb', dict(config=str(Path(config).resolve()), overrides=list(overrides), **parameters),
-            kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=ERROR'])
+            kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
     except papermill.PapermillExecutionError as e:
         if e.ename in _known_errors(): raise SynapseCLRError(e.evalue) from None
         raise
-    finally: os.environ.pop('SYNAPSECLR_HEADLESS')
+    finally:
+        for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
     _tidy(report/f'{stage}.ipynb')
     _to_html(report/f'{stage}.ipynb')
     _write_index(c)
@@ -138,7 +142,7 @@ def _tidy(notebook: Path):
     nbformat.write(nb, notebook)
 
 _style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52em;margin:2em auto;padding:0 1em} img{max-width:100%} small,blockquote{color:#555} blockquote{margin:0}
-table{border-collapse:collapse;font-size:.9em;margin:1em 0} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.6em 1em;overflow:auto;font-size:.8em} .anchor-link{display:none}"""
+table{border-collapse:collapse;display:block;overflow:auto;font-size:.85em;margin:1em 0} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.6em 1em;overflow:auto;font-size:.8em} .anchor-link{display:none}"""
 
 def _page(title: str, body: str) -> str:
     "A whole HTML page"
@@ -164,7 +168,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
     help='Describe every synapse of an EM volume without labels, and find those that look alike.')
 
 ConfigOption = Annotated[Path, typer.Option('--config', help='TOML file that says where the data are and what to do; see configs/')]
-SetOption = Annotated[list[str], typer.Option('--set', help='Override an option: section.key=value; may be repeated')]
+SetOption = Annotated[list[str], typer.Option('--set', help='Override an option: section.key=value; may be repeated. The config.toml of a run lists all options')]
 NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook', help='Execute the notebook of the stage, with a report, or only its function')]
 RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Throw away earlier training, or go on from its newest checkpoint')]
 
@@ -176,8 +180,9 @@ def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **
         print(f'[{i+1}/{len(names)}] {name}: {stages[name].__doc__}', flush=True)
         if notebook: run_notebook(name, config, overrides, **parameters)
         else: stages[name](c, **parameters)
+        if name == 'fetch': print(f"      {outcome(read_table(c.folder/'synapses.parquet', 'synapses'))}")
         print(f'      done in {time.perf_counter()-start:.0f} s', flush=True)
-    if notebook: print(f"report: {c.folder/'report/index.html'}")
+    if notebook: print(f"report: {(c.folder/'report/index.html').resolve()}")
 
 def _add_stage(name: str):
     "A command for the stage `name`"
@@ -207,6 +212,10 @@ def bench_augment_command(
 def _bench(): "Keeps `augment` a word of the command line while it is the only benchmark"
 
 def main():
-    "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line"
+    "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"
     try: app(prog_name='synapseclr')
     except SynapseCLRError as e: sys.exit(f'error: {e}')
+    except OSError as e: sys.exit(f"error: {e.filename or ''}: {e.strerror or e}")
+    except KeyboardInterrupt:
+        print('stopped; give the same command again to go on', file=sys.stderr)
+        sys.exit(130)

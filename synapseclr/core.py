@@ -117,6 +117,8 @@ def read_config(
         raise ConfigError('\n  '.join([f"{path}:"] + [_problem(model, o) for o in e.errors()])) from None
 
 # %% ../nbs/00_core.ipynb #875c0918
+_umask = os.umask(0); os.umask(_umask)
+
 @contextmanager
 def atomic(path: str|Path):
     "Give a name to write to; at the end of the block the file takes the name `path`, or vanishes if the block failed"
@@ -126,6 +128,7 @@ def atomic(path: str|Path):
     try:
         yield aside
         with open(aside, 'rb+') as f: os.fsync(f.fileno())
+        os.chmod(aside, 0o666 & ~_umask) # some libraries write for the owner alone
         os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
 
@@ -163,6 +166,6 @@ def progress(
     "A `tqdm` bar that fits where it is shown"
     if os.environ.get('SYNAPSECLR_HEADLESS'):
         from tqdm.std import tqdm as text_bar
-        return text_bar(items, file=sys.stdout, mininterval=5, ascii=True, ncols=90, **kwargs)
+        return text_bar(items, file=sys.stdout, mininterval=5, ascii=True, ncols=90, nrows=20, **kwargs)
     in_jupyter = 'ipykernel' in sys.modules
     return tqdm(items, disable=False if in_jupyter else None, **kwargs)

@@ -16,7 +16,7 @@ from .volume import Layer, LayerSource, check_layers, open_layer, read
 
 # %% auto #0
 __all__ = ['DataConfig', 'FetchConfig', 'cleft_of', 'role_mask', 'visible', 'fetch_rows', 'centre_vx', 'place_order',
-           'grey_moments', 'fetch']
+           'grey_moments', 'outcome', 'fetch']
 
 # %% ../nbs/04_fetch.ipynb #c225021b
 class DataConfig(Strict):
@@ -169,6 +169,11 @@ def grey_moments(
     return float(mean),float(np.average((value-mean)**2, weights=weight)**.5)
 
 # %% ../nbs/04_fetch.ipynb #8bc3618a
+def outcome(table: pd.DataFrame) -> str:
+    "How many synapses of a fetched table are kept, and why the others are not"
+    reasons = table.reject_reason[table.reject_reason != ''].value_counts()
+    return f"{(table.reject_reason == '').sum()} of {len(table)} synapses kept" + ''.join(f", {n} rejected: {r}" for r,n in reasons.items())
+
 def fetch(
     data: DataConfig, # Table and layers
     config: FetchConfig, # Window and rules

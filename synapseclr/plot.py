@@ -54,12 +54,13 @@ def neighbour_sheet(
     index: SimilarityIndex, # Where the features are
     prompts: list[int], # Synapse ids
     k: int = 7, # Neighbours of each
+    skip: dict[int, list[int]]|None = None, # For a prompt, synapses that are not to be shown
 ) -> plt.Figure:
     "Prompts at the left, their nearest neighbours beside them"
     row_of = {int(s): i for i,s in enumerate(store.ids)}
     chunks,titles = [],[]
     for prompt in prompts:
-        near = index.query(int(prompt), k)
+        near = index.query(int(prompt), k, (skip or {}).get(prompt, ()))
         chunks += [store[row_of[int(o)]] for o in (prompt, *near.id)]
         titles += [f'prompt {prompt}', *(f'{o.id}: {o.distance:.2f}' for o in near.itertuples())]
     return contact_sheet(chunks, store.voxel_nm, titles, k+1)
@@ -89,9 +90,9 @@ def training_curve(
     top.plot([r['step'] for r in steps], [r['loss'] for r in steps], c='#999999', lw=.5)
     top.plot([r['step'] for r in epochs], [r['mean_loss'] for r in epochs], c='k', label='mean of an epoch')
     top.axhline(epochs[0]['start'], ls=':', c='k', label=r'$\log(2N-1)$'); top.axhline(epochs[0]['floor'], ls='--', c='k', label='floor')
-    top.set_ylabel('NT-Xent'); top.legend(fontsize=7)
+    top.set_ylabel('NT-Xent'); top.legend(fontsize=7, loc='upper right', ncols=3)
     for name,colour in (('rank_backbone', '#0072B2'), ('rank_projection', '#E69F00')):
         bottom.plot([r['step'] for r in epochs], [r[name] for r in epochs], c=colour, label=name.removeprefix('rank_'))
-    bottom.set_xlabel('step'); bottom.set_ylabel('effective rank'); bottom.legend(fontsize=7); bottom.set_ylim(0)
+    bottom.set_xlabel('step'); bottom.set_ylabel('effective rank'); bottom.legend(fontsize=7, loc='lower right'); bottom.set_ylim(0)
     fig.align_ylabels()
     return fig

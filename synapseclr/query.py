@@ -15,7 +15,7 @@ from .extract import read_features
 from .tables import read_table
 
 # %% auto #0
-__all__ = ['QueryError', 'SimilarityIndex', 'retrieval', 'chance_precision', 'mean_average_precision', 'QueryConfig',
+__all__ = ['QueryError', 'SimilarityIndex', 'retrieval', 'chance_precision', 'mean_average_precision', 'gain', 'QueryConfig',
            'feature_sets', 'compare_retrieval']
 
 # %% ../nbs/13_query.ipynb #e29f5ec8
@@ -46,6 +46,7 @@ class SimilarityIndex:
     def query(self,
         vector_or_id: np.ndarray|int, # `(d,)` features, or a synapse, which is not its own neighbour
         k: int = 7, # How many
+        skip: list[int]|tuple = (), # Synapses that are not to be found, such as those of the same cleft
     ) -> pd.DataFrame: # `id` and `distance`, nearest first
         "The nearest synapses. Raises `QueryError` for an unknown id or a vector of another length"
         by_id = np.ndim(vector_or_id) == 0
@@ -53,8 +54,8 @@ class SimilarityIndex:
         if not by_id and len(vector_or_id) != self.features.shape[1]: raise QueryError(f"a vector of {len(vector_or_id)} numbers, the features have {self.features.shape[1]}")
         row = self.row_of[int(vector_or_id)] if by_id else -1
         vector = self.features[row] if by_id else self._prepared(np.asarray(vector_or_id)[None])[0]
-        distance,rows = (o[0] for o in self.index.search(vector[None], min(k+by_id, len(self.ids))))
-        others = np.flatnonzero(rows != row)[:k]
+        distance,rows = (o[0] for o in self.index.search(vector[None], min(k+by_id+len(skip), len(self.ids))))
+        others = np.flatnonzero((rows != row) & ~np.isin(self.ids[rows], list(skip)))[:k]
         distance = distance[others].clip(0)
         return pd.DataFrame(dict(id=self.ids[rows[others]], distance=distance/2 if self.metric == 'cosine' else distance**.5))
 
@@ -96,6 +97,16 @@ def mean_average_precision(
     lo,hi = np.quantile(draws, [.025, .975])
     return dict(mean_average_precision=by_group.average_precision.mean(), lo95=lo, hi95=hi, chance=by_group.chance.mean(), n_groups=len(values), n_queries=len(found))
 
+# %% ../nbs/13_query.ipynb #f62da195
+def gain(
+    found: pd.DataFrame, than: pd.DataFrame, # From `retrieval`, on the same synapses
+    seed: int = 0, n_bootstrap: int = 2000,
+) -> tuple[float, float, float]: # Mean over groups, and its 95 % interval
+    "By how much the mean average precision of `found` is higher"
+    difference = (found.groupby('group').average_precision.mean() - than.groupby('group').average_precision.mean()).to_numpy()
+    draws = np.random.default_rng(seed).choice(difference, (n_bootstrap, len(difference))).mean(1)
+    return float(difference.mean()),*(float(o) for o in np.quantile(draws, [.025, .975]))
+
 # %% ../nbs/13_query.ipynb #0e941609
 class QueryConfig(Strict):
     "What the query report shows"
@@ -123,14 +134,16 @@ def feature_sets(
 def compare_retrieval(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone',
-) -> pd.DataFrame: # One row per kind of features and set of synapses
+) -> pd.DataFrame: # One row per kind of features and set of synapses; `trained_leads` is by how much the trained features are better
     "Mean average precision over presynaptic neurites, pairs of one cleft excluded"
     table,sets = feature_sets(run, layer)
     strict = (table.blank_fraction < .1).to_numpy()
     subsets = {'all kept': np.ones(len(table), bool)} | ({'less than 10 % blank': strict} if 0 < strict.sum() < len(table) else {})
     rows = []
     for subset,which in subsets.items():
-        for name,x in sets.items():
-            found = retrieval(x[which], table.pre_root_id[which].to_numpy(), table.cleft_id[which].to_numpy())
-            if len(found): rows.append(dict(synapses=subset, features=name) | mean_average_precision(found))
+        found = {name: retrieval(x[which], table.pre_root_id[which].to_numpy(), table.cleft_id[which].to_numpy()) for name,x in sets.items()}
+        for name,f in found.items():
+            if not len(f): continue
+            lead = dict(zip(('trained_leads', 'leads_lo95', 'leads_hi95'), gain(found['trained'], f)))
+            rows.append(dict(synapses=subset, features=name) | mean_average_precision(f) | lead)
     return pd.DataFrame(rows)

@@ -33,7 +33,7 @@ def write_table(
 def read_tag(path: str|Path) -> dict:
     "The format, version and origin of a parquet file of ours; empty if it is not one"
     try: metadata = pq.read_schema(path).metadata or {}
-    except FileNotFoundError: raise TableError(f"{path}: there is no such file") from None
+    except FileNotFoundError: raise TableError(f"{path}: there is no such file; an earlier stage makes it, `synapseclr run` does all in order") from None
     except (pa.ArrowInvalid, OSError) as e: raise TableError(f"{path}: not a readable parquet file: {e}") from None
     return json.loads(metadata.get(b'synapseclr', b'{}'))
 
@@ -54,7 +54,7 @@ names = dict(
     post_root_id=['post_root_id', 'postsyn_segid', 'post_pt_root_id'],
     cleft_id=['cleft_id', 'cleft_segid'], cleft_vx=['cleft_vx', 'vx_count', 'size'])
 centres_nm = ['ctr_{}_nm', 'centroid_{}_nm', 'ctr_pt_{}_nm', 'ctr_pos_{}_nm']
-centres_vx = ['ctr_{}_vx', 'centroid_{}_vx', 'ctr_pos_{}_vx', 'ctr_pt_{}_vx']
+centres_vx = ['ctr_{}_vx', 'centroid_{}_vx', 'ctr_pos_{}_vx', 'ctr_pt_{}_vx', 'ctr_pt_position_{}']
 ids = ['id', 'pre_root_id', 'post_root_id']
 
 # %% ../nbs/02_tables.ipynb #be867fcf
@@ -76,7 +76,7 @@ def _centre_columns(table: pd.DataFrame) -> tuple[list[str], bool]:
 
 def _centres(table: pd.DataFrame, columns: list[str], scale) -> np.ndarray|str:
     "Centres in nm, `(n, 3)` as x, y, z, or what is wrong with them"
-    if not columns: return "no columns with the centre of the cleft (ctr_x_nm, ctr_y_nm, ctr_z_nm, or Synaptor's or MICrONS' names of them)"
+    if not columns: return f"no columns with the centre of the cleft: one of {', '.join(p.format('x') for p in centres_nm + centres_vx)}, and the same for y and z"
     if scale is None: return f"positions are in voxels ({', '.join(columns)}): state the size of these voxels (table_voxel_nm)"
     try: return table[columns].to_numpy(np.float64) * scale[::-1]
     except (TypeError, ValueError): return f"columns {', '.join(columns)}: not numbers"

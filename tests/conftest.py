@@ -12,7 +12,7 @@ def files(folder, *patterns):
 
 def python(code, *args, cwd):
     "Run some Python in a process of its own, with the fewest threads"
-    return subprocess.run([sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg'))
 
 def synapseclr(*args, cwd):
     "Run the command"

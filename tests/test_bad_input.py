@@ -1,7 +1,7 @@
 "Wrong input is refused before any work, with a message that says what, where and what to do, and harms nothing."
 import re, sys
 import numpy as np, pandas as pd, pytest
-from conftest import files, synapseclr
+from conftest import files, python, synapseclr
 from synapseclr.cli import main, stages
 
 def say(capsys, monkeypatch, *args):
@@ -44,6 +44,24 @@ def test_error_in_a_notebook(tiny, tmp_path, capsys, monkeypatch):
     "The message of a stage that fails inside papermill is the command's message"
     code,text = say(capsys, monkeypatch, 'extract', '--config', tiny, '--set', f'run={tmp_path/"run"}')
     assert code == 1 and 'Traceback' not in text and 'there is no chunk store' in text or 'not trained yet' in text
+
+def test_unwritable_run_folder(tiny, tmp_path, capsys, monkeypatch):
+    (tmp_path/'file').touch()
+    code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', f'run={tmp_path/"file/run"}')
+    assert code == 1 and text.startswith('error: ') and str(tmp_path/'file') in text
+
+@pytest.mark.parametrize('stage', ['annotate', 'query'])
+def test_earlier_stage_is_missing(stage, tiny, tmp_path, capsys, monkeypatch):
+    code,text = say(capsys, monkeypatch, stage, '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook')
+    assert code == 1 and 'synapseclr run' in text
+
+def test_interrupted(tiny, tmp_path):
+    "Ctrl-C in training says how to go on, without a traceback"
+    run = f'run={tmp_path/"run"}'
+    assert synapseclr('fetch', '--config', tiny, '--set', run, '--no-notebook', cwd=tmp_path).returncode == 0
+    stop = "import os, signal; import synapseclr.train as t; f = t.nt_xent; t.nt_xent = lambda *a: (os.kill(os.getpid(), signal.SIGINT), f(*a))[1]; "
+    done = python(stop + 'from synapseclr.cli import main; main()', 'train', '--config', tiny, '--set', run, '--no-notebook', cwd=tmp_path)
+    assert done.returncode == 130 and done.stderr.strip().endswith('give the same command again to go on') and 'Traceback' not in done.stderr
 
 @pytest.fixture
 def table(tiny): return pd.read_csv(tiny.parent/'synapses.csv')

@@ -17,7 +17,7 @@ def whole(tiny, tmp_path_factory):
     done = synapseclr('run', '--config', tiny, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert [s for s in stages if f'] {s}: ' in done.stdout] == list(stages)
-    assert 'report: _runs/tiny/report/index.html' in done.stdout
+    assert f'report: {cwd/"_runs/tiny/report/index.html"}' in done.stdout and '12 of 12 synapses kept' in done.stdout
     return cwd/'_runs/tiny'
 
 def test_outputs(whole):
@@ -68,6 +68,11 @@ def test_notebooks_change_nothing(whole, tiny, tmp_path):
     "The functions alone make the same files"
     assert synapseclr('run', '--config', tiny, '--no-notebook', cwd=tmp_path).returncode == 0
     assert files(tmp_path/'_runs/tiny', *everything) == files(whole, *everything)
+
+def test_extract_knows_its_network(whole, tiny):
+    "The untrained network is that of the weights, whatever the configuration says now"
+    assert synapseclr('extract', '--config', tiny, '--set', 'train.model=paper', '--set', 'train.seed=5', '--set', 'cube.size=96', '--no-notebook', cwd=whole.parent.parent).returncode == 0
+    assert read_features(whole/'features_untrained')[1].shape[1] == 128
 
 def test_again_does_nothing(whole, tiny):
     before = {p: p.stat().st_mtime_ns for o in ('chunks.zarr/**/c/*', 'features/*', 'train/checkpoint*') for p in whole.glob(o)}

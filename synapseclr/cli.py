@@ -107,6 +107,7 @@ def run_notebook(
         papermill.execute_notebook(source, report/f'{stage}.ipynb', dict(config=str(Path(config).resolve()), overrides=list(overrides), **parameters),
             kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
     except papermill.PapermillExecutionError as e:
+        if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
         if e.ename in _known_errors(): raise SynapseCLRError(e.evalue) from None
         raise
     finally:
@@ -178,8 +179,12 @@ def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **
     for i,name in enumerate(names):
         start = time.perf_counter()
         print(f'[{i+1}/{len(names)}] {name}: {stages[name].__doc__}', flush=True)
-        if notebook: run_notebook(name, config, overrides, **parameters)
-        else: stages[name](c, **parameters)
+        try:
+            if notebook: run_notebook(name, config, overrides, **parameters)
+            else: stages[name](c, **parameters)
+        except KeyboardInterrupt:
+            print('stopped; give the same command again to go on', file=sys.stderr)
+            raise typer.Exit(130) from None
         if name == 'fetch': print(f"      {outcome(read_table(c.folder/'synapses.parquet', 'synapses'))}")
         print(f'      done in {time.perf_counter()-start:.0f} s', flush=True)
     if notebook: print(f"report: {(c.folder/'report/index.html').resolve()}")
@@ -216,6 +221,3 @@ def main():
     try: app(prog_name='synapseclr')
     except SynapseCLRError as e: sys.exit(f'error: {e}')
     except OSError as e: sys.exit(f"error: {e.filename or ''}: {e.strerror or e}")
-    except KeyboardInterrupt:
-        print('stopped; give the same command again to go on', file=sys.stderr)
-        sys.exit(130)

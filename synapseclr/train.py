@@ -229,7 +229,7 @@ def train(
         if end_of_epoch or checkpoint:
             log.steps(step, losses, learning_rate(config, step, steps_per_epoch), folder)
             losses = []
-        if end_of_epoch: bar.set_postfix(log.epoch(step, epoch, net, watched, dtype, config))
+        if end_of_epoch: bar.set_postfix(log.epoch(step, epoch, net, watched, dtype, config), refresh=False)
         if checkpoint: save_checkpoint(folder, net, optimizer, config.keep_checkpoints, step=step+1, precision=about['precision'], origin=origin)
     bar.close(); log.close()
     save_weights(net.eval(), folder/'weights.safetensors', cube=cube.model_dump(), mean=augment.mean, sd=augment.sd, steps=n_steps, made_by=origin)

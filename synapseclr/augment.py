@@ -5,6 +5,7 @@
 # %% ../nbs/06_augment.ipynb #92c234c3
 from __future__ import annotations
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 import cc3d, numpy as np, pydantic, torch
 import torch.nn.functional as F
@@ -14,10 +15,10 @@ from .core import Strict, SynapseCLRError, key as counter_key
 from .store import CLEFT, POST, PRE
 
 # %% auto #0
-__all__ = ['Probability', 'turns', 'MISSING', 'quantiles', 'AugmentConfig', 'View', 'random_rotation', 'random_flips',
-           'random_octahedral', 'draw_view', 'distort', 'tone_table', 'look_up', 'random_bits', 'add_noise',
-           'sampling_grid', 'affine_points', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft',
-           'touching_cleft_on_device', 'released', 'CubeConfig', 'AugmentError', 'Augmenter']
+__all__ = ['Probability', 'turns', 'MISSING', 'AugmentConfig', 'View', 'random_rotation', 'random_flips', 'random_octahedral',
+           'draw_view', 'distort', 'tone_table', 'look_up', 'quantiles', 'random_bits', 'add_noise', 'sampling_grid',
+           'affine_points', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft', 'touching_cleft_on_device',
+           'released', 'CubeConfig', 'AugmentError', 'Augmenter']
 
 # %% ../nbs/06_augment.ipynb #8fefa532
 Probability = pydantic.confloat(ge=0, le=1)
@@ -177,7 +178,10 @@ def look_up(
     return table.flatten().index_select(0, (em.int() + row).flatten()).view(em.shape)
 
 # %% ../nbs/06_augment.ipynb #781ab0ce
-quantiles = torch.from_numpy(ndtri((np.arange(2**16)+.5)/2**16)).float() # Of the normal distribution
+@cache
+def quantiles(device: torch.device) -> Tensor: # `(65536,)`
+    "Of the normal distribution, once for each device"
+    return torch.from_numpy(ndtri((np.arange(2**16)+.5)/2**16)).float().to(device)
 
 def random_bits(
     shape, # Of the result
@@ -195,8 +199,7 @@ def add_noise(
     keys: list[int], # One for each sample, so that its noise does not depend on its batch
 ) -> Tensor:
     "Independent noise for every voxel, `A + M x`"
-    normal = quantiles.to(x.device, non_blocking=True)
-    out = torch.empty_like(x)
+    normal,out = quantiles(x.device),torch.empty_like(x)
     for i,k in enumerate(keys):
         a,m = random_bits((2, x[i].numel()), k, x.device)
         additive,multiplicative = (normal*sd[i, 0]).index_select(0, a),(normal*sd[i, 1]).exp_().index_select(0, m)
@@ -259,7 +262,6 @@ def blur(
     side = np.where(sigma > 0, np.exp(-.5/np.square(np.maximum(sigma, 1e-3))), 0)
     kernel = torch.tensor(np.stack([side, np.ones_like(side), side], 1)/(1+2*side)[:, None], dtype=x.dtype, device=x.device)
     for axis in range(3):
-        shape = [1]*4; shape[axis+1] = 3
         y = F.pad(x, [0, 0]*(2-axis) + [1, 1] + [0, 0]*axis)
         left,middle,right = (y.narrow(axis+1, i, x.shape[axis+1]) for i in range(3))
         a,b,c = kernel.T.reshape(3, -1, 1, 1, 1)

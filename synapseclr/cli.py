@@ -143,7 +143,7 @@ def _tidy(notebook: Path):
     nbformat.write(nb, notebook)
 
 _style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52em;margin:2em auto;padding:0 1em} img{max-width:100%} small,blockquote{color:#555} blockquote{margin:0}
-table{border-collapse:collapse;display:block;overflow:auto;font-size:.85em;margin:1em 0} td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.6em 1em;overflow:auto;font-size:.8em} .anchor-link{display:none}"""
+table{border-collapse:collapse;display:block;overflow:auto;border:0;font-size:.85em;margin:1em 0} td,th{padding:.2em .8em;text-align:right;border:0;border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.6em 1em;overflow:auto;font-size:.8em} .anchor-link{display:none}"""
 
 def _page(title: str, body: str) -> str:
     "A whole HTML page"

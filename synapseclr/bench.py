@@ -94,19 +94,19 @@ def _reference_kept(v: View, cleft: Tensor, size: int) -> Tensor:
 
 # %% ../nbs/18a_bench.ipynb #5741f630
 def _measure(what: str, em: np.ndarray, mask: np.ndarray, size: int, repeats: int, device: str) -> tuple[float, float]:
-    "Seconds per view (median over batches) and the peak of memory above the batch, in MB"
+    "Seconds per view (median over batches) and the peak of memory in MB: of the whole process on a CPU, of what torch allocated on a GPU"
     voxel_nm,out_voxel_nm = (40, 7.16, 7.16),14.3*96/size
     config = AugmentConfig.extract() if what.startswith('extract') else AugmentConfig.paper()
     augmenter = Augmenter(config, voxel_nm, size, out_voxel_nm, device)
     if what.endswith('reference'): view = lambda k: reference_views(config, em, mask, voxel_nm, size, out_voxel_nm, k)
     else: view = lambda k: augmenter(em, mask, k)
-    before,seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,[]
+    seconds = []
     for k in range(1+repeats):
         start = time.perf_counter()
         view(k)
         if device != 'cpu': torch.cuda.synchronize()
         seconds.append(time.perf_counter()-start)
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024 if device == 'cpu' else torch.cuda.max_memory_allocated()/2**20
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 if device == 'cpu' else torch.cuda.max_memory_allocated()/2**20
     return float(np.median(seconds[1:]))/len(em),memory
 
 def bench_augment(

@@ -383,7 +383,7 @@ class Augmenter:
         if self.config.coupled: views = views*len(em)
         em,mask = (o.to(self.device, non_blocking=True) for o in (em, mask))
         if self.device.type != 'cpu': return self.apply(em, mask, views, keys)
-        return torch.cat([self.apply(em[i:i+1], mask[i:i+1], views[i:i+1], keys[i:i+1]) for i in range(len(em))]) # one by one stays in the cache
+        return torch.cat([self.apply(em[i:i+1], mask[i:i+1], views[i:i+1], keys[i:i+1]) for i in range(len(em))]) # one by one: as fast, in an eighth of the memory
 
     def _checked(self, em, mask) -> tuple[Tensor, Tensor]:
         "Both as uint8 tensors"

@@ -71,18 +71,23 @@ def write_layer(
     voxel_nm: tuple[float, float, float], # Size of a voxel, `(z, y, x)`
     offset_vx: tuple[int, int, int] = (0, 0, 0), # Position of the first voxel
     chunk_vx: tuple[int, int, int] = (32, 64, 64), # Size of a storage chunk
+    ids: np.ndarray|None = None, # What to write for each value of `voxels`; the value itself if absent
 ) -> str: # The path, as `LayerSource` takes it
-    "Write `voxels` as a precomputed layer: uint8 as an image, wider integers as a segmentation"
+    "Write `voxels` as a precomputed layer, a row of storage chunks at a time: uint8 as an image, wider integers as a segmentation"
     path = str(path) if '://' in str(path) else f'file://{path}'
-    image = voxels.dtype == np.uint8
+    dtype = voxels.dtype if ids is None else ids.dtype
+    image = dtype == np.uint8
     info = CloudVolume.create_new_info(
-        num_channels=1, layer_type='image' if image else 'segmentation', data_type=str(voxels.dtype),
+        num_channels=1, layer_type='image' if image else 'segmentation', data_type=str(dtype),
         encoding='raw' if image else 'compressed_segmentation', resolution=list(voxel_nm)[::-1],
         voxel_offset=list(offset_vx)[::-1], volume_size=list(voxels.shape)[::-1],
         chunk_size=[min(c, s) for c,s in zip(chunk_vx, voxels.shape)][::-1])
     volume = CloudVolume(path, info=info, progress=False, compress='gzip', delete_black_uploads=True)
     volume.commit_info()
-    volume[:, :, :] = np.asfortranarray(voxels.T)[..., None]
+    depth = max(1, 2**24//(voxels[0].size*chunk_vx[0]))*chunk_vx[0]
+    for z in range(0, len(voxels), depth):
+        slab = voxels[z:z+depth] if ids is None else ids[voxels[z:z+depth]]
+        volume[:, :, offset_vx[0]+z:offset_vx[0]+z+len(slab)] = np.asfortranarray(slab.T)[..., None]
     return path
 
 # %% ../nbs/00a_volume.ipynb #d91a8281

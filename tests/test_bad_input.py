@@ -20,7 +20,7 @@ def test_help(capsys, monkeypatch):
         code,text = say(capsys, monkeypatch, stage, '--help')
         assert code == 0 and '--config' in text and '--set' in text and ('--restart' in text) == (stage == 'train')
 
-@pytest.mark.parametrize('args', [['fetsh'], ['fetch'], ['fetch', '--config'], ['fetch', '--confg', 'a.toml']], ids=' '.join)
+@pytest.mark.parametrize('args', [['phantom'], ['phantom', '--out', 'a', '--config', 'b'], ['phantom', '--out', 'a', '--size', 'huge'], ['phantom', '--out', 'a', '--seed', '-1'], ['fetsh'], ['fetch'], ['fetch', '--config'], ['fetch', '--confg', 'a.toml']], ids=' '.join)
 def test_wrong_command_line(args, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, *args)
     assert code == 2 and 'Error: ' in text
@@ -33,7 +33,7 @@ def test_error_exit():
 @pytest.mark.parametrize('override,said', [
     ('train.batchsize=4', "did you mean 'batch_size'?"), ('fetch.max_blank_fraction=2', 'less than or equal to 1'), ('fetch.window_vx=[1,2,3]', 'state the window once'),
     ('data.em.mip=5', 'layer em'), ('data.seg.path="nowhere"', 'layer seg'), ('data.table="nowhere.csv"', 'no such file'), ('data.cleft.path="nothing"', 'layer cleft'),
-    ('train', 'section.key=value'), ('train.model=resnet', "'paper' or 'demo'")], ids=str)
+    ('phantom.seed=1', 'or a section [phantom]'), ('train', 'section.key=value'), ('train.model=resnet', "'paper' or 'demo'")], ids=str)
 def test_wrong_configuration(override, said, tiny, tmp_path, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', override, '--set', f'run={tmp_path/"run"}', '--no-notebook')
     assert code == 1 and text.startswith('error: ') and said in text

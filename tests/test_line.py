@@ -3,12 +3,14 @@ import json, signal
 from html.parser import HTMLParser
 import pandas as pd, pytest
 from conftest import files, python, synapseclr
-from synapseclr.cli import open_run, stages
+from synapseclr.cli import open_run, stages, stages_of
 from synapseclr.extract import read_features
 from synapseclr.store import ChunkStore
 from synapseclr.tables import read_table
 
 everything = ['chunks.zarr/**/*', 'fetch/*', 'synapses.parquet', 'train/weights.safetensors', 'train/log.jsonl', 'features*/*', 'retrieval.parquet']
+
+line = [s for s in stages if s not in ('phantom', 'evaluate')] # of a run on data of one's own
 
 @pytest.fixture(scope='module')
 def whole(tiny, tmp_path_factory):
@@ -16,7 +18,7 @@ def whole(tiny, tmp_path_factory):
     cwd = tmp_path_factory.mktemp('whole')
     done = synapseclr('run', '--config', tiny, cwd=cwd)
     assert done.returncode == 0, done.stderr
-    assert [s for s in stages if f'] {s}: ' in done.stdout] == list(stages)
+    assert [s for s in stages if f'] {s}: ' in done.stdout] == line
     assert f'report: {cwd/"_runs/tiny/report/index.html"}' in done.stdout and '12 of 12 synapses kept' in done.stdout
     return cwd/'_runs/tiny'
 
@@ -53,7 +55,7 @@ class Links(HTMLParser):
 def test_report(whole):
     "Every stage has a page with its figures; pages load nothing from elsewhere; no cell warned"
     pages = {p.stem: p.read_text() for p in (whole/'report').glob('*.html')}
-    assert set(pages) == {'index', *stages}
+    assert set(pages) == {'index', *line}
     for name,page in pages.items():
         links = Links(page)
         assert not [o for o in links.loads if not o.startswith('data:')], name
@@ -119,7 +121,25 @@ def test_any_voxel(voxel_nm, tmp_path):
     "One configuration in nm serves every anisotropy"
     from synapseclr.dev import tiny_volume
     c = open_run(tiny_volume(tmp_path, n=4, voxel_nm=voxel_nm), [f'run={tmp_path/"run"}', 'train.batch_size=2', 'train.epochs=1', 'fetch.keep_sections=60'])
-    for stage in stages.values(): stage(c)
+    for name in stages_of(c): stages[name](c)
     store = ChunkStore.open(tmp_path/'run/chunks.zarr')
     assert store.voxel_nm == voxel_nm and store.chunk_shape == (min(60, round(880/voxel_nm[0])), *(round(896/v) for v in voxel_nm[1:]))
     assert len(read_features(tmp_path/'run/features')[0]) == len(store) == 4
+
+def test_phantom_line(tmp_path):
+    "A run on a phantom is killed while the phantom is written; the same command then does all stages, and the phantom is as if nothing had happened"
+    from synapseclr.dev import tiny_phantom
+    from synapseclr.phantom import PhantomConfig, make_phantom
+    config,overrides = tiny_phantom('phantom')
+    command = ['run', '--config', config, '--no-notebook', '--set', f'run={tmp_path/"run"}']
+    kill = dict(module='synapseclr.phantom', owner='module', name='write_layer', deadly=3)
+    assert python(kill_at.format(**kill), *command, cwd=tmp_path).returncode == -signal.SIGKILL
+    assert not (tmp_path/'run/phantom/phantom.json').exists()
+    alive = synapseclr(*command, cwd=tmp_path)
+    assert alive.returncode == 0, alive.stderr
+    whole = make_phantom(tmp_path/'whole', PhantomConfig(shape=(96, 384, 384), defects=.3))
+    assert files(tmp_path/'run/phantom', '**/*') == files(whole, '**/*')
+    targets = read_table(tmp_path/'run/evaluation_targets.parquet', 'evaluation targets')
+    assert set(targets.features) == {'trained', 'untrained', 'morphometrics', 'intensity', 'hand-made', 'latents'}
+    latents = targets[(targets.target == 'presynaptic type') & (targets.within == 'all')].set_index('features').value
+    assert latents['latents'] > .9

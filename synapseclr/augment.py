@@ -16,9 +16,9 @@ from .store import CLEFT, POST, PRE
 
 # %% auto #0
 __all__ = ['Probability', 'turns', 'MISSING', 'AugmentConfig', 'View', 'random_rotation', 'random_flips', 'random_octahedral',
-           'draw_view', 'distort', 'tone_table', 'look_up', 'quantiles', 'random_bits', 'add_noise', 'sampling_grid',
-           'affine_points', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft', 'touching_cleft_on_device',
-           'released', 'CubeConfig', 'AugmentError', 'Augmenter']
+           'draw_view', 'distort', 'tone_table', 'look_up', 'fill_sections', 'quantiles', 'random_bits', 'add_noise',
+           'sampling_grid', 'affine_points', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft',
+           'touching_cleft_on_device', 'released', 'CubeConfig', 'AugmentError', 'Augmenter']
 
 # %% ../nbs/06_augment.ipynb #8fefa532
 Probability = pydantic.confloat(ge=0, le=1)
@@ -47,6 +47,8 @@ class AugmentConfig(Strict):
     centre_crop_side: tuple[float, float] = (.5, .7)
     centre_crop_displacement: float = .2
     inflation: tuple[int, int] = (1, 9) # Radius in output voxels, uniform on the integers of this range
+    fill_blank: bool = False # Fill blank sections with the nearest one, so that they cannot be told apart
+    background: Literal['black', 'mean'] = 'black' # What surrounds the mask: grey value 0 before the z-score, or 0 after it, so that the outline is less of a mark
     mean: float = .44 # z-score: grey values from 0 to 1
     sd: float = .28
     geometry: Literal['physical', 'released'] = 'physical' # Or what the published code did; see `released`
@@ -176,6 +178,19 @@ def look_up(
     b,z = em.shape[:2]
     row = torch.arange(b*z, device=em.device, dtype=torch.int32).view(b, z, 1, 1)*256
     return table.flatten().index_select(0, (em.int() + row).flatten()).view(em.shape)
+
+# %% ../nbs/06_augment.ipynb #70129654
+def fill_sections(
+    em: Tensor, # `(B, Z, Y, X)` uint8
+) -> Tensor: # `(B, Z, Y, X)` uint8
+    "Each section that is 0 throughout becomes a copy of the nearest other; the one above if two are equally near"
+    z = torch.arange(em.shape[1], device=em.device)
+    there = em.flatten(2).amax(2) > 0
+    above = torch.where(there, z, -10**6).cummax(1).values
+    below = torch.where(there, z, 10**6).flip(1).cummin(1).values.flip(1)
+    nearest = torch.where(z-above <= below-z, above, below)
+    nearest = torch.where(there.any(1, keepdim=True), nearest, z)
+    return em.gather(1, nearest[:, :, None, None].expand(em.shape))
 
 # %% ../nbs/06_augment.ipynb #781ab0ce
 @cache
@@ -398,6 +413,7 @@ class Augmenter:
         "The given views of a batch that is on the device"
         c = self.config
         if c.geometry == 'released': return released(em, mask, self.out_size, c.mean, c.sd)
+        if c.fill_blank: em = fill_sections(em)
         put = lambda field, dtype=torch.float32: torch.tensor(np.stack([getattr(v, field) for v in views]), dtype=dtype).to(self.device, non_blocking=True)
         x = look_up(em, tone_table(put('sectional'), put('volumetric'), put('cut_sections', torch.bool))) if c.intensity_p or c.section_cutout_p else em.float().div_(255)
         if c.noise_p: x = add_noise(x, put('noise'), keys)
@@ -409,7 +425,7 @@ class Augmenter:
         cleft,synapse = (roles & CLEFT) > 0,(roles & (PRE|CLEFT|POST)) > 0
         kept = self._kept(cleft, views)
         active = self.connected(inflate(synapse & kept, np.array([v.inflation for v in views])) & kept, cleft)
-        return ((x*active - c.mean)/c.sd)[:, None]
+        return ((torch.where(active, x, c.mean if c.background == 'mean' else 0.) - c.mean)/c.sd)[:, None]
 
     def _kept(self, cleft: Tensor, views: list[View]) -> Tensor:
         "What cutouts and the centre crop leave; always the cleft itself"

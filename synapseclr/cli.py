@@ -8,37 +8,58 @@ import datetime, html, logging, os, re, sys, time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
-import typer
+import pandas as pd, pydantic, typer
 import synapseclr
 from .annotate import annotate
 from .augment import AugmentConfig, CubeConfig
 from .bench import bench_augment
-from .core import Strict, SynapseCLRError, made_by, read_config, write_toml
-from .extract import extract
+from .core import ConfigError, Strict, SynapseCLRError, made_by, read_config, write_toml
+from .evaluate import evaluate
+from .extract import ExtractConfig, extract
 from .fetch import DataConfig, FetchConfig, fetch, outcome
 from .model import SynapseNet, load_weights
+from .phantom import PhantomConfig, make_phantom, sizes
 from .query import QueryConfig, compare_retrieval
+from .store import ChunkStore
 from .tables import read_table, write_table
-from .train import TrainConfig, TrainingError, train
+from .train import TrainConfig, TrainingError, measured, train
+from .volume import LayerSource
 
 # %% auto #0
 __all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'RestartOption', 'bench', 'RunConfig', 'open_run',
-           'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage', 'query_stage', 'notebook_of',
-           'run_notebook', 'run_all', 'bench_augment_command', 'main']
+           'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage', 'shipped', 'query_stage',
+           'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command', 'run_all', 'demo',
+           'bench_augment_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #b9703edd
 class RunConfig(Strict):
     "Everything that a run does"
     run: str = '' # Folder for the results, as seen from where the command is given; `_runs/NAME_OF_FILE` if empty
-    data: DataConfig # Where the synapses are
+    data: DataConfig|None = None # Where the synapses are ...
+    phantom: PhantomConfig|None = None # ... or the phantom to make, in the run folder
     fetch: FetchConfig # How chunks are cut, and which are kept
     cube: CubeConfig = CubeConfig() # The network's input
     augment: AugmentConfig = AugmentConfig() # How views are drawn
     train: TrainConfig = TrainConfig() # How to train
+    extract: ExtractConfig = ExtractConfig() # How to describe
     query: QueryConfig = QueryConfig() # What the report shows
+
+    @pydantic.model_validator(mode='after')
+    def _one_source(self):
+        if (self.data is None) == (self.phantom is None): raise ValueError('state where the synapses come from once: a section [data], or a section [phantom]')
+        return self
 
     @property
     def folder(self) -> Path: return Path(self.run)
+    @property
+    def phantom_folder(self) -> Path: return self.folder/'phantom'
+
+    @property
+    def source(self) -> DataConfig:
+        "Table and layers, those of the phantom if there is one"
+        if self.data: return self.data
+        layer = lambda name: LayerSource(path=str((self.phantom_folder/name).resolve()))
+        return DataConfig(table=str((self.phantom_folder/'synapses.parquet').resolve()), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
 
 def open_run(
     config: str|Path, # TOML file
@@ -51,9 +72,14 @@ def open_run(
     return c
 
 # %% ../nbs/19_cli.ipynb #b0c6e61a
+def phantom_stage(c: RunConfig):
+    "Make a volume of which everything is known"
+    if not c.phantom: raise ConfigError('this run has no section [phantom]; its synapses come from [data]')
+    return make_phantom(c.phantom_folder, c.phantom)
+
 def fetch_stage(c: RunConfig):
     "Cut every synapse of the table out of the volume"
-    return fetch(c.data, c.fetch, c.folder)
+    return fetch(c.source, c.fetch, c.folder)
 
 def annotate_stage(c: RunConfig):
     "Measure every synapse: volumes, contact area, cleft, missing sections"
@@ -67,10 +93,20 @@ def extract_stage(c: RunConfig):
     "Describe every synapse with the trained network, and with an untrained one for comparison"
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
+    views = c.extract.views
+    if c.extract.shipped: extract(c.folder, *shipped(c.folder), 'features_shipped', views=views)
     net,about = load_weights(weights)
-    cube,z = CubeConfig(**about['cube']),AugmentConfig(mean=about['mean'], sd=about['sd'])
-    extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), z, cube, 'features_untrained')
-    return extract(c.folder, net, z, cube)
+    cube,augment = CubeConfig(**about['cube']),AugmentConfig(**about['augment'])
+    extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', views=views)
+    return extract(c.folder, net, augment, cube, views=views)
+
+def shipped(
+    run: str|Path, # Run folder, fetched
+) -> tuple[SynapseNet, AugmentConfig, CubeConfig]:
+    "The network that comes with the package, with the z-score of the run's own data"
+    net,about = load_weights(Path(synapseclr.__file__).parent/'weights/demo.safetensors')
+    law = AugmentConfig(**{k: v for k,v in about['augment'].items() if k not in ('mean', 'sd')})
+    return net,measured(law, ChunkStore.open(Path(run)/'chunks.zarr')),CubeConfig(**about['cube'])
 
 def query_stage(c: RunConfig):
     "Find synapses that look alike, and measure whether they belong together"
@@ -78,7 +114,18 @@ def query_stage(c: RunConfig):
     write_table(table, c.folder/'retrieval.parquet', 'retrieval', made_by(c.query))
     return table
 
-stages: dict[str, Callable] = dict(fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, query=query_stage)
+def evaluate_stage(c: RunConfig):
+    "Compare what was learnt with the phantom's truth"
+    if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
+    networks = {'trained': 'features', 'untrained': 'features_untrained'}
+    if c.extract.shipped: networks = {'shipped': 'features_shipped'} | networks
+    return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
+
+stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, query=query_stage, evaluate=evaluate_stage)
+
+def stages_of(c: RunConfig) -> list[str]:
+    "The stages that a run has: the first and the last only with a phantom"
+    return [s for s in stages if c.phantom or s not in ('phantom', 'evaluate')]
 
 # %% ../nbs/19_cli.ipynb #85acb632
 _headless = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') # Whatever the user's is, figures go into the notebook
@@ -198,10 +245,31 @@ def _add_stage(name: str):
         def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do([name], config, set, notebook) # noqa: B006
     app.command(name, help=stages[name].__doc__)(command)
 
-for name in stages: _add_stage(name)
+@app.command('phantom', help=stages['phantom'].__doc__)
+def phantom_command(
+    out: Annotated[Path, typer.Option(help='Folder to write it to')] = None,
+    seed: Annotated[int, typer.Option(help='Another seed, another phantom', min=0)] = 0,
+    size: Annotated[str, typer.Option(help=f"One of {', '.join(sizes)}")] = 'demo',
+    config: Annotated[Path, typer.Option('--config', help='Instead: the stage of a run with a section [phantom]')] = None,
+    set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
+):
+    if (out is None) == (config is None): raise typer.BadParameter('give --out, or --config')
+    if config: return _do(['phantom'], config, set, notebook)
+    if size not in sizes: raise typer.BadParameter(f"there is no size '{size}'; there are {', '.join(sizes)}")
+    folder = make_phantom(out, PhantomConfig(seed=seed, **sizes[size]))
+    print(f"{folder}: {len(pd.read_parquet(folder/'synapses.parquet'))} synapses; layers em, seg, cleft, mito; truth.parquet is for evaluations alone")
 
-@app.command('run', help=f"Do all stages: {', '.join(stages)}")
-def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(list(stages), config, set, notebook) # noqa: B006
+for name in stages:
+    if name != 'phantom': _add_stage(name)
+
+@app.command('run', help=f"Do all stages: {', '.join(stages)} (the first and the last with a phantom)")
+def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006
+
+@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: about a quarter of an hour on two cores')
+def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
+    config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
+    print('about 13 minutes on two cores: phantom 1, fetch and annotate 1, train 6, extract 3, query and evaluate 2', flush=True)
+    _do(list(stages), config, set, notebook)
 
 bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory, beside something to compare with')
 app.add_typer(bench, name='bench')

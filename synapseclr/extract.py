@@ -6,15 +6,21 @@
 from __future__ import annotations
 import hashlib
 from pathlib import Path
-import numpy as np, pyarrow as pa, pyarrow.parquet as pq, torch
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pydantic, torch
 from .augment import AugmentConfig, Augmenter, CubeConfig
-from .core import SynapseCLRError, made_by, progress
+from .core import Strict, SynapseCLRError, digest, made_by, progress
 from .model import Features, SynapseNet
 from .store import ChunkStore
 from .tables import read_tag, write_table
 
 # %% auto #0
-__all__ = ['FeatureError', 'weights_digest', 'extract', 'read_features']
+__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'extract', 'read_features']
+
+# %% ../nbs/10_extract.ipynb #cd4d9609
+class ExtractConfig(Strict):
+    "How to describe"
+    views: pydantic.PositiveInt = 1 # Random turns of each synapse to average over; 1 for the synapse as it lies (the paper's way)
+    shipped: bool = False # Describe with the weights that come with the package, too
 
 # %% ../nbs/10_extract.ipynb #a3721d99
 class FeatureError(SynapseCLRError):
@@ -38,12 +44,14 @@ def extract(
     cube: CubeConfig, # What the network was trained on
     out: str = 'features', # Folder in the run folder
     batch_size: int = 32,
+    views: int = 1, # Average over so many random turns of each synapse; 1 for none, as it lies
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path: # The folder
     "Write the features of all synapses of a run, shard by shard; goes on where it was stopped. Raises `FeatureError` unless every synapse is there once"
     folder,store = Path(run)/out,ChunkStore.open(Path(run)/'chunks.zarr')
-    augmenter = Augmenter(AugmentConfig.extract(mean=augment.mean, sd=augment.sd), store.voxel_nm, cube.size, cube.voxel_nm, device)
-    origin = made_by(weights=weights_digest(net), preset=net.preset, mean=augment.mean, sd=augment.sd, cube=cube.model_dump(), n_synapses=len(store))
+    law = AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank, background=augment.background, **dict(turn='so3', flip=True) if views > 1 else {})
+    augmenter = Augmenter(law, store.voxel_nm, cube.size, cube.voxel_nm, device)
+    origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store))
     net = net.to(device).eval()
     shard = store.places//store.per_shard
     for k in progress(np.unique(shard), desc='extract', unit='shard'):
@@ -51,7 +59,10 @@ def extract(
         if path.exists() and read_tag(path).get('made_by') == origin: continue
         parts = []
         with torch.inference_mode():
-            for batch in np.split(members, range(batch_size, len(members), batch_size)): parts.append(net(augmenter(*store.batch(batch))))
+            for batch in np.split(members, range(batch_size, len(members), batch_size)):
+                chunks = store.batch(batch)
+                seen = [net(augmenter(*chunks, view)) for view in range(views)]
+                parts.append(Features(*(torch.stack(layer).mean(0) for layer in zip(*seen))))
         features = Features(*(torch.cat(layer).float().cpu().numpy() for layer in zip(*parts)))
         write_table(_feature_table(store.ids[members], features), path, 'features', origin)
     ids,_ = read_features(folder)

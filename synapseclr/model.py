@@ -76,7 +76,7 @@ class SynapseNet(nn.Module):
         self.reduction = 8 if preset == 'demo' else 16 # Side of the input over side of the last feature map
         self.fold = FoldVoxels() if preset == 'demo' else nn.Identity()
         self.backbone = ResNet(block='basic', spatial_dims=3, no_max_pool=True, shortcut_type='B', bias_downsample=False, feed_forward=False, **presets[preset])
-        if preset == 'demo': self.backbone.layer4 = nn.Identity()
+        if preset == 'demo': self.backbone.layer1,self.backbone.layer4 = nn.Identity(),nn.Identity()
         self.projector = Projector(width, 128)
         initialize(self, torch.Generator().manual_seed(seed))
 

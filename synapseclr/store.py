@@ -11,7 +11,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from .core import SynapseCLRError
 
 # %% auto #0
-__all__ = ['PRE', 'CLEFT', 'POST', 'MITO', 'EMPTY', 'StoreError', 'Chunk', 'ChunkStore']
+__all__ = ['PRE', 'CLEFT', 'POST', 'MITO', 'EMPTY', 'StoreError', 'Chunk', 'ChunkStore', 'JoinedStores']
 
 # %% ../nbs/03_store.ipynb #31d76529
 PRE,CLEFT,POST,MITO = 1,2,4,8
@@ -120,3 +120,33 @@ class ChunkStore:
 def _reader(path: Path) -> tensorstore.TensorStore:
     "An array of the store, to be read at random"
     return tensorstore.open(dict(driver='zarr3', kvstore=dict(driver='file', path=f'{path.absolute()}/')), read=True).result()
+
+# %% ../nbs/03_store.ipynb #f9da4563
+class JoinedStores:
+    "Stores of the same chunk shape and voxel size, one after the other. Raises `StoreError` if they differ"
+    def __init__(self,
+        stores: list[ChunkStore], # At least one
+    ):
+        first = stores[0]
+        for s in stores:
+            if (s.chunk_shape, s.voxel_nm) != (first.chunk_shape, first.voxel_nm):
+                raise StoreError(f"{s.path}: chunks of {s.chunk_shape} voxels of {s.voxel_nm} nm, those of {first.path} have {first.chunk_shape} of {first.voxel_nm}; fetch them alike")
+        self.stores,self.voxel_nm = stores,first.voxel_nm
+        self.ends = np.cumsum([len(s) for s in stores])
+        found = [s.attrs for s in stores]
+        self.attrs = dict(made_by=[a.get('made_by') for a in found])
+        if all(a.get('mean') for a in found): self.attrs |= {k: float(np.mean([a[k] for a in found])) for k in ('mean', 'sd')}
+
+    def __len__(self) -> int: return int(self.ends[-1])
+
+    def batch(self,
+        indices, # Which synapses, counted through all stores
+    ) -> tuple[np.ndarray, np.ndarray]: # em and mask, each `(n, Z, Y, X)` uint8
+        "As of `ChunkStore`"
+        indices = np.asarray(indices, int)
+        which = np.searchsorted(self.ends, indices, side='right')
+        em,mask = (np.empty((len(indices), *self.stores[0].chunk_shape), np.uint8) for _ in range(2))
+        for k in np.unique(which):
+            mine = which == k
+            em[mine],mask[mine] = self.stores[k].batch(indices[mine] - (self.ends[k-1] if k else 0))
+        return em,mask

@@ -5,23 +5,24 @@
 # %% ../nbs/09_train.ipynb #9e8b666e
 from __future__ import annotations
 import json, math, shutil, time, warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 import numpy as np, pydantic, safetensors, safetensors.torch, torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from .augment import AugmentConfig, Augmenter, CubeConfig
-from .core import Strict, SynapseCLRError, atomic, digest, key, made_by, progress
+from .core import Source, Strict, SynapseCLRError, atomic, digest, key, made_by, progress
 from .loss import nt_xent, nt_xent_floor, nt_xent_start
 from .model import SynapseNet, save_weights
-from .store import ChunkStore
+from .store import ChunkStore, JoinedStores
+from .tables import read_table
 
 # %% auto #0
-__all__ = ['TrainConfig', 'TrainingError', 'batch_indices', 'learning_rate', 'batches', 'compare_precisions', 'autocast',
-           'choose_precision', 'rank_me', 'spread', 'save_checkpoint', 'load_checkpoint', 'measured', 'train',
-           'TrainingLog', 'read_log']
+__all__ = ['TrainConfig', 'TrainingError', 'batch_indices', 'learning_rate', 'pair_indices', 'batches', 'compare_precisions',
+           'autocast', 'choose_precision', 'rank_me', 'spread', 'save_checkpoint', 'load_checkpoint', 'measured',
+           'train', 'TrainingLog', 'read_log']
 
 # %% ../nbs/09_train.ipynb #3920d63f
 class TrainConfig(Strict):
@@ -33,7 +34,13 @@ class TrainConfig(Strict):
     restart_epochs: pydantic.PositiveInt = 100 # Length of a cosine of the learning rate
     lr: pydantic.PositiveFloat = 2e-4 # At the start of each cosine
     lr_end: float = 2e-5 # At its end
+    warmup_steps: int = pydantic.Field(0, ge=0) # Over which the learning rate rises from 0, at the start of the run
+    weight_decay: float = pydantic.Field(0, ge=0) # Of AdamW; without it, it is Adam
+    clip_norm: float = pydantic.Field(0, ge=0) # Longest gradient that is taken as it is; 0 for no limit
+    joint_norm: bool = False # Normalise both views of a batch together; each by itself otherwise
     temperature: pydantic.PositiveFloat = .5 # Of NT-Xent
+    same_axon: pydantic.confloat(ge=0, le=1) = 0 # Share of pairs whose second view shows another synapse of the same axon
+    more: list[Source] = [] # Chunk stores of other runs to train on as well
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto' # `auto` takes bf16 if it agrees with fp32 here and is faster
     checkpoint_steps: pydantic.PositiveInt = 200 # Steps between checkpoints
     keep_checkpoints: pydantic.PositiveInt = 3 # How many of them to keep
@@ -60,16 +67,36 @@ def learning_rate(
 ) -> float:
     "Cosine from `lr` to `lr_end`, again every `restart_epochs` (Methods, *Training Schedule*)"
     phase = step/steps_per_epoch % config.restart_epochs/config.restart_epochs
-    return config.lr_end + (config.lr-config.lr_end)*(1+math.cos(math.pi*phase))/2
+    rate = config.lr_end + (config.lr-config.lr_end)*(1+math.cos(math.pi*phase))/2
+    return rate*min(1, (step+1)/max(1, config.warmup_steps))
+
+# %% ../nbs/09_train.ipynb #dfba2758
+def pair_indices(
+    first: np.ndarray, # `(B,)` synapses of the first views
+    axon: np.ndarray, # `(N,)` number of each synapse's axon
+    share: float, # Of pairs that show two synapses, where the axon has two
+    seed: int, *counters: int, # Which step it is
+) -> np.ndarray: # `(B,)` synapses of the second views
+    "For a share of the synapses another one of the same axon, for the others themselves"
+    rng = np.random.default_rng(key(seed, *counters))
+    order = np.argsort(axon, kind='stable')
+    start,n = np.searchsorted(axon[order], axon[first]),np.bincount(axon)[axon[first]]
+    place = np.argsort(order, kind='stable')[first]-start
+    step = 1 + np.floor(rng.random(len(first))*(n-1)).astype(int)
+    other = order[start + (place + np.minimum(step, n-1))%n]
+    return np.where(rng.random(len(first)) < share, other, first)
 
 # %% ../nbs/09_train.ipynb #9a7b5b43
 def batches(
     store: ChunkStore, # Where to read
     steps: range, # Which steps
-    batch_size: int, seed: int,
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]: # step, em, mask
+    indices: Callable[[int], tuple[np.ndarray, np.ndarray]], # Synapses of the first and of the second views of a step
+) -> Iterator[tuple[int, list]]: # step, and em and mask of both
     "The chunks of each step, read ahead by one"
-    read = lambda step: (step, *store.batch(batch_indices(len(store), batch_size, seed, step)))
+    def read(step):
+        first,second = indices(step)
+        chunks = store.batch(first)
+        return step,[chunks, chunks if np.array_equal(first, second) else store.batch(second)]
     with ThreadPoolExecutor(1) as pool:
         coming = None
         for step in steps:
@@ -168,6 +195,14 @@ def load_checkpoint(
         return about
 
 # %% ../nbs/09_train.ipynb #13995e7c
+def _axons(store: JoinedStores) -> np.ndarray: # `(N,)`
+    "A number for each presynaptic cell, of every synapse of the stores"
+    roots = []
+    for k,s in enumerate(store.stores):
+        table = read_table(s.path.parent/'synapses.parquet', 'synapses').set_index('id')
+        roots += [f'{k}:{r}' for r in table.pre_root_id.loc[s.ids]]
+    return np.unique(roots, return_inverse=True)[1]
+
 def measured(
     config: AugmentConfig, # Whose mean and sd may be left open
     store: ChunkStore, # What fetch measured
@@ -185,21 +220,21 @@ def train(
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path: # The weights
     "Train on the synapses of a run into `run/train/`; goes on from the newest checkpoint. Raises `TrainingError` if it cannot start or the loss is not a number"
-    folder,store = Path(run)/'train',ChunkStore.open(Path(run)/'chunks.zarr')
+    folder,store = Path(run)/'train',JoinedStores([ChunkStore.open(p) for p in (Path(run)/'chunks.zarr', *config.more)])
     augment,cube = measured(augment or AugmentConfig(), store),cube or CubeConfig()
-    n,device = len(store),torch.device(device)
+    n,device,axon = len(store),torch.device(device),_axons(store) if config.same_axon else None
     if n < config.batch_size: raise TrainingError(f"{run}: {n} synapses do not fill a batch of {config.batch_size}; lower train.batch_size")
     steps_per_epoch = n//config.batch_size
     n_steps = config.epochs*steps_per_epoch
-    origin = made_by(config, seed=config.seed, augment=digest(augment), cube=digest(cube), chunks=digest(store.attrs['made_by']))
+    origin = made_by(config.model_copy(update=dict(more=[])), seed=config.seed, augment=digest(augment), cube=digest(cube), chunks=digest(store.attrs['made_by']))
     if restart:
         for old in [*_checkpoints(folder), folder/'log.jsonl', folder/'weights.safetensors']: old.unlink(missing_ok=True)
         shutil.rmtree(folder/'tensorboard', ignore_errors=True)
 
     net = SynapseNet(config.model, config.seed).to(device)
-    optimizer = torch.optim.Adam(net.parameters(), lr=config.lr)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     augmenter = Augmenter(augment, store.voxel_nm, cube.size, cube.voxel_nm, device)
-    plain = Augmenter(AugmentConfig.extract(mean=augment.mean, sd=augment.sd), store.voxel_nm, cube.size, cube.voxel_nm, device)
+    plain = Augmenter(AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank, background=augment.background), store.voxel_nm, cube.size, cube.voxel_nm, device)
     watched = plain(*store.batch(np.random.default_rng(key(config.seed)).permutation(n)[:config.watch]))
 
     about = load_checkpoint(folder, net, optimizer)
@@ -211,16 +246,20 @@ def train(
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[about['precision']]
     log = TrainingLog(folder, about)
 
-    losses = []
+    losses,pool = [],ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[1])
     bar = progress(total=n_steps, initial=about['step'], desc=f"train ({about['precision']})", unit='step')
-    for step,em,mask in batches(store, range(about['step'], n_steps), config.batch_size, config.seed):
+    def indices(step):
+        first = batch_indices(n, config.batch_size, config.seed, step)
+        return first,pair_indices(first, axon, config.same_axon, config.seed, *divmod(step, steps_per_epoch), 2) if config.same_axon else first
+    for step,chunks in batches(store, range(about['step'], n_steps), indices):
         epoch,i = divmod(step, steps_per_epoch)
         for group in optimizer.param_groups: group['lr'] = learning_rate(config, step, steps_per_epoch)
-        views = [augmenter(em, mask, key(config.seed, epoch, i, view)) for view in (0, 1)]
-        with autocast(device, dtype): projections = [net(v).projection for v in views]
+        views = list(pool.map(lambda view: augmenter(*chunks[view], key(config.seed, epoch, i, view)), (0, 1)))
+        with autocast(device, dtype): projections = [net(v).projection for v in views] if not config.joint_norm else net(torch.cat(views)).projection.chunk(2)
         loss = nt_xent(*projections, config.temperature)
         optimizer.zero_grad()
         loss.backward()
+        if config.clip_norm: nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
         optimizer.step()
         losses.append(loss.detach())
         bar.update()
@@ -231,8 +270,8 @@ def train(
             losses = []
         if end_of_epoch: bar.set_postfix(log.epoch(step, epoch, net, watched, dtype, config), refresh=False)
         if checkpoint: save_checkpoint(folder, net, optimizer, config.keep_checkpoints, step=step+1, precision=about['precision'], origin=origin)
-    bar.close(); log.close()
-    save_weights(net.eval(), folder/'weights.safetensors', cube=cube.model_dump(), mean=augment.mean, sd=augment.sd, steps=n_steps, made_by=origin)
+    bar.close(); log.close(); pool.shutdown()
+    save_weights(net.eval(), folder/'weights.safetensors', cube=cube.model_dump(), augment=augment.model_dump(mode='json'), steps=n_steps, made_by=origin)
     return folder/'weights.safetensors'
 
 # %% ../nbs/09_train.ipynb #3b7fac70

@@ -17,7 +17,7 @@ $(BIN)/.installed: settings.ini setup.py
 	touch $@
 
 demo: install
-	synapseclr run --config configs/vnc.toml
+	synapseclr demo
 
 test: install check notebooks site
 	python -m pytest -q tests

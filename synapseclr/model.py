@@ -81,7 +81,9 @@ class SynapseNet(nn.Module):
         initialize(self, torch.Generator().manual_seed(seed))
 
     def forward(self, x: Tensor) -> Features:
-        backbone = self.backbone(self.fold(x))
+        x = self.fold(x)
+        if not torch.is_autocast_enabled(x.device.type): x = x.contiguous(memory_format=torch.channels_last_3d) # fp32 on a CPU: 1.4 times as fast
+        backbone = self.backbone(x)
         return Features(backbone, *self.projector(backbone))
 
 # %% ../nbs/07_model.ipynb #719ac9a6

@@ -11,8 +11,9 @@ import numba as nb, numpy as np
 from scipy import ndimage
 
 # %% auto #0
-__all__ = ['GLIA_NM', 'Tissue', 'empty_tissue', 'smooth_field', 'Curve', 'grow', 'membrane', 'paint_cells', 'paint_mitochondrion',
-           'paint_tube', 'paint_nucleus', 'paint_synapse', 'paint_vesicles', 'take_images']
+__all__ = ['GLIA_NM', 'unit', 'Tissue', 'empty_tissue', 'smooth_field', 'wander', 'evenly', 'rough', 'Curve', 'grow', 'membrane',
+           'paint_cells', 'paint_mitochondrion', 'paint_tube', 'paint_nucleus', 'paint_synapse', 'paint_vesicles',
+           'take_images']
 
 # %% ../nbs/00b_neuropil.ipynb #58d0ed2a
 @dataclass
@@ -73,6 +74,47 @@ def smooth_field(
             part = np.take(part, low, axis)*(1-share) + np.take(part, low+1, axis)*share
         out[z:z+16] = part.clip(-limit, limit)
     return out
+
+# %% ../nbs/00b_neuropil.ipynb #29f30a4a
+unit = lambda v: v/np.linalg.norm(v, axis=-1, keepdims=True)
+
+def wander(
+    rng: np.random.Generator,
+    extent_nm: np.ndarray, # Of the block, `(z, y, x)`
+    length_nm: float, step_nm: float, # Of the path
+    bend: float, # How much it turns at each step
+    start=None, direction=None, # Anywhere, in any direction, if absent
+    stay: bool = False, # Turn back at the walls
+) -> np.ndarray: # `(n, 3)`
+    "A path that keeps its direction for a while"
+    p = rng.uniform(-.03, 1.03, 3)*extent_nm if start is None else np.array(start, float)
+    d = unit(rng.normal(size=3)) if direction is None else np.array(direction, float)
+    path = [p]
+    for turn in rng.normal(size=(int(length_nm/step_nm), 3))*bend:
+        d = unit(d+turn)
+        if stay: d = np.where((p < 200) & (d < 0) | (p > extent_nm-200) & (d > 0), -d, d)
+        p = p + d*step_nm
+        path.append(p)
+    return np.array(path)
+
+def evenly(
+    path: np.ndarray, # `(n, 3)`
+    step_nm: float,
+) -> np.ndarray: # `(m, 3)`
+    "The same path as a smooth curve, in equal steps"
+    s = np.r_[0, np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))]
+    at = np.arange(0, s[-1], step_nm)
+    fine = np.stack([np.interp(at, s, path[:, a]) for a in range(3)], 1)
+    return ndimage.gaussian_filter1d(fine, .3*np.median(np.diff(s))/step_nm, axis=0, mode='nearest')
+
+def rough(
+    rng: np.random.Generator,
+    n: int, scale: float, # Of the result, and how many of its steps a lump is long
+    sd: float,
+) -> np.ndarray: # `(n,)` around 1
+    "A radius that swells and thins"
+    g = ndimage.gaussian_filter1d(rng.normal(size=n+2), scale)[:n]
+    return 1 + sd*g*math.sqrt(2*scale*math.sqrt(math.pi))
 
 # %% ../nbs/00b_neuropil.ipynb #cf09ad47
 @dataclass

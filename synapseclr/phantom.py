@@ -8,18 +8,17 @@ import json, math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd, pydantic
+import numpy as np, pandas as pd
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from .core import Strict, SynapseCLRError, atomic, made_by, progress
-from .neuropil import (Curve, Tissue, empty_tissue, grow, paint_cells, paint_mitochondrion, paint_nucleus, paint_synapse, paint_tube,
-    paint_vesicles, take_images)
+from .neuropil import (Curve, Tissue, empty_tissue, evenly, grow, paint_cells, paint_mitochondrion, paint_nucleus, paint_synapse,
+    paint_tube, paint_vesicles, rough, take_images, unit, wander)
 from .volume import write_layer
 
 # %% auto #0
-__all__ = ['habits', 'sizes', 'unit', 'latents', 'Habit', 'PhantomConfig', 'PhantomError', 'wander', 'evenly', 'rough', 'Cell',
-           'Plan', 'plan_dendrites', 'plan_axons', 'plan_filler', 'paint', 'add_defects', 'write_tables',
-           'make_phantom']
+__all__ = ['habits', 'sizes', 'latents', 'Habit', 'PhantomConfig', 'PhantomError', 'Cell', 'Plan', 'plan_dendrites', 'plan_axons',
+           'plan_filler', 'paint', 'add_defects', 'write_tables', 'make_phantom']
 
 # %% ../nbs/01_phantom.ipynb #e519a5a8
 class Habit(Strict):
@@ -61,47 +60,6 @@ sizes = dict(small=dict(shape=(96, 384, 384)), demo=dict(), paper=dict(shape=(25
 
 class PhantomError(SynapseCLRError):
     "A phantom cannot be made"
-
-# %% ../nbs/01_phantom.ipynb #b12a21e9
-unit = lambda v: v/np.linalg.norm(v, axis=-1, keepdims=True)
-
-def wander(
-    rng: np.random.Generator,
-    extent_nm: np.ndarray, # Of the block, `(z, y, x)`
-    length_nm: float, step_nm: float, # Of the path
-    bend: float, # How much it turns at each step
-    start=None, direction=None, # Anywhere, in any direction, if absent
-    stay: bool = False, # Turn back at the walls
-) -> np.ndarray: # `(n, 3)`
-    "A path that keeps its direction for a while"
-    p = rng.uniform(-.03, 1.03, 3)*extent_nm if start is None else np.array(start, float)
-    d = unit(rng.normal(size=3)) if direction is None else np.array(direction, float)
-    path = [p]
-    for turn in rng.normal(size=(int(length_nm/step_nm), 3))*bend:
-        d = unit(d+turn)
-        if stay: d = np.where((p < 200) & (d < 0) | (p > extent_nm-200) & (d > 0), -d, d)
-        p = p + d*step_nm
-        path.append(p)
-    return np.array(path)
-
-def evenly(
-    path: np.ndarray, # `(n, 3)`
-    step_nm: float,
-) -> np.ndarray: # `(m, 3)`
-    "The same path as a smooth curve, in equal steps"
-    s = np.r_[0, np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))]
-    at = np.arange(0, s[-1], step_nm)
-    fine = np.stack([np.interp(at, s, path[:, a]) for a in range(3)], 1)
-    return ndimage.gaussian_filter1d(fine, .3*np.median(np.diff(s))/step_nm, axis=0, mode='nearest')
-
-def rough(
-    rng: np.random.Generator,
-    n: int, scale: float, # Of the result, and how many of its steps a lump is long
-    sd: float,
-) -> np.ndarray: # `(n,)` around 1
-    "A radius that swells and thins"
-    g = ndimage.gaussian_filter1d(rng.normal(size=n+2), scale)[:n]
-    return 1 + sd*g*math.sqrt(2*scale*math.sqrt(math.pi))
 
 # %% ../nbs/01_phantom.ipynb #3d92010c
 @dataclass

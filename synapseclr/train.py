@@ -254,7 +254,7 @@ def train(
     for step,chunks in batches(store, range(about['step'], n_steps), indices):
         epoch,i = divmod(step, steps_per_epoch)
         for group in optimizer.param_groups: group['lr'] = learning_rate(config, step, steps_per_epoch)
-        views = list(pool.map(lambda view: augmenter(*chunks[view], key(config.seed, epoch, i, view)), (0, 1)))
+        views = list(pool.map(lambda chunk, view: augmenter(*chunk, view), chunks, [key(config.seed, epoch, i, view) for view in (0, 1)]))
         with autocast(device, dtype): projections = [net(v).projection for v in views] if not config.joint_norm else net(torch.cat(views)).projection.chunk(2)
         loss = nt_xent(*projections, config.temperature)
         optimizer.zero_grad()

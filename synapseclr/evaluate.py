@@ -97,7 +97,6 @@ def score_targets(
     "What a linear probe reads off the features about synapses of other neurons"
     pre,post = table.pre_neuron.to_numpy(),table.post_neuron.to_numpy()
     targets,read = _targets(table),{}
-    means = ['pre_mean', 'cleft_mean', 'post_mean']
     for name,y,*_ in targets:
         if name not in read: read[name] = [out_of_fold(x, y, pre, post) for x in sets.values()]
     y = targets[0][1]

@@ -122,8 +122,9 @@ def compare_precisions(
             nt_xent(*z).backward()
             if views.is_cuda: torch.cuda.synchronize()
             seconds.append(time.perf_counter()-start)
+            if found and seconds[0] > 10*found['fp32'][2]: break # some CPUs only emulate it
         gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
-        found[name] = torch.cat(z).detach().float(),gradient,min(seconds[1:])
+        found[name] = torch.cat(z).detach().float(),gradient,min(seconds[1:] or seconds)
     net.zero_grad(); net.load_state_dict(state)
     (z,g,slow),(z_,g_,fast) = found['fp32'],found['bf16']
     return dict(projection_cosine=F.cosine_similarity(z, z_).min().item(), gradient_cosine=F.cosine_similarity(g, g_, 0).item(), fp32_seconds=slow, bf16_seconds=fast)

@@ -54,6 +54,18 @@ def test_earlier_stage_is_missing(stage, tiny, tmp_path, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, stage, '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook')
     assert code == 1 and 'synapseclr run' in text
 
+@pytest.mark.parametrize('stage,said', [('phantom', 'its synapses come from [data]'), ('evaluate', 'there is no truth to compare with')])
+def test_no_phantom(stage, said, tiny, tmp_path, capsys, monkeypatch):
+    code,text = say(capsys, monkeypatch, stage, '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook')
+    assert code == 1 and said in text
+
+def test_another_phantom_is_there(tmp_path, capsys, monkeypatch):
+    from synapseclr.phantom import PhantomConfig, make_phantom
+    make_phantom(tmp_path, PhantomConfig(shape=(64, 256, 256)))
+    before = files(tmp_path, '**/*')
+    code,text = say(capsys, monkeypatch, 'phantom', '--out', tmp_path, '--size', 'small')
+    assert code == 1 and 'choose another folder' in text and files(tmp_path, '**/*') == before
+
 def test_interrupted(tiny, tmp_path):
     "Ctrl-C in training says how to go on, without a traceback"
     run = f'run={tmp_path/"run"}'

@@ -70,7 +70,7 @@ def test_interrupted(tiny, tmp_path):
     "Ctrl-C in training says how to go on, without a traceback"
     run = f'run={tmp_path/"run"}'
     assert synapseclr('fetch', '--config', tiny, '--set', run, '--no-notebook', cwd=tmp_path).returncode == 0
-    stop = "import os, signal; import synapseclr.train as t; f = t.nt_xent; t.nt_xent = lambda *a: (os.kill(os.getpid(), signal.SIGINT), f(*a))[1]; "
+    stop = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); import synapseclr.train as t; f = t.nt_xent; t.nt_xent = lambda *a: (os.kill(os.getpid(), signal.SIGINT), f(*a))[1]; "
     done = python(stop + 'from synapseclr.cli import main; main()', 'train', '--config', tiny, '--set', run, '--no-notebook', cwd=tmp_path)
     assert done.returncode == 130 and done.stderr.strip().endswith('give the same command again to go on') and 'Traceback' not in done.stderr
 

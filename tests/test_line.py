@@ -137,7 +137,7 @@ def test_phantom_line(tmp_path):
     assert not (tmp_path/'run/phantom/phantom.json').exists()
     alive = synapseclr(*command, cwd=tmp_path)
     assert alive.returncode == 0, alive.stderr
-    whole = make_phantom(tmp_path/'whole', PhantomConfig(shape=(96, 384, 384), defects=.3))
+    whole = make_phantom(tmp_path/'whole', PhantomConfig(seed=2, shape=(96, 384, 384), defects=.3))
     assert files(tmp_path/'run/phantom', '**/*') == files(whole, '**/*')
     targets = read_table(tmp_path/'run/evaluation_targets.parquet', 'evaluation targets')
     assert set(targets.features) == {'trained', 'untrained', 'morphometrics', 'intensity', 'hand-made', 'latents'}

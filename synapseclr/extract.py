@@ -5,6 +5,8 @@
 # %% ../nbs/10_extract.ipynb #585c8524
 from __future__ import annotations
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pydantic, torch
 from .augment import AugmentConfig, Augmenter, CubeConfig
@@ -37,6 +39,11 @@ def _feature_table(ids: np.ndarray, features: Features) -> pa.Table:
     layers = {k: pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1]) for k,v in features._asdict().items()}
     return pa.table(dict(id=ids) | layers)
 
+@torch.inference_mode()
+def _look(net: SynapseNet, augmenter: Augmenter, chunks: tuple, view: int) -> Features:
+    "One view of some synapses"
+    return net(augmenter(*chunks, view))
+
 def extract(
     run: str|Path, # Run folder, fetched
     net: SynapseNet, # Trained or not
@@ -58,10 +65,10 @@ def extract(
         path,members = folder/f'{k:06d}.parquet',np.flatnonzero(shard == k)
         if path.exists() and read_tag(path).get('made_by') == origin: continue
         parts = []
-        with torch.inference_mode():
+        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[1]) as pool:
             for batch in np.split(members, range(batch_size, len(members), batch_size)):
                 chunks = store.batch(batch)
-                seen = [net(augmenter(*chunks, view)) for view in range(views)]
+                seen = pool.map(partial(_look, net, augmenter, chunks), range(views))
                 parts.append(Features(*(torch.stack(layer).mean(0) for layer in zip(*seen))))
         features = Features(*(torch.cat(layer).float().cpu().numpy() for layer in zip(*parts)))
         write_table(_feature_table(store.ids[members], features), path, 'features', origin)

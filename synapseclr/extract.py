@@ -60,12 +60,12 @@ def extract(
     augmenter = Augmenter(law, store.voxel_nm, cube.size, cube.voxel_nm, device)
     origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store))
     net = net.to(device).eval()
-    shard = store.places//store.per_shard
+    shard,at_once = store.places//store.per_shard,min(2, views)
     for k in progress(np.unique(shard), desc='extract', unit='shard'):
         path,members = folder/f'{k:06d}.parquet',np.flatnonzero(shard == k)
         if path.exists() and read_tag(path).get('made_by') == origin: continue
         parts = []
-        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[1]) as pool:
+        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=[max(1, torch.get_num_threads()//at_once)]) as pool:
             for batch in np.split(members, range(batch_size, len(members), batch_size)):
                 chunks = store.batch(batch)
                 seen = pool.map(partial(_look, net, augmenter, chunks), range(views))

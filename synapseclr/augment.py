@@ -67,6 +67,10 @@ class AugmentConfig(Strict):
         off = dict.fromkeys(['section_cutout_p', 'intensity_p', 'noise_p', 'displacement', 'blur_p', 'corner_cutout_p', 'cubic_cutout_p', 'centre_crop_p'], 0)
         return cls(**off | dict(turn='none', flip=False, inflation=(3, 3)) | changes)
 
+    def still(self, **changes) -> AugmentConfig:
+        "How to look at synapses, without anything random, for a network that was trained with this law"
+        return self.extract(**{k: getattr(self, k) for k in ('mean', 'sd', 'fill_blank', 'background', 'geometry')} | changes)
+
     @classmethod
     def released(cls) -> AugmentConfig:
         "What the published code feeds its network when it extracts features, for use with its weights"

@@ -168,4 +168,4 @@ def progress(
         from tqdm.std import tqdm as text_bar
         return text_bar(items, file=sys.stdout, mininterval=5, ascii=True, ncols=90, nrows=20, **kwargs)
     in_jupyter = 'ipykernel' in sys.modules
-    return tqdm(items, disable=False if in_jupyter else None, **kwargs)
+    return tqdm(items, **dict(disable=False if in_jupyter else None) | kwargs)

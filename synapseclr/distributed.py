@@ -13,17 +13,27 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['n_processes', 'process_rank', 'processes', 'sum_all', 'gather', 'sum_gradients', 'GlobalBatchNorm',
+__all__ = ['n_processes', 'process_rank', 'alone', 'processes', 'sum_all', 'gather', 'sum_gradients', 'GlobalBatchNorm',
            'normalise_together']
 
 # %% ../nbs/07a_distributed.ipynb #e534beb9
+_alone = False
+
 def n_processes() -> int:
     "How many processes work together; 1 without `torchrun`"
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 def process_rank() -> int:
     "Number of this process, from 0; the first one writes files"
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+
+@contextmanager
+def alone():
+    "What is computed inside concerns this process only"
+    global _alone
+    before,_alone = _alone,True
+    try: yield
+    finally: _alone = before
 
 @contextmanager
 def processes(

@@ -15,7 +15,7 @@ from .core import SynapseCLRError, atomic
 
 # %% auto #0
 __all__ = ['presets', 'initialize', 'Features', 'FoldVoxels', 'ModelError', 'Projector', 'SynapseNet', 'save_weights',
-           'load_weights']
+           'load_weights', 'read_network']
 
 # %% ../nbs/07_model.ipynb #129941fd
 def initialize(
@@ -44,9 +44,11 @@ class FoldVoxels(nn.Module):
         x = x.view(b, c, z//2, 2, y//2, 2, x_//2, 2)
         return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, 8*c, z//2, y//2, x_//2)
 
+_ours = dict(no_max_pool=True, shortcut_type='B', bias_downsample=False)
 presets = dict(
-    paper=dict(layers=[2, 2, 2, 2], block_inplanes=[64, 128, 256, 512], n_input_channels=1, conv1_t_size=7, conv1_t_stride=2),
-    demo=dict(layers=[1, 1, 1, 1], block_inplanes=[16, 64, 128, 128], n_input_channels=8, conv1_t_size=3, conv1_t_stride=1))
+    paper=_ours | dict(layers=[2, 2, 2, 2], block_inplanes=[64, 128, 256, 512], n_input_channels=1, conv1_t_size=7, conv1_t_stride=2),
+    demo=_ours | dict(layers=[1, 1, 1, 1], block_inplanes=[16, 64, 128, 128], n_input_channels=8, conv1_t_size=3, conv1_t_stride=1),
+    medicalnet=dict(layers=[2, 2, 2, 2], block_inplanes=[64, 128, 256, 512], n_input_channels=1, conv1_t_size=7, conv1_t_stride=2, shortcut_type='A', bias_downsample=True))
 
 # %% ../nbs/07_model.ipynb #fa5358ba
 class ModelError(SynapseCLRError):
@@ -65,26 +67,40 @@ class Projector(nn.Module):
 class SynapseNet(nn.Module):
     "Backbone and projector: `(B, 1, D, D, D)` to `Features`"
     def __init__(self,
-        preset: Literal['paper', 'demo'] = 'paper', # The paper's network, or one for two CPU cores
+        preset: Literal['paper', 'demo', 'medicalnet'] = 'paper', # The paper's network, one for two CPU cores, or the shape of MedicalNet's, to read its weights into
         seed: int = 0, # Of the initial weights
     ):
         from monai.networks.nets.resnet import ResNet # here, since importing MONAI takes seconds
         super().__init__()
         if preset not in presets: raise ModelError(f"there is no network '{preset}'; there are {', '.join(presets)}")
-        self.preset = preset
+        self.preset,self.channels_last = preset,True # fp32 on a CPU: 1.4 times as fast; `08b_precision` measures
         width = presets[preset]['block_inplanes'][-1]
-        self.reduction = 8 if preset == 'demo' else 16 # Side of the input over side of the last feature map
+        self.reduction = dict(paper=16, demo=8, medicalnet=32)[preset] # Side of the input over side of the last feature map
         self.fold = FoldVoxels() if preset == 'demo' else nn.Identity()
-        self.backbone = ResNet(block='basic', spatial_dims=3, no_max_pool=True, shortcut_type='B', bias_downsample=False, feed_forward=False, **presets[preset])
+        self.backbone = ResNet(block='basic', spatial_dims=3, feed_forward=False, **presets[preset])
         if preset == 'demo': self.backbone.layer1,self.backbone.layer4 = nn.Identity(),nn.Identity()
         self.projector = Projector(width, 128)
         initialize(self, torch.Generator().manual_seed(seed))
 
     def forward(self, x: Tensor) -> Features:
         x = self.fold(x)
-        if not torch.is_autocast_enabled(x.device.type): x = x.contiguous(memory_format=torch.channels_last_3d) # fp32 on a CPU: 1.4 times as fast
+        if self.channels_last: x = x.contiguous(memory_format=torch.channels_last_3d)
         backbone = self.backbone(x)
         return Features(backbone, *self.projector(backbone))
+
+    @classmethod
+    def from_released(cls,
+        path: str|Path, # Checkpoint of the published SynapseCLR, with or without `module.` before its names
+    ) -> SynapseNet: # In evaluation mode
+        "Read published weights; feed the network with `AugmentConfig.released()`. Raises `ModelError` unless every array is there with its shape, and no other"
+        return _filled(cls('paper'), path, _released_name)
+
+    @classmethod
+    def from_medicalnet(cls,
+        path: str|Path, # Its `resnet_18.pth` or `resnet_18_23dataset.pth`
+    ) -> SynapseNet: # In evaluation mode; the projector is random
+        "Read MedicalNet's weights, as a baseline. Raises `ModelError` unless every array is there with its shape, and no other"
+        return _filled(cls('medicalnet'), path, lambda name: name.removeprefix('backbone.') if name.startswith('backbone.') else None)
 
 # %% ../nbs/07_model.ipynb #719ac9a6
 def save_weights(
@@ -109,3 +125,37 @@ def load_weights(
     try: net.load_state_dict(state)
     except RuntimeError as e: raise ModelError(f"{path}: {e}") from None
     return net.eval(),header['about']
+
+# %% ../nbs/07_model.ipynb #582abab3
+def _released_name(name: str) -> str:
+    "What the published code calls an array of ours"
+    for ours,theirs in (('backbone.', 'encoder.'), ('projector.first.', 'projector.mlp.0.'), ('projector.norm.', 'projector.mlp.1.'), ('projector.second.', 'projector.mlp.3.')):
+        if name.startswith(ours): return theirs + name.removeprefix(ours)
+
+def _arrays(path: str|Path) -> dict[str, Tensor]:
+    "The state dictionary in a file of torch, without `module.`"
+    try: found = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError: raise ModelError(f"{path}: there is no such file; get the weights from their authors, and state where they are") from None
+    except Exception as e: raise ModelError(f"{path}: not readable as weights of torch: {str(e).splitlines()[0]}") from None
+    for key in ('state_dict', 'model_state_dict'):
+        if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()): raise ModelError(f"{path}: not a dictionary of arrays")
+    return {k.removeprefix('module.'): v for k,v in found.items()}
+
+def _filled(net: SynapseNet, path: str|Path, name_of) -> SynapseNet:
+    "`net` with the arrays of `path`; `name_of` tells what each is called there, None for one that is not"
+    state,found = net.state_dict(),_arrays(path)
+    wanted = {name_of(k): v for k,v in state.items() if name_of(k)}
+    problems = [f"lacks {k}" for k in wanted if k not in found] + [f"has an unknown {k}" for k in found if k not in wanted]
+    problems += [f"{k} is {tuple(found[k].shape)}, expected {tuple(v.shape)}" for k,v in wanted.items() if k in found and found[k].shape != v.shape]
+    if problems: raise ModelError(f"{path}: {'; '.join(problems[:4])}" + (f"; and {len(problems)-4} more" if len(problems) > 4 else ''))
+    net.load_state_dict({k: found.get(name_of(k), v) for k,v in state.items()})
+    return net.eval()
+
+def read_network(
+    path: str|Path, # Ours (safetensors), the published SynapseCLR's, or MedicalNet's
+) -> tuple[SynapseNet, dict]: # The network, and what is known about it: `cube` and `augment` where it is made for some input
+    "Read weights of any kind that is known. Raises `ModelError` if they are of none"
+    if Path(path).suffix == '.safetensors': return load_weights(path)
+    if 'conv1.weight' in _arrays(path): return SynapseNet.from_medicalnet(path),{}
+    return SynapseNet.from_released(path),dict(cube=dict(size=96, voxel_nm=14.3), augment=dict(geometry='released'))

@@ -11,7 +11,8 @@ import pyarrow as pa, pyarrow.parquet as pq
 from .core import SynapseCLRError, atomic
 
 # %% auto #0
-__all__ = ['names', 'centres_nm', 'centres_vx', 'ids', 'TableError', 'write_table', 'read_tag', 'read_table', 'read_synapses']
+__all__ = ['names', 'centres_nm', 'centres_vx', 'ids', 'TableError', 'write_table', 'read_tag', 'read_table', 'read_synapses',
+           'read_ids']
 
 # %% ../nbs/02_tables.ipynb #6469e68f
 class TableError(SynapseCLRError):
@@ -133,3 +134,20 @@ def _position_problems(centres, bounds_nm) -> list[str]:
     outside = finite & ((centres < lo) | (centres >= hi)).any(1)
     if outside.any(): problems.append(f"positions outside the volume, {lo} to {hi} nm (x, y, z), in {_examples(outside)}: are units and voxel size right?")
     return problems
+
+# %% ../nbs/02_tables.ipynb #707f2c32
+def read_ids(
+    path: str|Path, # csv, parquet or feather with a column `id`, or text with one id in each line
+) -> np.ndarray: # `(n,)` int64
+    "Read ids of synapses. Raises `TableError` if there are none, or if they are not whole numbers"
+    path = Path(path)
+    if path.suffix in ('.csv', '.parquet', '.feather'):
+        table = _load(path)
+        if 'id' not in table: raise TableError(f"{path}: no column 'id'")
+        if problem := _id_problem('an id', table['id']): raise TableError(f"{path}: {problem}")
+        return table['id'].to_numpy(np.int64)
+    if not path.exists(): raise TableError(f"{path}: there is no such file")
+    try: ids = [int(line) for line in path.read_text().split()]
+    except ValueError as e: raise TableError(f"{path}: not a list of ids: {e}") from None
+    if not ids: raise TableError(f"{path}: no ids")
+    return np.array(ids, np.int64)

@@ -7,29 +7,35 @@ from __future__ import annotations
 import json, math, shutil, time, warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
-import numpy as np, pydantic, safetensors, safetensors.torch, torch
-import torch.nn.functional as F
+import numpy as np, pandas as pd, pydantic, safetensors, safetensors.torch, torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from .augment import AugmentConfig, Augmenter, CubeConfig
 from .core import Source, Strict, SynapseCLRError, atomic, digest, key, made_by, progress
-from .loss import nt_xent, nt_xent_floor, nt_xent_start
+from .distributed import n_processes, normalise_together, process_rank, processes, sum_all, sum_gradients
+from .loss import nt_xent, nt_xent_floor, nt_xent_start, vicreg
 from .model import SynapseNet, save_weights
+from .monitor import TrainingLog, Watch
+from .precision import autocast, choose_mode
 from .store import ChunkStore, JoinedStores
-from .tables import read_table
+from .tables import read_ids, read_table
 
 # %% auto #0
-__all__ = ['TrainConfig', 'TrainingError', 'batch_indices', 'learning_rate', 'pair_indices', 'batches', 'compare_precisions',
-           'autocast', 'choose_precision', 'rank_me', 'spread', 'save_checkpoint', 'load_checkpoint', 'measured',
-           'train', 'TrainingLog', 'read_log']
+__all__ = ['TrainConfig', 'TrainingError', 'batch_indices', 'held_out_and_watched', 'learning_rate', 'pair_indices', 'batches',
+           'frozen_statistics', 'backward', 'save_checkpoint', 'load_checkpoint', 'measured', 'train', 'read_log']
 
 # %% ../nbs/09_train.ipynb #3920d63f
 class TrainConfig(Strict):
     "How to train; the defaults are the paper's"
     model: Literal['paper', 'demo'] = 'paper' # Network preset
     seed: int = 0 # Of weights, order and views
-    batch_size: int = pydantic.Field(192, ge=2) # Synapses in a step, two views each
+    batch_size: int = pydantic.Field(192, ge=2) # Synapses in a step, two views each, over all processes
+    micro_batch: int = pydantic.Field(0, ge=0) # Synapses that are in memory at once, in each process; 0 for all of its batch
     epochs: pydantic.PositiveInt = 200
     restart_epochs: pydantic.PositiveInt = 100 # Length of a cosine of the learning rate
     lr: pydantic.PositiveFloat = 2e-4 # At the start of each cosine
@@ -38,20 +44,24 @@ class TrainConfig(Strict):
     weight_decay: float = pydantic.Field(0, ge=0) # Of AdamW; without it, it is Adam
     clip_norm: float = pydantic.Field(0, ge=0) # Longest gradient that is taken as it is; 0 for no limit
     joint_norm: bool = False # Normalise both views of a batch together; each by itself otherwise
+    objective: Literal['nt_xent', 'vicreg'] = 'nt_xent'
     temperature: pydantic.PositiveFloat = .5 # Of NT-Xent
+    ignore_neurites: bool = False # NT-Xent does not push apart synapses of the same axon or dendrite
     same_axon: pydantic.confloat(ge=0, le=1) = 0 # Share of pairs whose second view shows another synapse of the same axon
     more: list[Source] = [] # Chunk stores of other runs to train on as well
+    exclude: Source|None = None # Table with a column `id`, or text with an id in each line: synapses of this run that are never trained on
     precision: Literal['auto', 'fp32', 'bf16'] = 'auto' # `auto` takes bf16 if it agrees with fp32 here and is faster
+    compile: Literal['auto', 'on', 'off'] = 'auto' # `auto` tries torch.compile if the run takes longer than an hour
     checkpoint_steps: pydantic.PositiveInt = 200 # Steps between checkpoints
     keep_checkpoints: pydantic.PositiveInt = 3 # How many of them to keep
-    watch: pydantic.PositiveInt = 256 # Synapses on which collapse is watched
+    watch: pydantic.PositiveInt = 256 # Synapses that are looked at after each epoch; some of them, at most a twentieth of all, are held out of training
 
 class TrainingError(SynapseCLRError):
     "Training cannot start, or has gone wrong"
 
 # %% ../nbs/09_train.ipynb #a8be5997
 def batch_indices(
-    n: int, # Synapses in the store
+    n: int, # Synapses to train on
     batch_size: int, # Of a step
     seed: int, # Of the run
     step: int, # Counted from the start of the run
@@ -59,6 +69,16 @@ def batch_indices(
     "Which synapses a step sees"
     epoch,i = divmod(step, n//batch_size)
     return np.random.default_rng(key(seed, epoch)).permutation(n)[i*batch_size:(i+1)*batch_size]
+
+def held_out_and_watched(
+    allowed: np.ndarray, # Synapses that are not excluded
+    watch: int, # How many to look at
+    seed: int, # Of the run
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Training, held out, watched; the last begins with the held-out ones
+    "Deal the synapses of a run"
+    order = np.random.default_rng(key(seed)).permutation(allowed)
+    n = max(2, min(watch, len(order)//20))
+    return np.sort(order[n:]),order[:n],order[:max(n, watch)]
 
 def learning_rate(
     config: TrainConfig,
@@ -91,82 +111,55 @@ def batches(
     store: ChunkStore, # Where to read
     steps: range, # Which steps
     indices: Callable[[int], tuple[np.ndarray, np.ndarray]], # Synapses of the first and of the second views of a step
-) -> Iterator[tuple[int, list]]: # step, and em and mask of both
+) -> Iterator[tuple[int, list, float]]: # step, em and mask of both, and seconds that were waited
     "The chunks of each step, read ahead by one"
     def read(step):
         first,second = indices(step)
         chunks = store.batch(first)
-        return step,[chunks, chunks if np.array_equal(first, second) else store.batch(second)]
+        return [chunks, chunks if np.array_equal(first, second) else store.batch(second)]
     with ThreadPoolExecutor(1) as pool:
         coming = None
         for step in steps:
-            ready,coming = coming or pool.submit(read, step), None
+            ready = coming or pool.submit(read, step)
             if step+1 in steps: coming = pool.submit(read, step+1)
-            yield ready.result()
+            start = time.perf_counter()
+            yield step,ready.result(),time.perf_counter()-start
 
 # %% ../nbs/09_train.ipynb #74b10a76
-def compare_precisions(
-    net: SynapseNet, # Left as it was
-    views: Tensor, # `(B, 1, D, D, D)` real input
-    repeats: int = 2, # Timed passes, after one that warms up
-) -> dict: # Cosines between bf16 and fp32, and seconds of each
-    "Forward and backward in fp32 and in bf16"
-    state = {k: v.clone() for k,v in net.state_dict().items()}
-    found,half = {},len(views)//2
-    for name,dtype in (('fp32', torch.float32), ('bf16', torch.bfloat16)):
-        seconds = []
-        for _ in range(1+repeats):
-            net.zero_grad()
-            start = time.perf_counter()
-            with autocast(views.device, dtype): z = [net(v).projection for v in (views[:half], views[half:])]
-            nt_xent(*z).backward()
-            if views.is_cuda: torch.cuda.synchronize()
-            seconds.append(time.perf_counter()-start)
-            if found and seconds[0] > 10*found['fp32'][2]: break # some CPUs only emulate it
-        gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
-        found[name] = torch.cat(z).detach().float(),gradient,min(seconds[1:] or seconds)
-    net.zero_grad(); net.load_state_dict(state)
-    (z,g,slow),(z_,g_,fast) = found['fp32'],found['bf16']
-    return dict(projection_cosine=F.cosine_similarity(z, z_).min().item(), gradient_cosine=F.cosine_similarity(g, g_, 0).item(), fp32_seconds=slow, bf16_seconds=fast)
+@contextmanager
+def frozen_statistics(net: nn.Module):
+    "The running statistics of batch normalisation stay as they are inside"
+    norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for m in norms: m.momentum = 0.
+    try: yield
+    finally:
+        for m,o in zip(norms, momenta): m.momentum = o
 
-def autocast(device: torch.device, dtype: torch.dtype):
-    "Mixed precision in `dtype`; float32 is plain"
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-def choose_precision(
-    config: TrainConfig,
-    comparison: dict, # From `compare_precisions`
-    last_map: int, # Side of the network's last feature map, voxels
-    device: torch.device,
-) -> str: # `fp32` or `bf16`
-    "What the comparison speaks for, unless the configuration says otherwise"
-    if config.precision != 'auto': return config.precision
-    if device.type == 'cpu' and last_map < 3: return 'fp32'
-    c = comparison
-    return 'bf16' if c['projection_cosine'] > .98 and c['gradient_cosine'] > .9 and c['bf16_seconds'] < c['fp32_seconds'] else 'fp32'
-
-# %% ../nbs/09_train.ipynb #0bed74aa
-def rank_me(
-    features: Tensor, # `(N, d)`
-) -> float: # From 1 to min(N, d)
-    "Effective rank of the centred features"
-    s = torch.linalg.svdvals((features-features.mean(0)).double())
-    p = s/s.sum() + 1e-12
-    return torch.exp(-(p*p.log()).sum()).item()
-
-def spread(
-    projections: Tensor, # `(N, d)`
-) -> float: # From 0 to 1
-    "Root mean square distance of the normalised projections from their centre"
-    z = F.normalize(projections.double(), dim=1)
-    return (z-z.mean(0)).square().sum(1).mean().sqrt().item()
+def backward(
+    net: nn.Module, # Receives the gradient
+    parts: list[slice], # Of the process's batch
+    project: Callable[[slice], tuple[Tensor, Tensor]], # Projections of both views of a part, with their graph
+    objective: Callable[[Tensor, Tensor], Tensor], # Of all projections
+) -> Tensor: # The loss, this process's share
+    "The gradient of the objective of a batch, a part at a time"
+    if len(parts) == 1:
+        loss = objective(*project(parts[0]))
+        loss.backward()
+        return loss.detach()
+    with torch.no_grad(), frozen_statistics(net): z = [project(p) for p in parts]
+    z = [torch.cat(view).requires_grad_() for view in zip(*z)]
+    loss = objective(*z)
+    loss.backward()
+    for p in parts: torch.autograd.backward(project(p), [view.grad[p] for view in z])
+    return loss.detach()
 
 # %% ../nbs/09_train.ipynb #1ec1ca72
 def save_checkpoint(
     folder: Path, # `train/` of the run
     net: SynapseNet, optimizer: torch.optim.Optimizer,
     keep: int, # How many to leave
-    **about, # step, precision, origin
+    **about, # step, mode, origin
 ):
     "Write a checkpoint, and delete the oldest ones"
     tensors = {f'net.{k}': v for k,v in net.state_dict().items()}
@@ -195,14 +188,25 @@ def load_checkpoint(
             optimizer.state[p] = {k: tensors[f'adam.{k}.{name}'] for k in ('step', 'exp_avg', 'exp_avg_sq')}
         return about
 
-# %% ../nbs/09_train.ipynb #13995e7c
-def _axons(store: JoinedStores) -> np.ndarray: # `(N,)`
-    "A number for each presynaptic cell, of every synapse of the stores"
-    roots = []
+# %% ../nbs/09_train.ipynb #2def8c38
+def _table(
+    store: JoinedStores,
+    types: pd.Series|None, # By root id: whether a neuron is inhibitory
+) -> pd.DataFrame: # A row for each synapse: id, pre, post, and what the monitor can use
+    tables = []
     for k,s in enumerate(store.stores):
-        table = read_table(s.path.parent/'synapses.parquet', 'synapses').set_index('id')
-        roots += [f'{k}:{r}' for r in table.pre_root_id.loc[s.ids]]
-    return np.unique(roots, return_inverse=True)[1]
+        t = read_table(s.path.parent/'synapses.parquet', 'synapses').set_index('id').loc[s.ids].reset_index()
+        known = t[['id', *({'cleft_cos_z', 'n_blank_sections'} & set(t))]].assign(store=k, pre=f'{k}:' + t.pre_root_id.astype(str), post=f'{k}:' + t.post_root_id.astype(str))
+        tables.append(known if types is None else known.assign(inhibitory=t.pre_root_id.map(types)))
+    t = pd.concat(tables, ignore_index=True)
+    return t.assign(**{side: np.unique(t[side], return_inverse=True)[1] for side in ('pre', 'post')})
+
+def _allowed(config: TrainConfig, table: pd.DataFrame) -> np.ndarray:
+    "Synapses that may be trained on"
+    if not config.exclude: return np.arange(len(table))
+    ids = read_ids(config.exclude)
+    if len(lost := np.setdiff1d(ids, table.id)) == len(ids): raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(lost)} ids is in this run")
+    return np.flatnonzero(~(table.id.isin(ids) & (table.store == 0)))
 
 def measured(
     config: AugmentConfig, # Whose mean and sd may be left open
@@ -212,6 +216,7 @@ def measured(
     found = {k: store.attrs[k] for k in ('mean', 'sd') if k not in config.model_fields_set and store.attrs.get(k)}
     return config.model_copy(update=found)
 
+# %% ../nbs/09_train.ipynb #13995e7c
 def train(
     run: str|Path, # Run folder, fetched
     config: TrainConfig, # How to train
@@ -219,110 +224,108 @@ def train(
     cube: CubeConfig|None = None, # The network's input; the paper's if absent
     restart: bool = False, # Throw away what was trained here before
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
+    types: pd.Series|None = None, # Of some neurons, by root id: whether they are inhibitory. Watched, never learnt from
 ) -> Path: # The weights
-    "Train on the synapses of a run into `run/train/`; goes on from the newest checkpoint. Raises `TrainingError` if it cannot start or the loss is not a number"
-    folder,store = Path(run)/'train',JoinedStores([ChunkStore.open(p) for p in (Path(run)/'chunks.zarr', *config.more)])
-    augment,cube = measured(augment or AugmentConfig(), store),cube or CubeConfig()
-    n,device,axon = len(store),torch.device(device),_axons(store) if config.same_axon else None
-    if n < config.batch_size: raise TrainingError(f"{run}: {n} synapses do not fill a batch of {config.batch_size}; lower train.batch_size")
-    steps_per_epoch = n//config.batch_size
-    n_steps = config.epochs*steps_per_epoch
-    origin = made_by(config.model_copy(update=dict(more=[])), seed=config.seed, augment=digest(augment), cube=digest(cube), chunks=digest(store.attrs['made_by']))
-    if restart:
-        for old in [*_checkpoints(folder), folder/'log.jsonl', folder/'weights.safetensors']: old.unlink(missing_ok=True)
-        shutil.rmtree(folder/'tensorboard', ignore_errors=True)
+    """Train on the synapses of a run into `run/train/`, with all processes that `torchrun` started; goes on from the newest checkpoint.
+    Raises `TrainingError` if it cannot start, if the loss is not a number or the features have collapsed"""
+    with processes(device) as device: return _train(Path(run), config, augment or AugmentConfig(), cube or CubeConfig(), restart, device, types)
 
-    net = SynapseNet(config.model, config.seed).to(device)
+def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeConfig, restart: bool, device: torch.device, types: pd.Series|None) -> Path:
+    folder,store = run/'train',JoinedStores([ChunkStore.open(p) for p in (run/'chunks.zarr', *config.more)])
+    augment,table = measured(augment, store),_table(store, types)
+    training,held_out,watched = held_out_and_watched(_allowed(config, table), config.watch, config.seed)
+    n,world = len(training),n_processes()
+    if n < config.batch_size: raise TrainingError(f"{run}: {n} synapses to train on do not fill a batch of {config.batch_size}; lower train.batch_size")
+    if config.batch_size%world: raise TrainingError(f"train.batch_size = {config.batch_size} cannot be shared among {world} processes; choose a multiple of {world}")
+    n_own,steps_per_epoch = config.batch_size//world,n//config.batch_size
+    first,n_steps = process_rank()*n_own,config.epochs*steps_per_epoch
+    origin = made_by(config.model_copy(update=dict(more=[], exclude=None)), seed=config.seed, augment=digest(augment), cube=digest(cube), chunks=digest(store.attrs['made_by']), training=digest(table.id[training].tolist()))
+    if restart and process_rank() == 0: _forget(folder)
+    if world > 1: dist.barrier()
+
+    net = normalise_together(SynapseNet(config.model, config.seed).to(device))
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     augmenter = Augmenter(augment, store.voxel_nm, cube.size, cube.voxel_nm, device)
-    plain = Augmenter(AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank, background=augment.background), store.voxel_nm, cube.size, cube.voxel_nm, device)
-    watched = plain(*store.batch(np.random.default_rng(key(config.seed)).permutation(n)[:config.watch]))
-
     about = load_checkpoint(folder, net, optimizer)
     if about and about['origin'] != origin:
         raise TrainingError(f"{folder}: was trained with another configuration or other data; choose a new run folder, or train with --restart to begin again")
     if not about:
-        comparison = compare_precisions(net, watched[:min(2*config.batch_size, len(watched)) & ~1])
-        about = dict(step=0, precision=choose_precision(config, comparison, math.ceil(cube.size/net.reduction), device), precision_check=comparison, origin=origin)
-    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[about['precision']]
-    log = TrainingLog(folder, about)
+        some = store.batch(training[:min(16, n_own)])
+        mode,found = choose_mode(net, torch.cat([augmenter(*some, view) for view in (0, 1)]), 2*n_own*n_steps, config.precision, config.compile)
+        agreed = [dict(step=0, mode=mode, measured=found, origin=origin)]
+        if world > 1: dist.broadcast_object_list(agreed)
+        about = agreed[0]
+    mode = about['mode']
+    net.channels_last = mode['channels_last']
+    if mode['compile']: net.compile()
+    def objective(z1, z2, neurites=None): return vicreg(z1, z2) if config.objective == 'vicreg' else nt_xent(z1, z2, config.temperature, neurites)
+    if process_rank() == 0:
+        log = TrainingLog(folder, about['step'], mode, about.get('measured'))
+        watch = Watch(augmenter, store, held_out, watched, table, config.seed, objective)
 
-    losses,pool = [],ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[1])
-    bar = progress(total=n_steps, initial=about['step'], desc=f"train ({about['precision']})", unit='step')
     def indices(step):
-        first = batch_indices(n, config.batch_size, config.seed, step)
-        return first,pair_indices(first, axon, config.same_axon, config.seed, *divmod(step, steps_per_epoch), 2) if config.same_axon else first
-    for step,chunks in batches(store, range(about['step'], n_steps), indices):
+        "Synapses of both views of a step, this process's part"
+        batch = batch_indices(n, config.batch_size, config.seed, step)
+        pairs = pair_indices(batch, table.pre.to_numpy()[training], config.same_axon, config.seed, *divmod(step, steps_per_epoch), 2) if config.same_axon else batch
+        return training[batch[first:first+n_own]],training[pairs[first:first+n_own]]
+
+    parts = [slice(i, min(i+(config.micro_batch or n_own), n_own)) for i in range(0, n_own, config.micro_batch or n_own)]
+    cells = torch.from_numpy(table[['pre', 'post']].to_numpy())
+    pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[1])
+    bar = progress(total=n_steps, initial=about['step'], desc=f"train ({mode['precision']})", unit='step', disable=process_rank() > 0)
+    losses,norms,waited = [],[],0.
+    for step,chunks,seconds in batches(store, range(about['step'], n_steps), indices):
         epoch,i = divmod(step, steps_per_epoch)
         for group in optimizer.param_groups: group['lr'] = learning_rate(config, step, steps_per_epoch)
-        views = list(pool.map(lambda chunk, view: augmenter(*chunk, view), chunks, [key(config.seed, epoch, i, view) for view in (0, 1)]))
-        with autocast(device, dtype): projections = [net(v).projection for v in views] if not config.joint_norm else net(torch.cat(views)).projection.chunk(2)
-        loss = nt_xent(*projections, config.temperature)
+        keys = [key(config.seed, epoch, i, view) for view in (0, 1)]
+        neurites = torch.stack([cells[o] for o in indices(step)]).to(device, non_blocking=True) if config.ignore_neurites else None
+
+        def project(part, chunks=chunks, keys=keys):
+            views = [*pool.map(lambda c, k: augmenter(c[0][part], c[1][part], k, first+part.start), chunks, keys)]
+            with autocast(device, mode): return [net(v).projection for v in views] if not config.joint_norm else net(torch.cat(views)).projection.chunk(2)
+
         optimizer.zero_grad()
-        loss.backward()
-        if config.clip_norm: nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm)
+        losses.append(sum_all(backward(net, parts, project, partial(objective, neurites=neurites))))
+        sum_gradients(net)
+        norms.append(nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm or math.inf))
         optimizer.step()
-        losses.append(loss.detach())
         bar.update()
+        waited += seconds
 
         end_of_epoch,checkpoint = i+1 == steps_per_epoch,(step+1)%config.checkpoint_steps == 0 or step+1 == n_steps
-        if end_of_epoch or checkpoint:
-            log.steps(step, losses, learning_rate(config, step, steps_per_epoch), folder)
-            losses = []
-        if end_of_epoch: bar.set_postfix(log.epoch(step, epoch, net, watched, dtype, config), refresh=False)
-        if checkpoint: save_checkpoint(folder, net, optimizer, config.keep_checkpoints, step=step+1, precision=about['precision'], origin=origin)
-    bar.close(); log.close(); pool.shutdown()
-    save_weights(net.eval(), folder/'weights.safetensors', cube=cube.model_dump(), augment=augment.model_dump(mode='json'), steps=n_steps, made_by=origin)
+        if not (end_of_epoch or checkpoint): continue
+        values = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
+        if not np.isfinite(values[0]).all(): raise TrainingError(f"the loss is not a number at step {step+1-len(losses)+int(np.argmin(np.isfinite(values[0])))}; {_last_good(folder)}")
+        if process_rank() == 0:
+            log.steps(step, *values, config.batch_size, waited)
+            if end_of_epoch: _epoch(log, watch(net, mode) | dict(lr=optimizer.param_groups[0]['lr']), step, epoch, config, net, folder, bar)
+            if checkpoint: save_checkpoint(folder, net, optimizer, config.keep_checkpoints, step=step+1, mode=mode, origin=origin)
+        losses,norms,waited = [],[],0.
+    bar.close(); pool.shutdown()
+    if process_rank() == 0:
+        log.close()
+        save_weights(net.eval(), folder/'weights.safetensors', cube=cube.model_dump(), augment=augment.model_dump(mode='json'), steps=n_steps, made_by=origin)
+    if world > 1: dist.barrier()
     return folder/'weights.safetensors'
 
+def _epoch(log: TrainingLog, seen: dict, step: int, epoch: int, config: TrainConfig, net: SynapseNet, folder: Path, bar):
+    "Note what the network is like after an epoch, and keep it if it is the best so far; stops the run if it has collapsed"
+    mean,best = float(np.mean(log.epoch_losses)),log.best
+    limits = dict(start=nt_xent_start(config.batch_size), floor=nt_xent_floor(config.batch_size, config.temperature)) if config.objective == 'nt_xent' else {}
+    gap = dict(similarity_gap=config.temperature*(limits['start']-mean)) if limits else {}
+    log.epoch(dict(step=step, epoch=epoch, mean_loss=mean) | limits | gap | seen)
+    if seen['uniformity'] > -4e-4: raise TrainingError(f"collapse: after epoch {epoch} all projections point the same way (uniformity {seen['uniformity']:.5f}); {_last_good(folder)}")
+    if seen['held_out_loss'] < best: save_weights(net, folder/'best.safetensors')
+    bar.set_postfix(loss=f"{mean:.3f}", rank=f"{seen['rank_backbone']:.1f}", refresh=False)
+
+def _last_good(folder: Path) -> str: return f"the last good checkpoint is {next(iter(_checkpoints(folder)), 'none')}"
+
+def _forget(folder: Path):
+    "Throw away what was trained"
+    for old in [*_checkpoints(folder), *(folder/o for o in ('log.jsonl', 'speed.jsonl', 'best.safetensors', 'weights.safetensors'))]: old.unlink(missing_ok=True)
+    shutil.rmtree(folder/'tensorboard', ignore_errors=True)
+
 # %% ../nbs/09_train.ipynb #3b7fac70
-class TrainingLog:
-    "`log.jsonl` and TensorBoard events, going on from a step"
-    def __init__(self, folder: Path, about: dict):
-        from torch.utils.tensorboard import SummaryWriter
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path,start = folder/'log.jsonl',about['step']
-        if start == 0: kept = [json.dumps(dict(precision=about['precision']))]
-        else: kept = [line for line in self.path.read_text().splitlines() if json.loads(line).get('step', 0) < start]
-        with atomic(self.path) as f: f.write_text('\n'.join(kept)+'\n')
-        self.board = SummaryWriter(folder/'tensorboard', purge_step=start)
-        if start == 0: self.board.add_text('precision', json.dumps(about['precision_check']))
-        since = max((i for i,line in enumerate(kept) if 'mean_loss' in json.loads(line)), default=0)
-        self.clock,self.epoch_losses = time.perf_counter(),[json.loads(line)['loss'] for line in kept[since+1:]]
-
-    def _write(self, *records: dict):
-        with open(self.path, 'a') as f: f.writelines(json.dumps(r)+'\n' for r in records)
-
-    def steps(self, step: int, losses: list[Tensor], lr: float, folder: Path):
-        "The losses of the steps up to `step`; stops the run if one is not a number"
-        values = torch.stack(losses).tolist()
-        first = step+1-len(values)
-        self._write(*[dict(step=first+i, loss=v) for i,v in enumerate(values)])
-        for i,v in enumerate(values): self.board.add_scalar('loss', v, first+i)
-        self.board.add_scalar('learning rate', lr, step)
-        self.board.add_scalar('steps per second', len(values)/(time.perf_counter()-self.clock), step)
-        self.clock = time.perf_counter()
-        self.epoch_losses += values
-        if not all(map(math.isfinite, values)):
-            raise TrainingError(f"the loss is not a number at step {first + next(i for i,v in enumerate(values) if not math.isfinite(v))}; the last checkpoint is {next(iter(_checkpoints(folder)), 'none')}")
-
-    def epoch(self, step: int, epoch: int, net: SynapseNet, watched: Tensor, dtype: torch.dtype, config: TrainConfig) -> dict:
-        "What the network is like after an epoch; stops the run if it has collapsed"
-        net.eval()
-        with torch.no_grad(), autocast(watched.device, dtype): parts = [net(v) for v in watched.split(64)]
-        net.train()
-        backbone,projection = (torch.cat([getattr(p, o) for p in parts]).float() for o in ('backbone', 'projection'))
-        n = config.batch_size
-        record = dict(step=step, epoch=epoch, mean_loss=float(np.mean(self.epoch_losses)), start=nt_xent_start(n), floor=nt_xent_floor(n, config.temperature),
-            rank_backbone=rank_me(backbone), rank_projection=rank_me(projection), spread=spread(projection), feature_sd=backbone.std(0).mean().item())
-        self.epoch_losses = []
-        self._write(record)
-        for k in ('mean_loss', 'rank_backbone', 'rank_projection', 'spread', 'feature_sd'): self.board.add_scalar(f'epoch/{k}', record[k], step)
-        if record['spread'] < .01: raise TrainingError(f"collapse: after epoch {epoch} all projections point the same way (spread {record['spread']:.4f})")
-        return dict(loss=f"{record['mean_loss']:.3f}", rank=f"{record['rank_backbone']:.1f}")
-
-    def close(self): self.board.close()
-
 def read_log(
     run: str|Path, # Run folder
 ) -> tuple[list[dict], list[dict]]: # Records of steps, records of epochs

@@ -17,7 +17,7 @@ from .core import ConfigError, Strict, SynapseCLRError, made_by, read_config, wr
 from .evaluate import evaluate
 from .extract import ExtractConfig, extract
 from .fetch import DataConfig, FetchConfig, fetch, outcome
-from .model import SynapseNet, load_weights
+from .model import SynapseNet, load_weights, read_network
 from .phantom import PhantomConfig, make_phantom, sizes
 from .query import QueryConfig, compare_retrieval
 from .store import ChunkStore
@@ -26,10 +26,10 @@ from .train import TrainConfig, TrainingError, measured, train
 from .volume import LayerSource
 
 # %% auto #0
-__all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'RestartOption', 'bench', 'RunConfig', 'open_run',
-           'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage', 'shipped', 'query_stage',
-           'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command', 'run_all', 'demo',
-           'bench_augment_command', 'main']
+__all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
+           'RestartOption', 'bench', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage',
+           'train_stage', 'extract_stage', 'shipped', 'query_stage', 'evaluate_stage', 'stages_of', 'notebook_of',
+           'run_notebook', 'phantom_command', 'run_all', 'demo', 'bench_augment_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #b9703edd
 class RunConfig(Strict):
@@ -95,6 +95,10 @@ def extract_stage(c: RunConfig):
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
     views = c.extract.views
     if c.extract.shipped: extract(c.folder, *shipped(c.folder), 'features_shipped', views=views)
+    for path in c.extract.weights:
+        net,about = read_network(path)
+        augment = AugmentConfig(**about['augment']) if about.get('augment') else measured(c.augment, ChunkStore.open(c.folder/'chunks.zarr'))
+        extract(c.folder, net, augment, CubeConfig(**about['cube']) if about.get('cube') else c.cube, f'features_{Path(path).stem}', views=views)
     net,about = load_weights(weights)
     cube,augment = CubeConfig(**about['cube']),AugmentConfig(**about['augment'])
     extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', views=views)
@@ -218,11 +222,17 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 ConfigOption = Annotated[Path, typer.Option('--config', help='TOML file that says where the data are and what to do; see configs/')]
 SetOption = Annotated[list[str], typer.Option('--set', help='Override an option: section.key=value; may be repeated. The config.toml of a run lists all options')]
 NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook', help='Execute the notebook of the stage, with a report, or only its function')]
+PrecisionOption = Annotated[str, typer.Option('--precision', help='fp32 or bf16; else the faster one that is right here')]
+CompileOption = Annotated[str, typer.Option('--compile', help='on or off; else torch.compile is tried for runs of more than an hour')]
+WeightsOption = Annotated[list[Path], typer.Option('--weights', help='Describe with this network too: ours (.safetensors), a published one of SynapseCLR, or MedicalNet; features go to features_NAME. May be repeated')]
 RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Throw away earlier training, or go on from its newest checkpoint')]
 
 def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
     "Run some stages, and say how long they took"
-    c = open_run(config, overrides)
+    c,world = open_run(config, overrides),int(os.environ.get('WORLD_SIZE', 1))
+    if world > 1: # started by torchrun: for the stage that works in several processes
+        if names != ['train']: raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
+        return train_stage(c, **parameters)
     for i,name in enumerate(names):
         start = time.perf_counter()
         print(f'[{i+1}/{len(names)}] {name}: {stages[name].__doc__}', flush=True)
@@ -239,8 +249,13 @@ def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **
 def _add_stage(name: str):
     "A command for the stage `name`"
     if name == 'train':
-        def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, restart: RestartOption = False): # noqa: B006
-            _do([name], config, set, notebook, restart=restart)
+        def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, restart: RestartOption = False, precision: PrecisionOption = None, compile: CompileOption = None): # noqa: B006
+            forced = [f'train.{k}="{v}"' for k,v in dict(precision=precision, compile=compile).items() if v]
+            _do([name], config, set + forced, notebook, restart=restart)
+    elif name == 'extract':
+        def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, weights: WeightsOption = []): # noqa: B006
+            also = [f'extract.weights={[str(w.absolute()) for w in weights]}'] if weights else []
+            _do([name], config, set + also, notebook)
     else:
         def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do([name], config, set, notebook) # noqa: B006
     app.command(name, help=stages[name].__doc__)(command)

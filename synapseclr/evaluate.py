@@ -17,7 +17,7 @@ from .extract import read_features
 from .phantom import latents
 from .store import CLEFT, POST, PRE, ChunkStore
 from .tables import read_table, write_table
-from .train import rank_me
+from .monitor import rank_me
 from .validate import auc, explained_variance, interval, neuron_bootstrap, out_of_fold, precision_at
 
 # %% auto #0

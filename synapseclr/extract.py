@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pydantic, torch
 from .augment import AugmentConfig, Augmenter, CubeConfig
-from .core import Strict, SynapseCLRError, digest, made_by, progress
+from .core import Source, Strict, SynapseCLRError, digest, made_by, progress
 from .model import Features, SynapseNet
 from .store import ChunkStore
 from .tables import read_tag, write_table
@@ -23,6 +23,7 @@ class ExtractConfig(Strict):
     "How to describe"
     views: pydantic.PositiveInt = 1 # Random turns of each synapse to average over; 1 for the synapse as it lies (the paper's way)
     shipped: bool = False # Describe with the weights that come with the package, too
+    weights: list[Source] = [] # Other networks to describe with: ours, published ones of SynapseCLR, MedicalNet's. The features of `x/NAME.pth` go to `features_NAME`
 
 # %% ../nbs/10_extract.ipynb #a3721d99
 class FeatureError(SynapseCLRError):

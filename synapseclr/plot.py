@@ -85,14 +85,19 @@ def distance_histogram(
 def training_curve(
     steps: list[dict], epochs: list[dict], # From `train.read_log`
 ) -> plt.Figure:
-    "Loss per step, its mean per epoch, its start and floor (Fig. S1B); effective rank below"
-    fig,(top,bottom) = plt.subplots(2, 1, figsize=(5, 4), sharex=True, height_ratios=(2, 1))
-    top.plot([r['step'] for r in steps], [r['loss'] for r in steps], c='#999999', lw=.5)
-    top.plot([r['step'] for r in epochs], [r['mean_loss'] for r in epochs], c='k', label='mean of an epoch')
-    top.axhline(epochs[0]['start'], ls=':', c='k', label=r'$\log(2N-1)$'); top.axhline(epochs[0]['floor'], ls='--', c='k', label='floor')
-    top.set_ylabel('NT-Xent'); top.legend(fontsize=7, loc='upper right', ncols=3)
-    for name,colour in (('rank_backbone', '#0072B2'), ('rank_projection', '#E69F00')):
-        bottom.plot([r['step'] for r in epochs], [r[name] for r in epochs], c=colour, label=name.removeprefix('rank_'))
-    bottom.set_xlabel('step'); bottom.set_ylabel('effective rank'); bottom.legend(fontsize=7, loc='lower right'); bottom.set_ylim(0)
+    "Loss per step, its mean per epoch, that of held-out synapses, start and floor (Fig. S1B); effective rank, and what probes read, below"
+    probes = [o for o in ('type_auc', 'orientation_r2', 'blank_sections_r2') if o in epochs[-1]]
+    fig,axes = plt.subplots(2+bool(probes), 1, figsize=(5, 4+bool(probes)), sharex=True, height_ratios=[2, 1, 1][:2+bool(probes)])
+    def line(ax, name, **kwargs): ax.plot([r['step'] for r in epochs], [r.get(name, np.nan) for r in epochs], **kwargs)
+    axes[0].plot([r['step'] for r in steps], [r['loss'] for r in steps], c='#999999', lw=.5)
+    line(axes[0], 'mean_loss', c='k', label='mean of an epoch'); line(axes[0], 'held_out_loss', c='#009E73', label='held-out synapses')
+    for name,style in (('start', ':'), ('floor', '--')):
+        if name in epochs[0]: axes[0].axhline(epochs[0][name], ls=style, c='k', label=dict(start=r'$\log(2N-1)$', floor='floor')[name])
+    axes[0].set_ylabel('loss'); axes[0].legend(fontsize=7, loc='upper right', ncols=2)
+    for name,colour in (('rank_backbone', '#0072B2'), ('rank_projection', '#E69F00')): line(axes[1], name, c=colour, label=name.removeprefix('rank_'))
+    axes[1].set_ylabel('effective rank'); axes[1].legend(fontsize=7, loc='lower right'); axes[1].set_ylim(0)
+    for name,colour in zip(probes, ('#CC79A7', '#D55E00', '#56B4E9')): line(axes[-1], name, c=colour, label=name.replace('_', ' '))
+    if probes: axes[-1].set_ylabel('probes'); axes[-1].set_ylim(-.1, 1); axes[-1].legend(fontsize=7, ncols=3)
+    axes[-1].set_xlabel('step')
     fig.align_ylabels()
     return fig

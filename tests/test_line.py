@@ -101,7 +101,7 @@ kills = {
     'fetch, before the record of a shard': dict(module='synapseclr.fetch', owner='module', name='atomic', deadly=3),
     'fetch, before the table': dict(module='synapseclr.fetch', owner='module', name='write_table', deadly=1),
     'annotate, before the table': dict(module='synapseclr.annotate', owner='module', name='write_table', deadly=1),
-    'train, in a step': dict(module='synapseclr.train', owner='module', name='nt_xent', deadly=6),
+    'train, in a step': dict(module='synapseclr.train', owner='module', name='nt_xent', deadly=7),
     'train, writing a checkpoint': dict(module='safetensors.torch', owner='module', name='save_file', deadly=2),
     'train, before the weights': dict(module='synapseclr.train', owner='module', name='save_weights', deadly=1),
     'extract, second shard': dict(module='synapseclr.extract', owner='module', name='write_table', deadly=2),

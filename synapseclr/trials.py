@@ -6,9 +6,9 @@
 from __future__ import annotations
 import os
 from pathlib import Path
-import numpy as np, pandas as pd
+import pandas as pd
 from .augment import AugmentConfig, CubeConfig
-from .core import Strict, progress, read_config
+from .core import Strict, read_config
 from .evaluate import known_synapses, score_nuisances, score_targets
 from .extract import extract
 from .model import SynapseNet, load_weights

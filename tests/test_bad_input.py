@@ -59,6 +59,16 @@ def test_no_phantom(stage, said, tiny, tmp_path, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, stage, '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook')
     assert code == 1 and said in text
 
+def test_only_training_works_in_processes(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', f'run={tmp_path/"run"}')
+    assert code == 1 and 'only `train` works in several processes' in text and not (tmp_path/'run/chunks.zarr').exists()
+
+@pytest.mark.parametrize('option,said', [('--precision=fp8', "'auto', 'fp32' or 'bf16'"), ('--compile=maybe', "'auto', 'on' or 'off'")], ids=str)
+def test_wrong_mode(option, said, tiny, tmp_path, capsys, monkeypatch):
+    code,text = say(capsys, monkeypatch, 'train', '--config', tiny, '--set', f'run={tmp_path/"run"}', option)
+    assert code == 1 and said in text
+
 def test_another_phantom_is_there(tmp_path, capsys, monkeypatch):
     from synapseclr.phantom import PhantomConfig, make_phantom
     make_phantom(tmp_path, PhantomConfig(shape=(64, 256, 256)))

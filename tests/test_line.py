@@ -1,5 +1,5 @@
 "The whole line on a tiny volume: through papermill, and killed in every stage."
-import json, signal
+import json, shutil, signal
 from html.parser import HTMLParser
 import pandas as pd, pytest
 from conftest import files, python, synapseclr
@@ -75,6 +75,20 @@ def test_extract_knows_its_network(whole, tiny):
     "The untrained network is that of the weights, whatever the configuration says now"
     assert synapseclr('extract', '--config', tiny, '--set', 'train.model=paper', '--set', 'train.seed=5', '--set', 'cube.size=96', '--no-notebook', cwd=whole.parent.parent).returncode == 0
     assert read_features(whole/'features_untrained')[1].shape[1] == 128
+
+def test_other_networks(whole, tiny, tmp_path):
+    "MedicalNet's weights describe the same synapses; weights that are nowhere are asked for"
+    import torch
+    from synapseclr.model import SynapseNet
+    torch.save({f'module.{k}': v for k,v in SynapseNet('medicalnet', 3).backbone.state_dict().items()}, tmp_path/'resnet_18.pth')
+    extract = ['extract', '--config', tiny, '--no-notebook', '--weights']
+    done = synapseclr(*extract, tmp_path/'resnet_18.pth', cwd=whole.parent.parent)
+    assert done.returncode == 0, done.stderr
+    (ids,x),(same,_) = read_features(whole/'features_resnet_18'),read_features(whole/'features')
+    assert x.shape[1] == 512 and (ids == same).all() and x.std(0).mean() > 0
+    shutil.rmtree(whole/'features_resnet_18')
+    done = synapseclr(*extract, tmp_path/'resnet_10.pth', cwd=whole.parent.parent)
+    assert done.returncode == 1 and 'resnet_10.pth: there is no such file; get the weights from their authors' in done.stderr
 
 def test_again_does_nothing(whole, tiny):
     before = {p: p.stat().st_mtime_ns for o in ('chunks.zarr/**/c/*', 'features/*', 'train/checkpoint*') for p in whole.glob(o)}

@@ -18,7 +18,7 @@ from .core import SynapseCLRError
 
 # %% auto #0
 __all__ = ['start', 'bounds', 'GPError', 'closeness', 'covariance', 'variance', 'Exact', 'inducing_points', 'Sparse',
-           'collapsed_bound', 'left_out', 'Variational', 'GPRegressor', 'platt', 'GPClassifier']
+           'collapsed_bound', 'left_out', 'platt', 'tune_on_left_out', 'Variational', 'GPRegressor', 'GPClassifier']
 
 # %% ../nbs/14_gp.ipynb #30a19ce7
 class GPError(SynapseCLRError, ValueError):
@@ -44,37 +44,40 @@ def variance(kernel: str, x: Tensor, scale: Tensor, shape: Tensor) -> Tensor:
     return scale.exp()*((x*x).sum(1)+shape.exp()) if kernel == 'linear' else scale.exp().expand(len(x))
 
 # %% ../nbs/14_gp.ipynb #5d5e3f53
-start,bounds = (0., 0., -1.),((-9, 9), (-4, 7), (-14, 4)) # Logarithms of variance, length (or offset) and noise, in units of the data
+start,bounds = (0., 0., -1., -1.),((-9, 9), (-4, 7), (-14, 4), (-14, 4)) # Logarithms of variance, length (or offset), noise and habit, in units of the data
 
 class Exact:
     "Posterior given all of `x` and `y`, both in their own units: `(N, d)` and `(N,)` doubles"
-    def __init__(self, x: Tensor, y: Tensor, kernel: str, params: np.ndarray):
+    def __init__(self, x: Tensor, y: Tensor, kernel: str, params: np.ndarray, groups: np.ndarray):
         self.x,self.y,self.kernel,self.params = x,y,kernel,torch.as_tensor(params, dtype=torch.float64)
         c = covariance(kernel, _own(kernel, x), *self.params[:2])
-        self.factor = torch.linalg.cholesky(_add_noise(c, self.params[2]))
+        self.factor = torch.linalg.cholesky(_add_noise(c, _same(groups), *self.params[2:]))
         self.weights = torch.cholesky_solve(y[:, None], self.factor)[:, 0]
 
     @staticmethod
-    def tune(x: Tensor, y: Tensor, kernel: str) -> np.ndarray:
-        "Parameters of the highest marginal likelihood"
-        close = _own(kernel, x)
+    def tune(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> np.ndarray:
+        "Parameters of the highest marginal likelihood; no habits (minus infinity) if each group is one synapse"
+        close,same = _own(kernel, x),_same(groups)
+        n,rest = (4, []) if len(np.unique(groups)) < len(groups) else (3, [-np.inf])
         def loss(params):
-            p = torch.tensor(params, requires_grad=True)
+            p = torch.tensor([*params, *rest], requires_grad=True)
             c = covariance(kernel, close, *p[:2])
-            factor = torch.linalg.cholesky(_add_noise(c.detach().clone(), p[2].detach()))
+            noise,habit = p[2:].detach()
+            factor = torch.linalg.cholesky(_add_noise(c.detach().clone(), same, noise, habit))
             inverse = torch.cholesky_inverse(factor)
             weights = inverse@y
             slope = (inverse-torch.outer(weights, weights))/2
             c.backward(slope)
-            p.grad[2] += slope.trace()*p[2].detach().exp()
-            return float(y@weights/2 + factor.diagonal().log().sum()),p.grad.numpy()
-        return minimize(loss, start, jac=True, method='L-BFGS-B', bounds=bounds, options=dict(maxiter=60)).x
+            p.grad[2] += slope.trace()*noise.exp()
+            p.grad[3] += slope[same].sum()*habit.exp()
+            return float(y@weights/2 + factor.diagonal().log().sum()),p.grad[:n].numpy()
+        return np.array([*minimize(loss, start[:n], jac=True, method='L-BFGS-B', bounds=bounds[:n], options=dict(maxiter=60)).x, *rest])
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "Mean and variance, white noise included"
+        "Mean and variance for synapses of new neurons, white noise and the spread of habits included"
         k = covariance(self.kernel, closeness(self.kernel, x, self.x), *self.params[:2])
         known = torch.linalg.solve_triangular(self.factor, k.T, upper=False).square().sum(0)
-        return k@self.weights,(variance(self.kernel, x, *self.params[:2])-known).clamp_min(0) + self.params[2].exp()
+        return k@self.weights,(variance(self.kernel, x, *self.params[:2])-known).clamp_min(0) + self.params[2:].exp().sum()
 
     def block(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor|float]:
         "Of some rows: their block of the inverse, its product with `y`, and variance beyond the block"
@@ -86,10 +89,15 @@ def _own(kernel: str, x: Tensor) -> Tensor:
     close = closeness(kernel, x, x)
     return close if kernel == 'linear' else close.fill_diagonal_(0)
 
-def _add_noise(c: Tensor, noise: Tensor) -> Tensor:
-    "White noise on the diagonal, and a trifle so that rounding cannot make it indefinite"
+def _same(groups: np.ndarray) -> Tensor:
+    "Which pairs are of one group"
+    groups = torch.from_numpy(groups)
+    return groups[:, None] == groups
+
+def _add_noise(c: Tensor, same: Tensor, noise: Tensor, habit: Tensor) -> Tensor:
+    "White noise on the diagonal, with a trifle so that rounding cannot make it indefinite, and habits within groups"
     c.diagonal().add_(noise.exp() + 1e-10*c.diagonal().max())
-    return c
+    return c.add_(same, alpha=float(habit.exp()))
 
 # %% ../nbs/14_gp.ipynb #284919bb
 def inducing_points(x: Tensor, n: int, seed: int) -> Tensor:
@@ -124,7 +132,7 @@ class Sparse:
             minus = -collapsed_bound(p, x, y, kernel, own, close)
             minus.backward()
             return float(minus.detach()),p.grad.numpy()
-        return minimize(loss, start, jac=True, method='L-BFGS-B', bounds=bounds, options=dict(maxiter=60)).x
+        return minimize(loss, start[:3], jac=True, method='L-BFGS-B', bounds=bounds[:3], options=dict(maxiter=60)).x
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Mean and variance, white noise included"
@@ -166,6 +174,30 @@ def left_out(
         cov = torch.linalg.inv(block)
         mean[rows],var[rows] = posterior.y[rows]-cov@weights,cov.diagonal()+slack
     return mean,var
+
+# %% ../nbs/14_gp.ipynb #3f81189b
+def platt(
+    score: np.ndarray, # `(N,)`
+    y: np.ndarray, # `(N,)` bool
+) -> tuple[float, float]: # Slope, not negative, and offset
+    "The logistic curve from scores to probabilities; targets are moved inwards a little, as in Platt (1999), so that perfect scores do not make it a step"
+    target = np.where(y, (y.sum()+1)/(y.sum()+2), 1/((~y).sum()+2))
+    def loss(ab):
+        odds = ab[0]*score+ab[1]
+        slope = expit(odds)-target
+        return (np.logaddexp(0, odds)-target*odds).sum(),np.array([slope@score, slope.sum()])
+    prior = logit(target.mean())
+    return tuple(minimize(loss, (1., prior), jac=True, method='L-BFGS-B', bounds=((0, None), (None, None))).x)
+
+def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> np.ndarray:
+    "Parameters with which groups that are left out are typed best"
+    yes = (y > 0).numpy()
+    params = lambda o: np.array([0, *np.clip(o, *np.transpose(bounds[1:3])), -np.inf])
+    def loss(o):
+        score = left_out(Exact(x, y, kernel, params(o), groups), groups)[0]
+        slope,offset = platt(score, yes)
+        return (np.logaddexp(0, slope*score+offset) - yes*(slope*score+offset)).mean()
+    return params(minimize(loss, start[1:3], method='Nelder-Mead', options=dict(xatol=.2, fatol=2e-3, initial_simplex=[(0, -1), (1, -1), (0, 1)])).x)
 
 # %% ../nbs/14_gp.ipynb #5a6ba5a6
 class Variational:
@@ -252,15 +284,16 @@ class _GP(BaseEstimator):
         "Features in their own units"
         return torch.from_numpy((X-self.centre_)/self.scale_)
 
-    def _posterior(self, x: Tensor, y: Tensor, binary: bool = False) -> Exact|Sparse|Variational:
+    def _posterior(self, x: Tensor, y: Tensor, groups: np.ndarray, types: bool) -> Exact|Sparse|Variational:
         "Fit by the method asked for; `params_` are the parameters found"
+        params,some = self.params,np.random.default_rng(self.seed).permutation(groups.max()+1)[groups].argsort(kind='stable')[:self.n_tuning]
+        if params is None and self.method != 'vsgp' and types: params = tune_on_left_out(x[some], y[some], self.kernel, groups[some])
         if self.method == 'exact':
-            some = np.random.default_rng(self.seed).permutation(len(x))[:self.n_tuning]
-            found = Exact(x, y, self.kernel, Exact.tune(x[some], y[some], self.kernel) if self.params is None else self.params)
+            found = Exact(x, y, self.kernel, Exact.tune(x[some], y[some], self.kernel, groups[some]) if params is None else params, groups)
         else:
             centres = inducing_points(x, self.n_inducing, self.seed)
-            if self.method == 'vsgp': found = Variational(x, y, self.kernel, centres, self.n_steps, self.seed, binary)
-            else: found = Sparse(x, y, self.kernel, Sparse.tune(x, y, self.kernel, centres) if self.params is None else self.params, centres)
+            if self.method == 'vsgp': found = Variational(x, y, self.kernel, centres, self.n_steps, self.seed, types)
+            else: found = Sparse(x, y, self.kernel, Sparse.tune(x, y, self.kernel, centres) if params is None else params[:3], centres)
         self.params_ = tuple(found.params.tolist())
         return found
 
@@ -285,8 +318,8 @@ class GPRegressor(RegressorMixin, _GP):
         method: str = 'exact', # Or `sgpr`, for more than some 20,000 targets, or `vsgp`, the paper's
         n_inducing: int = 200, # Inducing points of `sgpr` and `vsgp`
         n_steps: int = 20000, # Of `vsgp`
-        n_tuning: int = 1000, # With `exact`: targets at most on which the kernel is tuned
-        params: tuple|None = None, # Parameters of the kernel, as in `params_` of another fit; tuned if absent
+        n_tuning: int = 800, # Targets at most on which the parameters are tuned
+        params: tuple|None = None, # The parameters, as in `params_` of another fit; tuned if absent
         log_offset: float|None = None, # Model log(offset + y); y itself if absent
         seed: int = 0,
     ):
@@ -296,7 +329,7 @@ class GPRegressor(RegressorMixin, _GP):
     def fit(self,
         X, # `(N, d)` features
         y, # `(N,)` targets
-        groups=None, # `(N,)` neurons, for `loo`
+        groups=None, # `(N,)` neurons: their synapses share habits, and `loo` leaves them out together
     ) -> GPRegressor:
         "Raises `GPError`, which is a `ValueError`, for targets from which nothing can be learnt"
         X,y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2)
@@ -307,7 +340,7 @@ class GPRegressor(RegressorMixin, _GP):
             y = np.log(y+self.log_offset)
         self.y_mean_,self.y_sd_ = y.mean(),y.std()
         if self.y_sd_ <= 1e-12*abs(self.y_mean_): raise GPError(f"the target is {y[0]:g} for all {len(y)}: there is nothing to learn")
-        self.posterior_ = self._posterior(self._units(X), torch.from_numpy((y-self.y_mean_)/self.y_sd_))
+        self.posterior_ = self._posterior(self._units(X), torch.from_numpy((y-self.y_mean_)/self.y_sd_), self.groups_, types=False)
         return self
 
     def _moments(self, mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -338,23 +371,10 @@ class GPRegressor(RegressorMixin, _GP):
         return self._moments(*self._left_out(self.posterior_, groups))
 
 # %% ../nbs/14_gp.ipynb #690bb6a8
-def platt(
-    score: np.ndarray, # `(N,)`
-    y: np.ndarray, # `(N,)` bool
-) -> tuple[float, float]: # Slope, not negative, and offset
-    "The logistic curve from scores to probabilities; targets are moved inwards a little, as in Platt (1999), so that perfect scores do not make it a step"
-    target = np.where(y, (y.sum()+1)/(y.sum()+2), 1/((~y).sum()+2))
-    def loss(ab):
-        odds = ab[0]*score+ab[1]
-        slope = expit(odds)-target
-        return (np.logaddexp(0, odds)-target*odds).sum(),np.array([slope@score, slope.sum()])
-    prior = logit(target.mean())
-    return tuple(minimize(loss, (1., prior), jac=True, method='L-BFGS-B', bounds=((0, None), (None, None))).x)
-
 class GPClassifier(ClassifierMixin, _GP):
     "Gaussian-process classification of two classes, calibrated on left-out groups"
     def __init__(self,
-        kernel: str = 'rbf', method: str = 'exact', n_inducing: int = 200, n_steps: int = 20000, n_tuning: int = 1000, params: tuple|None = None, # As of `GPRegressor`
+        kernel: str = 'rbf', method: str = 'exact', n_inducing: int = 200, n_steps: int = 20000, n_tuning: int = 800, params: tuple|None = None, # As of `GPRegressor`
         balanced: int = 0, # Fits to class-balanced resamples (the paper's 5), the prior corrected back; one fit to all data if 0
         seed: int = 0,
     ):
@@ -369,7 +389,7 @@ class GPClassifier(ClassifierMixin, _GP):
     def fit(self,
         X, # `(N, d)` features
         y, # `(N,)` two classes
-        groups=None, # `(N,)` neurons: scores of those left out together calibrate the probabilities
+        groups=None, # `(N,)` neurons: what is left out together when parameters are tuned and probabilities calibrated
     ) -> GPClassifier:
         "Raises `GPError`, which is a `ValueError`, for targets from which nothing can be learnt"
         X,y = validate_data(self, X, y, dtype=np.float64)
@@ -386,8 +406,8 @@ class GPClassifier(ClassifierMixin, _GP):
 
     def _member(self, x: Tensor, y: np.ndarray, groups: np.ndarray) -> tuple:
         "Posterior, and the curve from its scores to log-odds"
-        if self.method == 'vsgp': return self._posterior(x, torch.from_numpy(y).double(), binary=True),None
-        posterior = self._posterior(x, torch.from_numpy((y-y.mean())/y.std()))
+        if self.method == 'vsgp': return self._posterior(x, torch.from_numpy(y).double(), groups, types=True),None
+        posterior = self._posterior(x, torch.from_numpy((y-y.mean())/y.std()), groups, types=True)
         return posterior,platt(left_out(posterior, groups)[0], y)
 
     def decision_function(self, X) -> np.ndarray:

@@ -197,7 +197,7 @@ def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> n
         score = left_out(Exact(x, y, kernel, params(o), groups), groups)[0]
         slope,offset = platt(score, yes)
         return (np.logaddexp(0, slope*score+offset) - yes*(slope*score+offset)).mean()
-    return params(minimize(loss, start[1:3], method='Nelder-Mead', options=dict(xatol=.2, fatol=2e-3, initial_simplex=[(0, -1), (1, -1), (0, 1)])).x)
+    return params(minimize(loss, start[1:3], method='Nelder-Mead', options=dict(maxfev=40, xatol=.2, fatol=2e-3, initial_simplex=[(0, -1), (1, -1), (0, 1)])).x)
 
 # %% ../nbs/14_gp.ipynb #5a6ba5a6
 class Variational:
@@ -318,7 +318,7 @@ class GPRegressor(RegressorMixin, _GP):
         method: str = 'exact', # Or `sgpr`, for more than some 20,000 targets, or `vsgp`, the paper's
         n_inducing: int = 200, # Inducing points of `sgpr` and `vsgp`
         n_steps: int = 20000, # Of `vsgp`
-        n_tuning: int = 800, # Targets at most on which the parameters are tuned
+        n_tuning: int = 500, # Targets at most on which the parameters are tuned
         params: tuple|None = None, # The parameters, as in `params_` of another fit; tuned if absent
         log_offset: float|None = None, # Model log(offset + y); y itself if absent
         seed: int = 0,
@@ -374,7 +374,7 @@ class GPRegressor(RegressorMixin, _GP):
 class GPClassifier(ClassifierMixin, _GP):
     "Gaussian-process classification of two classes, calibrated on left-out groups"
     def __init__(self,
-        kernel: str = 'rbf', method: str = 'exact', n_inducing: int = 200, n_steps: int = 20000, n_tuning: int = 800, params: tuple|None = None, # As of `GPRegressor`
+        kernel: str = 'rbf', method: str = 'exact', n_inducing: int = 200, n_steps: int = 20000, n_tuning: int = 500, params: tuple|None = None, # As of `GPRegressor`
         balanced: int = 0, # Fits to class-balanced resamples (the paper's 5), the prior corrected back; one fit to all data if 0
         seed: int = 0,
     ):

@@ -4,7 +4,7 @@
 
 # %% ../nbs/14_gp.ipynb #a69096a6
 from __future__ import annotations
-from collections.abc import Iterator
+from functools import cached_property
 import numpy as np, torch
 from scipy.optimize import minimize
 from scipy.special import expit, logit
@@ -81,8 +81,14 @@ class Exact:
 
     def block(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor|float]:
         "Of some rows: their block of the inverse, its product with `y`, and variance beyond the block"
-        if not hasattr(self, 'inverse'): self.inverse = torch.cholesky_inverse(self.factor)
         return self.inverse[rows][:, rows],self.weights[rows],0.
+
+    def diagonal(self) -> tuple[Tensor, Tensor|float]:
+        "Of the inverse, and variance beyond it"
+        return self.inverse.diagonal(),0.
+
+    @cached_property
+    def inverse(self) -> Tensor: return torch.cholesky_inverse(self.factor)
 
 def _own(kernel: str, x: Tensor) -> Tensor:
     "Closeness of a set to itself: a distance of 0 is 0"
@@ -142,10 +148,16 @@ class Sparse:
 
     def block(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         "As of `Exact`"
-        phi = self.phi[rows]
-        half = torch.linalg.solve_triangular(self.factor, phi.T, upper=False)
-        slack = (variance(self.kernel, self.x[rows], *self.params[:2])-phi.square().sum(1)).clamp_min(0)
-        return (torch.eye(len(rows)).double()-half.T@half/self.noise)/self.noise,self.weights[rows],slack
+        half = torch.linalg.solve_triangular(self.factor, self.phi[rows].T, upper=False)
+        return (torch.eye(len(rows)).double()-half.T@half/self.noise)/self.noise,self.weights[rows],self.slack[rows]
+
+    def diagonal(self) -> tuple[Tensor, Tensor]:
+        "As of `Exact`"
+        half = torch.linalg.solve_triangular(self.factor, self.phi.T, upper=False)
+        return (1-half.square().sum(0)/self.noise)/self.noise,self.slack
+
+    @cached_property
+    def slack(self) -> Tensor: return (variance(self.kernel, self.x, *self.params[:2])-self.phi.square().sum(1)).clamp_min(0)
 
 def _root(kernel: str, own: Tensor, p: Tensor) -> Tensor:
     "Cholesky factor of the kernel at the inducing points"
@@ -167,6 +179,9 @@ def left_out(
     groups: np.ndarray, # `(N,)` what is left out together
 ) -> tuple[np.ndarray, np.ndarray]: # Mean and variance, `(N,)`
     "What the posterior would say of each row had it not seen its group"
+    if len(np.unique(groups)) == len(groups):
+        diagonal,slack = posterior.diagonal()
+        return (posterior.y-posterior.weights/diagonal).numpy(),(1/diagonal+slack).numpy()
     mean,var = np.empty(len(groups)),np.empty(len(groups))
     order = np.argsort(groups, kind='stable')
     for rows in np.split(order, np.flatnonzero(np.diff(groups[order]))+1):

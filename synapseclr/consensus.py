@@ -165,7 +165,7 @@ def type_neurites(
         if (name := f'p_inhibitory_{side}') not in imputed: continue
         neurite,known = table[f'{side}_root_id'].to_numpy(),apart[f'inhibitory_{side}'].to_numpy()
         p = np.where(np.isfinite(known), apart[name], imputed[name])
-        prior,rho = np.nanmean(known),fit_rho(apart[name].to_numpy(), neurite, known)
+        prior,rho = float(np.nanmean(known)),fit_rho(apart[name].to_numpy(), neurite, known)
         neurites = neurite_consensus(p, neurite, prior, rho, config.min_confidence)
         neurites['known'] = pd.Series(known).groupby(neurite).first().loc[neurites.neurite_id].to_numpy()
         parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho)

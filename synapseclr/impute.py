@@ -5,6 +5,7 @@
 # %% ../nbs/14a_impute.ipynb #7f009ce0
 from __future__ import annotations
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -188,16 +189,19 @@ def impute(
     known,skipped = known_values(table, labelled_neurons(neurons, config.labelled))
     if not len(known.columns): raise ImputeError('\n  '.join(['there is no trait to learn:'] + skipped))
     pre,post = table.pre_root_id.to_numpy(),table.post_root_id.to_numpy()
-    imputed,apart,judged = dict(id=table.id.to_numpy()),dict(id=table.id.to_numpy()),[]
-    for t in progress([t for t in traits if t.name in known], desc='impute', unit='trait'):
+    def one(t):
         y = known[t.name].to_numpy()
         own = sets | dict(morphometrics=np.delete(sets['morphometrics'], [i for i,c in enumerate(baseline) if c == t.column], 1))
         scores,out,params = judge(t, own, y, pre, post, config)
         at,x = np.isfinite(y),own[config.features]
         model = model_for(t, **config.model, params=params).fit(x[at], y[at], (pre if t.side == 'pre' else post)[at])
         names = [f'p_{t.name}'] if t.is_type else [f'{t.name}_{o}' for o in ('mean', 'sd', 'lo90', 'hi90')]
-        imputed |= dict(zip(names, predictions(model, x, y[at].mean()).T)); apart |= dict(zip(names, out.T)); apart[t.name] = y
-        judged.append(scores)
+        return scores,dict(zip(names, predictions(model, x, y[at].mean()).T)),dict(zip(names, out.T)) | {t.name: y}
+    learnt,imputed,apart,judged = [t for t in traits if t.name in known],dict(id=table.id.to_numpy()),dict(id=table.id.to_numpy()),[]
+    with ThreadPoolExecutor(1 if config.method == 'vsgp' else 2) as pool: # Pyro does not go into threads
+        for scores,every,out in progress(pool.map(one, learnt), total=len(learnt), desc='impute', unit='trait'):
+            imputed |= every; apart |= out
+            judged.append(scores)
     judged,origin = pd.concat(judged, ignore_index=True),made_by(config, n_synapses=len(table), neurons=len(neurons))
     write_table(judged, run/'imputation.parquet', 'imputation', origin)
     write_table(pd.DataFrame(apart), run/'out_of_fold.parquet', 'out of fold', origin)

@@ -13,23 +13,27 @@ import synapseclr
 from .annotate import annotate
 from .augment import AugmentConfig, CubeConfig
 from .bench import bench_augment
+from .bench_typing import bench_consensus, bench_gp
+from .consensus import ConsensusConfig, type_neurites
 from .core import ConfigError, Strict, SynapseCLRError, made_by, read_config, write_toml
 from .evaluate import evaluate
 from .extract import ExtractConfig, extract
 from .fetch import DataConfig, FetchConfig, fetch, outcome
+from .impute import ImputeConfig, impute
 from .model import SynapseNet, load_weights, read_network
 from .phantom import PhantomConfig, make_phantom, sizes
 from .query import QueryConfig, compare_retrieval
 from .store import ChunkStore
-from .tables import read_table, write_table
+from .tables import read_neurons, read_table, write_table
 from .train import TrainConfig, TrainingError, measured, train
 from .volume import LayerSource
 
 # %% auto #0
 __all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
            'RestartOption', 'bench', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage',
-           'train_stage', 'extract_stage', 'shipped', 'query_stage', 'evaluate_stage', 'stages_of', 'notebook_of',
-           'run_notebook', 'phantom_command', 'run_all', 'demo', 'bench_augment_command', 'main']
+           'train_stage', 'extract_stage', 'shipped', 'query_stage', 'neurons_of', 'impute_stage', 'consensus_stage',
+           'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command', 'run_all', 'demo',
+           'bench_augment_command', 'bench_gp_command', 'bench_consensus_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #b9703edd
 class RunConfig(Strict):
@@ -43,6 +47,8 @@ class RunConfig(Strict):
     train: TrainConfig = TrainConfig() # How to train
     extract: ExtractConfig = ExtractConfig() # How to describe
     query: QueryConfig = QueryConfig() # What the report shows
+    impute: ImputeConfig = ImputeConfig() # How to impute
+    consensus: ConsensusConfig = ConsensusConfig() # How to type neurites
 
     @pydantic.model_validator(mode='after')
     def _one_source(self):
@@ -59,7 +65,8 @@ class RunConfig(Strict):
         "Table and layers, those of the phantom if there is one"
         if self.data: return self.data
         layer = lambda name: LayerSource(path=str((self.phantom_folder/name).resolve()))
-        return DataConfig(table=str((self.phantom_folder/'synapses.parquet').resolve()), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
+        file = lambda name: str((self.phantom_folder/name).resolve())
+        return DataConfig(table=file('synapses.parquet'), neurons=file('neurons.csv'), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
 
 def open_run(
     config: str|Path, # TOML file
@@ -118,6 +125,19 @@ def query_stage(c: RunConfig):
     write_table(table, c.folder/'retrieval.parquet', 'retrieval', made_by(c.query))
     return table
 
+def neurons_of(c: RunConfig) -> pd.DataFrame:
+    "What is known of the cells of a run"
+    if not c.source.neurons: raise ConfigError('this run has no table of neurons; name one in [data] neurons')
+    return read_neurons(c.source.neurons, c.source.table_voxel_nm)
+
+def impute_stage(c: RunConfig):
+    "Impute nine traits of every synapse from those that are known, and measure how well"
+    return impute(c.folder, neurons_of(c), c.impute)
+
+def consensus_stage(c: RunConfig):
+    "Type neurites by the consensus of their synapses"
+    return type_neurites(c.folder, c.consensus)
+
 def evaluate_stage(c: RunConfig):
     "Compare what was learnt with the phantom's truth"
     if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
@@ -125,11 +145,12 @@ def evaluate_stage(c: RunConfig):
     if c.extract.shipped: networks = {'shipped': 'features_shipped'} | networks
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
 
-stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, query=query_stage, evaluate=evaluate_stage)
+stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, query=query_stage,
+    impute=impute_stage, consensus=consensus_stage, evaluate=evaluate_stage)
 
 def stages_of(c: RunConfig) -> list[str]:
-    "The stages that a run has: the first and the last only with a phantom"
-    return [s for s in stages if c.phantom or s not in ('phantom', 'evaluate')]
+    "The stages that a run has: the first and the last only with a phantom, imputation and consensus only with a table of neurons"
+    return [s for s in stages if (c.phantom or s not in ('phantom', 'evaluate')) and (c.source.neurons or s not in ('impute', 'consensus'))]
 
 # %% ../nbs/19_cli.ipynb #85acb632
 _headless = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') # Whatever the user's is, figures go into the notebook
@@ -277,7 +298,7 @@ def phantom_command(
 for name in stages:
     if name != 'phantom': _add_stage(name)
 
-@app.command('run', help=f"Do all stages: {', '.join(stages)} (the first and the last with a phantom)")
+@app.command('run', help=f"Do all stages: {', '.join(stages)} (the first and the last with a phantom, impute and consensus with a table of neurons)")
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006
 
 @app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: about a quarter of an hour on two cores')
@@ -296,8 +317,18 @@ def bench_augment_command(
     repeats: Annotated[int, typer.Option(help='Batches that are timed in each of three turns', min=1)] = 9,
 ): print(bench_augment(batch, size, repeats).round(1).to_string(index=False))
 
-@bench.callback()
-def _bench(): "Keeps `augment` a word of the command line while it is the only benchmark"
+@bench.command('gp', help="Nine traits, five folds by exact Gaussian processes, beside the time that the paper's variational recipe takes")
+def bench_gp_command(
+    n: Annotated[int, typer.Option(help='Synapses', min=100)] = 5000,
+    d: Annotated[int, typer.Option(help='Features', min=2)] = 512,
+    finish: Annotated[int, typer.Option(help='Steps of the recipe to do in earnest on one fold of the last number, for its scores; 20000 is all', min=0)] = 0,
+): print(bench_gp(n, d, finish=finish).round(3).T.to_string(header=False))
+
+@bench.command('consensus', help='Seconds and memory to type all neurites of a volume, and to write the types back')
+def bench_consensus_command(
+    synapses: Annotated[int, typer.Option(min=10)] = 3_200_000,
+    neurites: Annotated[int, typer.Option(min=10)] = 1_270_000,
+): print(bench_consensus(synapses, neurites).round(2).to_string(index=False))
 
 def main():
     "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"

@@ -28,6 +28,7 @@ class DataConfig(Strict):
     cleft: LayerSource # Synaptic clefts
     mito: LayerSource|None = None # Mitochondria, if there is such a layer
     voxel_nm: tuple[float, float, float]|None = None # True voxel size, `(z, y, x)`, where the layers' metadata is wrong
+    neurons: Source|None = None # What is known of cells: csv, parquet or feather, as of `read_neurons`
 
 # %% ../nbs/04_fetch.ipynb #802222c3
 class FetchConfig(Strict):

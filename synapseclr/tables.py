@@ -11,8 +11,8 @@ import pyarrow as pa, pyarrow.parquet as pq
 from .core import SynapseCLRError, atomic
 
 # %% auto #0
-__all__ = ['names', 'centres_nm', 'centres_vx', 'ids', 'TableError', 'write_table', 'read_tag', 'read_table', 'read_synapses',
-           'read_ids']
+__all__ = ['names', 'centres_nm', 'centres_vx', 'ids', 'neuron_names', 'neuron_types', 'TableError', 'write_table', 'read_tag',
+           'read_table', 'read_synapses', 'read_ids', 'read_neurons']
 
 # %% ../nbs/02_tables.ipynb #6469e68f
 class TableError(SynapseCLRError):
@@ -151,3 +151,48 @@ def read_ids(
     except ValueError as e: raise TableError(f"{path}: not a list of ids: {e}") from None
     if not ids: raise TableError(f"{path}: no ids")
     return np.array(ids, np.int64)
+
+# %% ../nbs/02_tables.ipynb #16cd011f
+neuron_names = dict(root_id=['root_id', 'pt_root_id', 'cell_segid'], cell_type=['cell_type', 'cell_type_x'])
+neuron_types = {'excitatory': 0, 'e': 0, 'pyramidal': 0, 'inhibitory': 1, 'i': 1} # All else is not known to be either
+
+def read_neurons(
+    path: str|Path, # csv, parquet or feather
+    voxel_nm: tuple[float, float, float]|None = None, # Size of the table's voxels, `(z, y, x)`, if positions are to be taken from a column `pt_position`
+) -> pd.DataFrame: # One row per cell, our columns first
+    "Read what is known about cells. Raises `TableError` listing everything that is wrong with it"
+    path = Path(path)
+    table = _load(path)
+    found = {ours: next((c for c in theirs if c in table), None) for ours,theirs in neuron_names.items()}
+    problems = [f"no column for {o} (one of {', '.join(neuron_names[o])})" for o in found if found[o] is None]
+    if found['root_id'] and (unfit := _id_problem('root_id', table[found['root_id']])): problems.append(unfit)
+    soma,wrong = _somata(table, voxel_nm)
+    if not problems:
+        kind = table[found['cell_type']].astype('str').str.strip().str.lower().map(neuron_types).astype(float)
+        kinds = kind.groupby(table[found['root_id']]).transform('nunique')
+        if (kinds > 1).any(): problems.append(f"column {found['root_id']}: cells that are excitatory in one row and inhibitory in another, in {_examples(kinds > 1)}")
+    problems += wrong
+    if not len(table): problems.append('no rows')
+    if problems: raise TableError('\n  '.join([f"{path}: cannot be used:"] + problems))
+    root = table[found['root_id']]
+    ours = pd.DataFrame(dict(root_id=root, inhibitory=kind.groupby(root).transform('first')) | soma | dict(n_somata=root.groupby(root).transform('size')))
+    ours.loc[ours.n_somata > 1, list(soma)] = np.nan
+    rest = table.drop(columns=[c for c in {found['root_id'], *soma} if c in table])
+    return pd.concat([ours, rest], axis=1)[~root.duplicated()].reset_index(drop=True)
+
+def _somata(table: pd.DataFrame, voxel_nm) -> tuple[dict, list[str]]:
+    "Columns with the positions of somata in nm, and what is wrong with them"
+    names = [f'soma_{a}_nm' for a in 'xyz']
+    if voxel_nm and 'pt_position' in table:
+        at = table.pt_position.astype('str').str.extract(r'(-?[\d.]+)[\s,]+(-?[\d.]+)[\s,]+(-?[\d.]+)').astype(float).to_numpy()*voxel_nm[::-1]
+        if np.isnan(at).any(): return {},[f"column pt_position: not three numbers in {_examples(np.isnan(at).any(1))}"]
+        return dict(zip(names, at.T)),[]
+    if not set(names) <= set(table): return dict.fromkeys(names, np.full(len(table), np.nan)),[]
+    at = table[names].to_numpy(float)
+    use = at[np.isfinite(at).all(1)]
+    for i,j in ((0, 1), (0, 2), (1, 2)):
+        ratio = use[:, j]/use[:, i]
+        if len(use) > 2 and np.ptp(use[:, i]) > 0 and np.allclose(ratio, ratio[0], rtol=1e-6):
+            return {},[f"columns {', '.join(names)}: cannot be right, {names[j][5]} is {ratio[0]:g} times {names[i][5]} in every row; leave them out"
+                + (", and state the voxel size so that pt_position is used" if 'pt_position' in table else '')]
+    return dict(zip(names, at.T)),[]

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 import numpy as np, pandas as pd
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import average_precision_score
+from scipy.stats import norm
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% auto #0
 __all__ = ['disjoint_folds', 'linear_probe', 'out_of_fold', 'auc', 'explained_variance', 'precision_at', 'neuron_bootstrap',
-           'interval']
+           'interval', 'paper_ev', 'calibration_error', 'number_scores', 'type_scores']
 
 # %% ../nbs/08a_validate.ipynb #fe5a5a8c
 def disjoint_folds(
@@ -111,3 +112,34 @@ def interval(
     "The middle 95 % of the draws"
     draws = draws[np.isfinite(draws)]
     return tuple(float(q) for q in np.quantile(draws, [.025, .975])) if len(draws) else (np.nan, np.nan)
+
+# %% ../nbs/08a_validate.ipynb #f50594b3
+def paper_ev(y: np.ndarray, mean: np.ndarray, weight: np.ndarray|None = None) -> float:
+    "Explained variance by the paper's formula, as a share: `y` is z-scored"
+    weight = np.ones(len(y)) if weight is None else weight
+    use = np.isfinite(mean) & (weight > 0)
+    return float(1 - weight[use] @ np.square(y-mean)[use]/(weight[use] @ np.square(y[use])))
+
+def calibration_error(y: np.ndarray, p: np.ndarray, n_bins: int = 10) -> float:
+    "Expected calibration error, over bins with as many predictions each"
+    parts = np.array_split(np.argsort(p, kind='stable'), min(n_bins, len(p)))
+    return float(sum(abs(y[i].mean()-p[i].mean())*len(i) for i in parts)/len(p))
+
+def number_scores(
+    y: np.ndarray, # `(N,)` z-scored values
+    mean: np.ndarray, sd: np.ndarray, # `(N,)` Gaussian predictions
+) -> dict[str, float]: # `EV`, `R2`, `NLPD`, `coverage90`
+    "How good, and how honest, predictions of a number are; those that are nan do not count"
+    use = np.isfinite(mean)
+    y,mean,sd = y[use],mean[use],sd[use]
+    return dict(EV=paper_ev(y, mean), R2=float(r2_score(y, mean)), NLPD=float(-norm.logpdf(y, mean, sd).mean()), coverage90=float((abs(y-mean) <= norm.ppf(.95)*sd).mean()))
+
+def type_scores(
+    y: np.ndarray, # `(N,)` bool
+    p: np.ndarray, # `(N,)` its probability
+) -> dict[str, float]: # `AUC`, `PR_AUC`, `Brier`, `ECE`, `log_loss`
+    "How good, and how honest, probabilities of a type are; those that are nan do not count"
+    use = np.isfinite(p)
+    y,p = y[use],p[use]
+    if len(np.unique(y)) < 2: return dict.fromkeys(('AUC', 'PR_AUC', 'Brier', 'ECE', 'log_loss'), np.nan)
+    return dict(AUC=auc(y, p), PR_AUC=precision_at(y, p), Brier=float(brier_score_loss(y, p)), ECE=calibration_error(y, p), log_loss=float(log_loss(y, p)))

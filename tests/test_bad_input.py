@@ -54,7 +54,7 @@ def test_earlier_stage_is_missing(stage, tiny, tmp_path, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, stage, '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook')
     assert code == 1 and 'synapseclr run' in text
 
-@pytest.mark.parametrize('stage,said', [('phantom', 'its synapses come from [data]'), ('evaluate', 'there is no truth to compare with')])
+@pytest.mark.parametrize('stage,said', [('phantom', 'its synapses come from [data]'), ('evaluate', 'there is no truth to compare with'), ('impute', 'no table of neurons')])
 def test_no_phantom(stage, said, tiny, tmp_path, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, stage, '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook')
     assert code == 1 and said in text

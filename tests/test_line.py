@@ -10,7 +10,7 @@ from synapseclr.tables import read_table
 
 everything = ['chunks.zarr/**/*', 'fetch/*', 'synapses.parquet', 'train/weights.safetensors', 'train/log.jsonl', 'features*/*', 'retrieval.parquet']
 
-line = [s for s in stages if s not in ('phantom', 'evaluate')] # of a run on data of one's own
+line = [s for s in stages if s not in ('phantom', 'impute', 'consensus', 'evaluate')] # of a run on data of one's own
 
 @pytest.fixture(scope='module')
 def whole(tiny, tmp_path_factory):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .core import SynapseCLRError, atomic
 
 # %% auto #0
-__all__ = ['presets', 'initialize', 'Features', 'FoldVoxels', 'ModelError', 'Projector', 'SynapseNet', 'save_weights',
-           'load_weights', 'read_network']
+__all__ = ['presets', 'initialize', 'Features', 'FoldVoxels', 'Block', 'Backbone', 'ModelError', 'Projector', 'SynapseNet',
+           'save_weights', 'load_weights', 'read_network']
 
 # %% ../nbs/07_model.ipynb #129941fd
 def initialize(
@@ -44,11 +44,48 @@ class FoldVoxels(nn.Module):
         x = x.view(b, c, z//2, 2, y//2, 2, x_//2, 2)
         return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, 8*c, z//2, y//2, x_//2)
 
-_ours = dict(no_max_pool=True, shortcut_type='B', bias_downsample=False)
+class Block(nn.Module):
+    "Two 3 x 3 x 3 convolutions, and a shortcut past them"
+    def __init__(self, before: int, width: int, stride: int, bare: bool):
+        super().__init__()
+        self.conv1,self.bn1 = nn.Conv3d(before, width, 3, stride, 1, bias=False),nn.BatchNorm3d(width)
+        self.conv2,self.bn2 = nn.Conv3d(width, width, 3, 1, 1, bias=False),nn.BatchNorm3d(width)
+        changes = stride > 1 or before != width
+        self.downsample = nn.Sequential(nn.Conv3d(before, width, 1, stride, bias=False), nn.BatchNorm3d(width)) if changes and not bare else None
+        self.stride,self.more = stride,width-before
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+        if self.downsample: x = self.downsample(x)
+        elif self.more or self.stride > 1: x = F.pad(x[:, :, ::self.stride, ::self.stride, ::self.stride], [0, 0]*3 + [0, self.more]) # bare: every other voxel, new channels 0
+        return F.relu(y + x, inplace=True)
+
+class Backbone(nn.Module):
+    "A 3D-ResNet: a stem, stages of blocks, and the mean over all voxels"
+    def __init__(self,
+        channels: int, width: int, kernel: int, stride: int, # Of the stem
+        stages: dict[str, tuple[int, int, int]], # Name: width, stride, blocks
+        pool: bool = False, # Max pooling after the stem
+        bare: bool = False, # Shortcuts without weights
+    ):
+        super().__init__()
+        self.conv1,self.bn1 = nn.Conv3d(channels, width, kernel, stride, kernel//2, bias=False),nn.BatchNorm3d(width)
+        self.pool,self.stages = pool,list(stages)
+        for name,(wide,stride,n) in stages.items():
+            self.add_module(name, nn.Sequential(*[Block(wide if i else width, wide, 1 if i else stride, bare) for i in range(n)]))
+            width = wide
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        if self.pool: x = F.max_pool3d(x, 3, 2, 1)
+        for name in self.stages: x = getattr(self, name)(x)
+        return x.mean((2, 3, 4))
+
+_resnet18 = dict(channels=1, width=64, kernel=7, stride=2, stages=dict(layer1=(64, 1, 2), layer2=(128, 2, 2), layer3=(256, 2, 2), layer4=(512, 2, 2)))
 presets = dict(
-    paper=_ours | dict(layers=[2, 2, 2, 2], block_inplanes=[64, 128, 256, 512], n_input_channels=1, conv1_t_size=7, conv1_t_stride=2),
-    demo=_ours | dict(layers=[1, 1, 1, 1], block_inplanes=[16, 64, 128, 128], n_input_channels=8, conv1_t_size=3, conv1_t_stride=1),
-    medicalnet=dict(layers=[2, 2, 2, 2], block_inplanes=[64, 128, 256, 512], n_input_channels=1, conv1_t_size=7, conv1_t_stride=2, shortcut_type='A', bias_downsample=True))
+    paper=_resnet18,
+    demo=dict(channels=8, width=16, kernel=3, stride=1, stages=dict(layer2=(64, 2, 1), layer3=(128, 2, 1))),
+    medicalnet=_resnet18 | dict(pool=True, bare=True))
 
 # %% ../nbs/07_model.ipynb #fa5358ba
 class ModelError(SynapseCLRError):
@@ -70,15 +107,13 @@ class SynapseNet(nn.Module):
         preset: Literal['paper', 'demo', 'medicalnet'] = 'paper', # The paper's network, one for two CPU cores, or the shape of MedicalNet's, to read its weights into
         seed: int = 0, # Of the initial weights
     ):
-        from monai.networks.nets.resnet import ResNet # here, since importing MONAI takes seconds
         super().__init__()
         if preset not in presets: raise ModelError(f"there is no network '{preset}'; there are {', '.join(presets)}")
         self.preset,self.channels_last = preset,True # fp32 on a CPU: 1.4 times as fast; `08b_precision` measures
-        width = presets[preset]['block_inplanes'][-1]
+        width = [*presets[preset]['stages'].values()][-1][0]
         self.reduction = dict(paper=16, demo=8, medicalnet=32)[preset] # Side of the input over side of the last feature map
         self.fold = FoldVoxels() if preset == 'demo' else nn.Identity()
-        self.backbone = ResNet(block='basic', spatial_dims=3, feed_forward=False, **presets[preset])
-        if preset == 'demo': self.backbone.layer1,self.backbone.layer4 = nn.Identity(),nn.Identity()
+        self.backbone = Backbone(**presets[preset])
         self.projector = Projector(width, 128)
         initialize(self, torch.Generator().manual_seed(seed))
 

@@ -137,7 +137,7 @@ def plan_costs(
     lowest,highest = (np.array(o) for o in zip(*boxes))
     decoded,alone = int(decoded_bytes(needs, lowest, highest).sum()),int(decoded_bytes(needs, centres, centres).sum())
     return dict(synapses=len(centres), blocks=int(block.max())+1, reads=len(boxes), chunks=int(sum(n.n_chunks(lowest, highest).sum() for n in needs)),
-        chunks_synapse_major=int(sum(n.n_chunks(centres, centres).sum() for n in needs)), gb_decoded=decoded/1e9, gb_synapse_major=alone/1e9,
+        chunks_synapse_major=int(sum(n.n_chunks(centres, centres).sum() for n in needs)), gb_decoded=decoded/1e9, gb_em=int(needs[0].n_chunks(lowest, highest).sum())*needs[0].chunk_bytes/1e9, gb_synapse_major=alone/1e9,
         times_less=alone/decoded, times_needed=decoded/sum(needed_chunks(n, centres)*n.chunk_bytes for n in needs), task_gb=task/1e9)
 
 # %% ../nbs/03a_plan.ipynb #22081cd0

@@ -97,6 +97,12 @@ class ChunkStore:
             array[places] = whole
         self.group['id'][places] = np.concatenate([ids, np.full(n-len(ids), EMPTY)])
 
+    def resize(self,
+        n_places: int, # Synapses that may come
+    ):
+        "Make room, behind what is there"
+        for name in ('em', 'mask', 'id'): self.group[name].resize((n_places, *self.group[name].shape[1:]))
+
     def finish(self, **about):
         "Mark the store as complete, and note what was found out about it"
         self.group.attrs.update(about | dict(complete=True))

@@ -6,9 +6,11 @@
 from __future__ import annotations
 import datetime, html, logging, os, re, sys, time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
-import pandas as pd, pydantic, typer
+import numpy as np, pandas as pd, pydantic, typer
+from taskqueue import queueable
 import synapseclr
 from .annotate import annotate
 from .augment import AugmentConfig, CubeConfig
@@ -16,20 +18,22 @@ from .bench import bench_augment
 from .core import ConfigError, Strict, SynapseCLRError, made_by, read_config, write_toml
 from .evaluate import evaluate
 from .extract import ExtractConfig, extract
-from .fetch import DataConfig, FetchConfig, fetch, outcome
+from .fetch import DataConfig, FetchConfig, describe_plan, fetch, fetch_block, fetch_tasks, outcome, plan_fetch
 from .model import SynapseNet, load_weights
 from .phantom import PhantomConfig, make_phantom, sizes
 from .query import QueryConfig, compare_retrieval
+from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
 from .store import ChunkStore
 from .tables import read_table, write_table
 from .train import TrainConfig, TrainingError, measured, train
+from .upkeep import append, drop, missing, refetch, verify
 from .volume import LayerSource
 
 # %% auto #0
-__all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'RestartOption', 'bench', 'RunConfig', 'open_run',
-           'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage', 'shipped', 'query_stage',
-           'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command', 'run_all', 'demo',
-           'bench_augment_command', 'main']
+__all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'RestartOption', 'QueueOption', 'bench', 'RunConfig',
+           'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage', 'shipped',
+           'query_stage', 'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command',
+           'fetch_command', 'extract_shard', 'extract_command', 'run_all', 'demo', 'bench_augment_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #b9703edd
 class RunConfig(Strict):
@@ -77,9 +81,9 @@ def phantom_stage(c: RunConfig):
     if not c.phantom: raise ConfigError('this run has no section [phantom]; its synapses come from [data]')
     return make_phantom(c.phantom_folder, c.phantom)
 
-def fetch_stage(c: RunConfig):
+def fetch_stage(c: RunConfig, processes: int = 1):
     "Cut every synapse of the table out of the volume"
-    return fetch(c.source, c.fetch, c.folder)
+    return fetch(c.source, c.fetch, c.folder, processes)
 
 def annotate_stage(c: RunConfig):
     "Measure every synapse: volumes, contact area, cleft, missing sections"
@@ -89,16 +93,16 @@ def train_stage(c: RunConfig, restart: bool = False):
     "Train the network on the synapses, without labels"
     return train(c.folder, c.train, c.augment, c.cube, restart)
 
-def extract_stage(c: RunConfig):
+def extract_stage(c: RunConfig, shards: list[int]|None = None):
     "Describe every synapse with the trained network, and with an untrained one for comparison"
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
-    views = c.extract.views
-    if c.extract.shipped: extract(c.folder, *shipped(c.folder), 'features_shipped', views=views)
+    how = dict(views=c.extract.views, shards=shards)
+    if c.extract.shipped: extract(c.folder, *shipped(c.folder), 'features_shipped', **how)
     net,about = load_weights(weights)
     cube,augment = CubeConfig(**about['cube']),AugmentConfig(**about['augment'])
-    extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', views=views)
-    return extract(c.folder, net, augment, cube, views=views)
+    extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', **how)
+    return extract(c.folder, net, augment, cube, **how)
 
 def shipped(
     run: str|Path, # Run folder, fetched
@@ -260,7 +264,67 @@ def phantom_command(
     print(f"{folder}: {len(pd.read_parquet(folder/'synapses.parquet'))} synapses; layers em, seg, cleft, mito; truth.parquet is for evaluations alone")
 
 for name in stages:
-    if name != 'phantom': _add_stage(name)
+    if name not in ('phantom', 'fetch', 'extract'): _add_stage(name)
+
+QueueOption = Annotated[str, typer.Option('--queue', help='Put the tasks into this queue, fq://FOLDER or sqs://NAME, for `synapseclr fetch --worker`')]
+
+@app.command('fetch', help=stages['fetch'].__doc__)
+def fetch_command(
+    config: ConfigOption = None, set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
+    processes: Annotated[int, typer.Option(help='Blocks at once, each with the memory of a task', min=1)] = 1,
+    plan: Annotated[bool, typer.Option('--plan', help='Only write the plan, and say what it costs')] = False,
+    block: Annotated[int, typer.Option(help='Only this block of the plan, as a task of a SLURM array', min=0)] = None,
+    queue: QueueOption = None,
+    worker: Annotated[str, typer.Option(help='Do the tasks of this queue until it is empty; give no --config')] = None,
+    lease: Annotated[int, typer.Option(help='Seconds after which the task of a silent worker is given to another', min=1)] = 900,
+    check: Annotated[bool, typer.Option('--verify', help='Check all checksums, and a sample of synapses against the volume')] = False,
+    more: Annotated[Path, typer.Option('--append', help='Another table, of which new synapses are added')] = None,
+    again: Annotated[str, typer.Option(help='Fetch these again: ID,ID,...')] = None,
+    without: Annotated[str, typer.Option('--drop', help='Take these out: ID,ID,... or `missing`, those that could not be fetched')] = None,
+):
+    if (config is None) == (worker is None): raise typer.BadParameter('give --config, or --worker')
+    if worker:
+        counts = work(worker, lease)
+        print(', '.join(f'{n} tasks {o}' for o,n in counts.items()))
+        return
+    c = open_run(config, set)
+    if block is not None:
+        do_here([partial(fetch_block, run=str(c.folder.absolute()), block=block)], desc='fetch', unit='block')
+        if error := dead_letters(c.folder/'fetch').get(f'{block:06d}'): raise QueueError(f'block {block}: {error}')
+        return
+    if check:
+        problems = verify(c.folder)
+        problems.to_csv(c.folder/'fetch/problems.csv', index=False)
+        if len(problems): raise QueueError(f"{len(problems)} synapses are wrong ({problems.problem.iloc[0]}); {c.folder/'fetch/problems.csv'} lists them, `synapseclr fetch --again` mends them")
+        return print('every chunk has its checksum, and the sample is what the volume says')
+    if plan or queue: plan_fetch(c.source, c.fetch, c.folder)
+    if plan: return print(describe_plan(c.source, c.fetch))
+    if queue: return _enqueue(queue, fetch_tasks(c.folder))
+    if more: print(f'{append(c.folder, more)} synapses are new')
+    ids = lambda text: missing(c.folder) if text == 'missing' else [int(i) for i in text.split(',')]
+    if again: refetch(c.folder, ids(again))
+    if without: drop(c.folder, ids(without))
+    _do(['fetch'], config, set, notebook, processes=processes)
+
+def _enqueue(url: str, tasks: list[partial]):
+    enqueue(url, tasks)
+    print(f'{len(tasks)} tasks are in {url}; start `synapseclr fetch --worker {url}` on any machines, and give this command again without --queue when they are done')
+
+@queueable
+def extract_shard(
+    run: str, # Run folder
+    shard: int, # Of its store
+) -> str: # As of `attempt`
+    "The task: describe the synapses of one shard"
+    c = read_config(RunConfig, Path(run)/'config.toml').model_copy(update=dict(run=run))
+    return attempt(Path(run)/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
+
+@app.command('extract', help=stages['extract'].__doc__)
+def extract_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, queue: QueueOption = None): # noqa: B006
+    if not queue: return _do(['extract'], config, set, notebook)
+    c = open_run(config, set)
+    store = ChunkStore.open(c.folder/'chunks.zarr')
+    _enqueue(queue, [partial(extract_shard, run=str(c.folder.absolute()), shard=int(k)) for k in np.unique(store.places//store.per_shard)])
 
 @app.command('run', help=f"Do all stages: {', '.join(stages)} (the first and the last with a phantom)")
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006

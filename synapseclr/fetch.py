@@ -197,7 +197,7 @@ def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
     "Look at `n` synapses"
     if len(rows) < n: return
-    *_,records,_ = fetch_rows(layers, rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)], config.model_copy(update=dict(max_blank_fraction=1)))
+    *_,records,_ = fetch_rows(layers, rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)], config.model_copy(update=dict(max_blank_fraction=1)), salvage=True)
     reasons = {r['reject_reason'] for r in records}
     name = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg'}.get(reasons.pop() if len(reasons) == 1 else None)
     if name: raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {records[0]['reject_reason']} at any of {n} synapses that were tried: wrong mip, another version than the table's, or chunks that may not be read")
@@ -235,13 +235,14 @@ def plan_fetch(
     layers = open_layers(data)
     check_layers(layers)
     rows,origin = read_rows(data.table, data, layers),_identity(data, config, layers)
-    path = run/'fetch/plan.parquet'
+    path,job = run/'fetch/plan.parquet',dict(data=data.model_dump(mode='json'), fetch=config.model_dump(mode='json'))
     if path.exists():
-        if {k: v for k,v in read_tag(path)['made_by'].items() if k != 'job'} != origin: raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration; choose a new run folder, or delete this one")
+        before = read_tag(path)['made_by']
+        if {k: v for k,v in before.items() if k != 'job'} != origin: raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration; choose a new run folder, or delete this one")
+        if before['job'] != job: write_table(read_table(path, 'fetch plan'), path, 'fetch plan', origin | dict(job=job)) # the same layers at another address
     elif (run/'chunks.zarr/id/zarr.json').exists(): raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be read, but not gone on with")
     else:
         _probe(layers, rows, config)
-        job = dict(data=data.model_dump(mode='json'), fetch=config.model_dump(mode='json'))
         write_table(in_blocks(rows, layers, config), path, 'fetch plan', origin | dict(job=job))
     if (run/'chunks.zarr/id/zarr.json').exists(): return
     shutil.rmtree(run/'chunks.zarr', ignore_errors=True) # of a fetch that died while it made the store

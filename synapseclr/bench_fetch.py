@@ -4,17 +4,20 @@
 
 # %% ../nbs/18c_bench_fetch.ipynb #40464853
 from __future__ import annotations
-import contextlib, gzip, json, multiprocessing, os, re, resource, signal, subprocess, sys, tempfile, threading, time
+import contextlib, gzip, json, multiprocessing, re, resource, tempfile, threading, time
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pandas as pd
-from .fetch import DataConfig, FetchConfig, centres_vx, fetch, fetch_rows, needs_of, open_layers
+from .fetch import DataConfig, FetchConfig, centres_vx, fetch, fetch_rows, needs_of
 from .phantom import PhantomConfig, make_phantom, sizes
-from .plan import plan_blocks, plan_costs
+from .plan import plan_blocks
+from .store import ChunkStore
 from .tables import read_synapses
+from .volume import open_layer
 
 # %% auto #0
-__all__ = ['serve', 'served', 'served_counts']
+__all__ = ['paper_window', 'serve', 'served', 'served_counts', 'tiled_table', 'bench_fetch']
 
 # %% ../nbs/18c_bench_fetch.ipynb #ad9407d8
 def serve(
@@ -61,8 +64,9 @@ def serve(
 def _layer_file(folder: Path, path: str, copies) -> tuple[bytes|None, dict, int]:
     "Content of a file of a layer, its headers, and the bytes it decodes to if it is a storage chunk"
     layer,*_,name = path.split('/')
-    info = json.loads((folder/layer/'info').read_text()) if (folder/layer/'info').exists() else None
-    if info is None: return None,{},0
+    text = _info(folder/layer/'info')
+    if text is None: return None,{},0
+    info = json.loads(text)
     size = info['scales'][0]['size']
     if name == 'info':
         info['scales'][0]['size'] = [s*c for s,c in zip(size, copies[::-1])]
@@ -74,6 +78,9 @@ def _layer_file(folder: Path, path: str, copies) -> tuple[bytes|None, dict, int]
     file = folder/path.replace(name, first + '.gz')
     if not file.exists(): return None,{},decoded
     return file.read_bytes(),{'Content-Encoding': 'gzip'},decoded
+
+@lru_cache
+def _info(path: Path) -> str|None: return path.read_text() if path.exists() else None
 
 @contextlib.contextmanager
 def served(folder: str|Path, *args, **kwargs):
@@ -88,3 +95,69 @@ def served_counts(address: str) -> dict:
     "What the server has counted"
     import requests
     return requests.get(f'{address}/count', timeout=60).json()
+
+# %% ../nbs/18c_bench_fetch.ipynb #41fa1cb7
+paper_window = dict(window_nm=(2080., 1833., 1833.), max_blank_fraction=.25, context='masked') # 52 sections; half of the phantom would fail the paper's 0.1
+
+def tiled_table(
+    phantom: Path, # Folder of the phantom
+    copies: tuple[int, int, int], # `(z, y, x)`
+    extent_nm, # Of one copy, `(z, y, x)`
+    path: Path, # Parquet file to write
+) -> Path: # `path`
+    "The synapses of all copies, with ids of their own"
+    one = pd.read_parquet(phantom/'synapses.parquet')
+    tiles = [one.assign(id=one.id + i*(one.id.max()+1), **{f'ctr_pt_{a}_nm': one[f'ctr_pt_{a}_nm'] + k*e for a,k,e in zip('zyx', tile, extent_nm)}) for i,tile in enumerate(np.ndindex(*copies))]
+    pd.concat(tiles, ignore_index=True).to_parquet(path, index=False)
+    return path
+
+def _contestant(way: str, data: DataConfig, config: FetchConfig, run: str, n: int|None) -> dict:
+    "Fetch in one way; what it took"
+    import cloudvolume.chunks
+    decode,counts = cloudvolume.chunks.decode,dict(n=0, bytes=0)
+    def counted(*args, **kwargs):
+        out = decode(*args, **kwargs)
+        counts['n'] += 1; counts['bytes'] += out.nbytes
+        return out
+    cloudvolume.chunks.decode = counted
+    start,began = time.perf_counter(),time.process_time()
+    if way == 'blocks': table = fetch(data, config, run)
+    else: table = _one_by_one(data, config, way, n)
+    seconds,cpu = time.perf_counter()-start,time.process_time()
+    return dict(way=way, synapses=len(table), synapses_per_s=len(table)/seconds, seconds=seconds, cpu_ms=1e3*(cpu-began)/len(table), decodes=counts['n']/len(table), mb_decoded=counts['bytes']/1e6/len(table),
+        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+
+def _one_by_one(data: DataConfig, config: FetchConfig, way: str, n: int) -> pd.DataFrame:
+    "Fetch and store `n` synapses, one after the other: at random, or the first in the order of blocks with a cache"
+    layers = {o: open_layer(o, getattr(data, o), cache_bytes=256*2**20 if 'cache' in way else 0) for o in ('em', 'cleft', 'seg', 'mito')}
+    rows = read_synapses(data.table)
+    voxel_nm = layers['em'].voxel_nm
+    block = plan_blocks(needs_of(layers, config), centres_vx(rows, voxel_nm), config.capacity(voxel_nm))
+    rows = rows.iloc[np.argsort(block, kind='stable')[:n] if 'cache' in way else np.random.default_rng(0).permutation(len(rows))[:n]]
+    with tempfile.TemporaryDirectory() as folder:
+        store = ChunkStore.create(folder, n, config.shapes(voxel_nm)[1], n)
+        ids,em,mask,*_ = zip(*(fetch_rows(layers, rows[i:i+1], config) for i in range(n)))
+        store.write_shard(0, *map(np.concatenate, (ids, em, mask)))
+    return rows
+
+def bench_fetch(
+    n: int = 5000, # Synapses, at least
+    latency_ms: float = 5, # Of the server
+    alone: int = 150, # Synapses of the slow ways
+) -> pd.DataFrame: # A row for each way and number of synapses
+    "Requests, decoded bytes, synapses per second and memory: blocks of an eighth, of a quarter and of the whole volume, and two slower ways"
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        phantom = make_phantom(folder/'phantom', PhantomConfig(seed=3, **sizes['small']))
+        shape,voxel_nm = PhantomConfig(**sizes['small']).shape,PhantomConfig().voxel_nm
+        one = len(pd.read_parquet(phantom/'synapses.parquet'))
+        copies = (2, 4, -(-n//(8*one)))
+        with multiprocessing.get_context('spawn').Pool(1, maxtasksperchild=1) as pool:
+            for way,part in (('blocks', (1, 1, copies[2])), ('blocks', (1, 2, copies[2])), ('blocks', copies), ('one by one', copies), ('one by one, cache', copies)):
+                with served(phantom, part, latency_ms/1e3) as address:
+                    table = tiled_table(phantom, part, np.multiply(shape, voxel_nm), folder/'table.parquet')
+                    data = DataConfig(table=str(table), **{o: dict(path=f'precomputed://{address}/{o}') for o in ('em', 'seg', 'cleft', 'mito')})
+                    found = pool.apply(_contestant, (way, data, FetchConfig(**paper_window, per_shard=512), str(folder/f'run{len(rows)}'), alone))
+                    rows.append(found | dict(requests=served_counts(address)['requests']/found['synapses']))
+    return pd.DataFrame(rows)

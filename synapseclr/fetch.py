@@ -9,7 +9,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 import numba, numpy as np, pandas as pd, pydantic, pyarrow.parquet as pq
-from scipy import ndimage
 from taskqueue import queueable
 from .core import Box, Source, Strict, atomic, digest, made_by
 from .plan import Need, plan_blocks, plan_costs, plan_reads
@@ -80,32 +79,31 @@ def visible(
     reach_nm: float, # How far from the mask
 ) -> np.ndarray: # `(z, y, x)` bool
     "Where EM can matter to a network that sees only the inflated mask"
-    near = _within((mask & (PRE|CLEFT|POST)) > 0, tuple(map(float, voxel_nm)), reach_nm + np.linalg.norm(voxel_nm)/2)
-    return ndimage.binary_dilation(near, np.ones((3, 3, 3)))
+    return _within((mask & (PRE|CLEFT|POST)) > 0, tuple(map(float, voxel_nm)), reach_nm + np.linalg.norm(voxel_nm)/2)
 
 @numba.njit(cache=True)
 def _within(inside, voxel_nm, limit):
-    "Which voxels lie within `limit` of one that is `inside`: nearest along x, then over the rows in reach, then over the sections in reach"
+    "Which voxels have one within `limit` of the `inside` among their neighbours: nearest along x, then over the rows in reach, then over the sections in reach, all one voxel nearer than they are"
     Z,Y,X = inside.shape
     vz,vy,vx = voxel_nm
-    rows,sections,far = int(limit/vy),int(limit/vz),np.float32(4*limit**2)
-    line,plane,near = np.empty((Z, Y, X), np.float32),np.full((Z, Y, X), far, np.float32),np.zeros((Z, Y, X), np.bool_)
+    rows,sections,far = int(limit/vy)+1,int(limit/vz)+1,np.float32(4*limit**2)
+    line,plane,near = np.empty((Y, X), np.float32),np.full((Z, Y, X), far, np.float32),np.zeros((Z, Y, X), np.bool_)
     for z in range(Z):
         for y in range(Y):
-            left = right = np.inf
+            left = right = 2*limit
             for x in range(X):
-                left = 0. if inside[z, y, x] else left+vx
-                line[z, y, x] = min(far, left**2)
+                left = -vx if inside[z, y, x] else left+vx
+                line[y, x] = min(far, max(0., left)**2)
             for x in range(X-1, -1, -1):
-                right = 0. if inside[z, y, x] else right+vx
-                line[z, y, x] = min(line[z, y, x], right**2)
+                right = -vx if inside[z, y, x] else right+vx
+                line[y, x] = min(line[y, x], max(0., right)**2)
         for y in range(Y):
             for j in range(max(0, y-rows), min(Y, y+rows+1)):
-                add = np.float32(((j-y)*vy)**2)
-                for x in range(X): plane[z, y, x] = min(plane[z, y, x], line[z, j, x]+add)
+                add = np.float32((max(0, abs(j-y)-1)*vy)**2)
+                for x in range(X): plane[z, y, x] = min(plane[z, y, x], line[j, x]+add)
     for z in range(Z):
         for k in range(max(0, z-sections), min(Z, z+sections+1)):
-            most = np.float32(limit**2 - ((k-z)*vz)**2)
+            most = np.float32(limit**2 - (max(0, abs(k-z)-1)*vz)**2)
             for y in range(Y):
                 for x in range(X): near[z, y, x] |= plane[k, y, x] <= most
     return near

@@ -31,6 +31,7 @@ class DataConfig(Strict):
     seg: LayerSource # Cells
     cleft: LayerSource # Synaptic clefts
     mito: LayerSource|None = None # Mitochondria, if there is such a layer
+    skeletons: Source|None = None # Neurons as trees, if there are any: a folder of SWC files, a precomputed layer or a table, see `skeleton_reader`
     voxel_nm: tuple[float, float, float]|None = None # True voxel size, `(z, y, x)`, where the layers' metadata is wrong
 
 # %% ../nbs/04_fetch.ipynb #802222c3

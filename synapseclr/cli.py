@@ -15,6 +15,7 @@ import synapseclr
 from .annotate import annotate
 from .augment import AugmentConfig, CubeConfig
 from .bench import bench_augment
+from .bench_fetch import bench_fetch
 from .core import ConfigError, Strict, SynapseCLRError, made_by, read_config, write_toml
 from .evaluate import evaluate
 from .extract import ExtractConfig, extract
@@ -23,17 +24,19 @@ from .model import SynapseNet, load_weights
 from .phantom import PhantomConfig, make_phantom, sizes
 from .query import QueryConfig, compare_retrieval
 from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
+from .remap import remap, what_changed
 from .store import ChunkStore
-from .tables import read_table, write_table
+from .tables import read_synapses, read_table, write_table
 from .train import TrainConfig, TrainingError, measured, train
 from .upkeep import append, drop, missing, refetch, verify
-from .volume import LayerSource
+from .volume import LayerSource, open_layer
 
 # %% auto #0
-__all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'RestartOption', 'QueueOption', 'bench', 'RunConfig',
-           'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage', 'shipped',
-           'query_stage', 'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command',
-           'fetch_command', 'extract_shard', 'extract_command', 'run_all', 'demo', 'bench_augment_command', 'main']
+__all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'RestartOption', 'QueueOption', 'tables', 'bench',
+           'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage',
+           'shipped', 'query_stage', 'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command',
+           'fetch_command', 'extract_shard', 'extract_command', 'run_all', 'demo', 'remap_command',
+           'bench_augment_command', 'bench_fetch_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #b9703edd
 class RunConfig(Strict):
@@ -62,8 +65,9 @@ class RunConfig(Strict):
     def source(self) -> DataConfig:
         "Table and layers, those of the phantom if there is one"
         if self.data: return self.data
-        layer = lambda name: LayerSource(path=str((self.phantom_folder/name).resolve()))
-        return DataConfig(table=str((self.phantom_folder/'synapses.parquet').resolve()), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
+        within = lambda name: str((self.phantom_folder/name).resolve())
+        layer = lambda name: LayerSource(path=within(name))
+        return DataConfig(table=within('synapses.parquet'), skeletons=within('skeletons'), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
 
 def open_run(
     config: str|Path, # TOML file
@@ -86,8 +90,8 @@ def fetch_stage(c: RunConfig, processes: int = 1):
     return fetch(c.source, c.fetch, c.folder, processes)
 
 def annotate_stage(c: RunConfig):
-    "Measure every synapse: volumes, contact area, cleft, missing sections"
-    return annotate(c.folder)
+    "Measure every synapse: volumes, contact area, cleft, missing sections, the way to the somata"
+    return annotate(c.folder, c.source.skeletons)
 
 def train_stage(c: RunConfig, restart: bool = False):
     "Train the network on the synapses, without labels"
@@ -335,6 +339,28 @@ def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     print('10 to 15 minutes on two cores; of 15: phantom 1.5, fetch and annotate 1, train 7, extract 3, query and evaluate 2', flush=True)
     _do(list(stages), config, set, notebook)
 
+tables = typer.Typer(no_args_is_help=True, help='Change synapse tables')
+app.add_typer(tables, name='tables')
+
+@tables.callback()
+def _tables(): "Keeps `remap` a word of the command line while it is the only one"
+
+@tables.command('remap', help='Look up the partners of synapses in another version of the segmentation')
+def remap_command(
+    table: Annotated[Path, typer.Argument(help='Synapse table with points on both sides')],
+    seg: Annotated[str, typer.Option(help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
+    out: Annotated[Path, typer.Option(help='Parquet file to write; what changed goes beside it')],
+    mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
+    voxel_nm: Annotated[str, typer.Option(help="Z,Y,X: size of the table's voxels, if it counts in voxels")] = None,
+):
+    path,_,seconds = seg.rpartition('@')
+    source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if path and seconds.isdigit() else LayerSource(path=seg, mip=mip)
+    size = tuple(float(o) for o in voxel_nm.split(',')) if voxel_nm else None
+    today,moves = remap(read_synapses(table, size), open_layer('seg', source), size)
+    write_table(today, out, 'synapses', made_by(seg=source.model_dump(mode='json')))
+    moves.to_csv(out.with_suffix('.changed.csv'), index=False)
+    print(what_changed(moves))
+
 bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory, beside something to compare with')
 app.add_typer(bench, name='bench')
 
@@ -345,8 +371,11 @@ def bench_augment_command(
     repeats: Annotated[int, typer.Option(help='Batches that are timed in each of three turns', min=1)] = 9,
 ): print(bench_augment(batch, size, repeats).round(1).to_string(index=False))
 
-@bench.callback()
-def _bench(): "Keeps `augment` a word of the command line while it is the only benchmark"
+@bench.command('fetch', help='Requests, decoded bytes, synapses per second and memory: by blocks, and synapse by synapse, from a server with latency')
+def bench_fetch_command(
+    n: Annotated[int, typer.Option('--synapses', help='How many, at least', min=1)] = 5000,
+    latency: Annotated[float, typer.Option(help='Of the server, milliseconds', min=0)] = 5,
+): print(bench_fetch(n, latency).round(2).to_string(index=False))
 
 def main():
     "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"

@@ -1,6 +1,5 @@
 "What goes wrong between a bucket and a store: afterwards the store is the one without faults, byte for byte, or the synapses that are not in it are listed with the reason."
 import multiprocessing, os, signal, subprocess, time, zlib
-from functools import partial
 import numpy as np, pandas as pd, pytest, tenacity
 from cloudfiles.interfaces import HttpInterface
 from conftest import files

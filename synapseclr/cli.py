@@ -6,34 +6,43 @@
 from __future__ import annotations
 import datetime, html, logging, os, re, sys, time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
-import pandas as pd, pydantic, typer
+import numpy as np, pandas as pd, pydantic, typer
+from taskqueue import queueable
 import synapseclr
 from .annotate import annotate
 from .augment import AugmentConfig, CubeConfig
 from .bench import bench_augment
+from .bench_fetch import bench_fetch
+from .bench_train import bench_loader, bench_loss, bench_parts, bench_steps
 from .bench_typing import bench_consensus, bench_gp
 from .consensus import ConsensusConfig, type_neurites
 from .core import ConfigError, Strict, SynapseCLRError, made_by, read_config, write_toml
 from .evaluate import evaluate
 from .extract import ExtractConfig, extract
-from .fetch import DataConfig, FetchConfig, fetch, outcome
+from .fetch import DataConfig, FetchConfig, describe_plan, fetch, fetch_block, fetch_tasks, outcome, plan_fetch
 from .impute import ImputeConfig, impute
 from .model import SynapseNet, load_weights, read_network
 from .phantom import PhantomConfig, make_phantom, sizes
 from .query import QueryConfig, compare_retrieval
+from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
+from .remap import remap, what_changed
 from .store import ChunkStore
-from .tables import read_neurons, read_table, write_table
+from .tables import read_neurons, read_synapses, read_table, write_table
 from .train import TrainConfig, TrainingError, measured, train
-from .volume import LayerSource
+from .upkeep import append, drop, missing, refetch, verify
+from .volume import LayerSource, open_layer
 
 # %% auto #0
 __all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
-           'RestartOption', 'bench', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage',
-           'train_stage', 'extract_stage', 'shipped', 'query_stage', 'neurons_of', 'impute_stage', 'consensus_stage',
-           'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command', 'run_all', 'demo',
-           'bench_augment_command', 'bench_gp_command', 'bench_consensus_command', 'main']
+           'RestartOption', 'QueueOption', 'tables', 'bench', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage',
+           'annotate_stage', 'train_stage', 'extract_stage', 'shipped', 'query_stage', 'neurons_of', 'impute_stage',
+           'consensus_stage', 'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command',
+           'fetch_command', 'extract_shard', 'extract_command', 'run_all', 'demo', 'remap_command',
+           'bench_augment_command', 'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command',
+           'bench_train_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #b9703edd
 class RunConfig(Strict):
@@ -64,9 +73,9 @@ class RunConfig(Strict):
     def source(self) -> DataConfig:
         "Table and layers, those of the phantom if there is one"
         if self.data: return self.data
-        layer = lambda name: LayerSource(path=str((self.phantom_folder/name).resolve()))
-        file = lambda name: str((self.phantom_folder/name).resolve())
-        return DataConfig(table=file('synapses.parquet'), neurons=file('neurons.csv'), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
+        within = lambda name: str((self.phantom_folder/name).resolve())
+        layer = lambda name: LayerSource(path=within(name))
+        return DataConfig(table=within('synapses.parquet'), neurons=within('neurons.csv'), skeletons=within('skeletons'), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
 
 def open_run(
     config: str|Path, # TOML file
@@ -84,32 +93,33 @@ def phantom_stage(c: RunConfig):
     if not c.phantom: raise ConfigError('this run has no section [phantom]; its synapses come from [data]')
     return make_phantom(c.phantom_folder, c.phantom)
 
-def fetch_stage(c: RunConfig):
+def fetch_stage(c: RunConfig, processes: int = 1):
     "Cut every synapse of the table out of the volume"
-    return fetch(c.source, c.fetch, c.folder)
+    return fetch(c.source, c.fetch, c.folder, processes)
 
 def annotate_stage(c: RunConfig):
-    "Measure every synapse: volumes, contact area, cleft, missing sections"
-    return annotate(c.folder)
+    "Measure every synapse: volumes, contact area, cleft, missing sections, the way to the somata"
+    return annotate(c.folder, c.source.skeletons)
 
 def train_stage(c: RunConfig, restart: bool = False):
     "Train the network on the synapses, without labels"
-    return train(c.folder, c.train, c.augment, c.cube, restart)
+    types = neurons_of(c).set_index('root_id').inhibitory if c.source.neurons else None
+    return train(c.folder, c.train, c.augment, c.cube, restart, types=types)
 
-def extract_stage(c: RunConfig):
+def extract_stage(c: RunConfig, shards: list[int]|None = None):
     "Describe every synapse with the trained network, and with an untrained one for comparison"
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
-    views = c.extract.views
-    if c.extract.shipped: extract(c.folder, *shipped(c.folder), 'features_shipped', views=views)
+    how = dict(views=c.extract.views, shards=shards)
+    if c.extract.shipped: extract(c.folder, *shipped(c.folder), 'features_shipped', **how)
     for path in c.extract.weights:
         net,about = read_network(path)
         augment = AugmentConfig(**about['augment']) if about.get('augment') else measured(c.augment, ChunkStore.open(c.folder/'chunks.zarr'))
-        extract(c.folder, net, augment, CubeConfig(**about['cube']) if about.get('cube') else c.cube, f'features_{Path(path).stem}', views=views)
+        extract(c.folder, net, augment, CubeConfig(**about['cube']) if about.get('cube') else c.cube, f'features_{Path(path).stem}', **how)
     net,about = load_weights(weights)
     cube,augment = CubeConfig(**about['cube']),AugmentConfig(**about['augment'])
-    extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', views=views)
-    return extract(c.folder, net, augment, cube, views=views)
+    extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', **how)
+    return extract(c.folder, net, augment, cube, **how)
 
 def shipped(
     run: str|Path, # Run folder, fetched
@@ -296,7 +306,67 @@ def phantom_command(
     print(f"{folder}: {len(pd.read_parquet(folder/'synapses.parquet'))} synapses; layers em, seg, cleft, mito; truth.parquet is for evaluations alone")
 
 for name in stages:
-    if name != 'phantom': _add_stage(name)
+    if name not in ('phantom', 'fetch', 'extract'): _add_stage(name)
+
+QueueOption = Annotated[str, typer.Option('--queue', help='Put the tasks into this queue, fq://FOLDER or sqs://NAME, for `synapseclr fetch --worker`')]
+
+@app.command('fetch', help=stages['fetch'].__doc__)
+def fetch_command(
+    config: ConfigOption = None, set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
+    processes: Annotated[int, typer.Option(help='Blocks at once, each with the memory of a task', min=1)] = 1,
+    plan: Annotated[bool, typer.Option('--plan', help='Only write the plan, and say what it costs')] = False,
+    block: Annotated[int, typer.Option(help='Only this block of the plan, as a task of a SLURM array', min=0)] = None,
+    queue: QueueOption = None,
+    worker: Annotated[str, typer.Option(help='Do the tasks of this queue until it is empty; give no --config')] = None,
+    lease: Annotated[int, typer.Option(help='Seconds after which the task of a silent worker is given to another', min=1)] = 900,
+    check: Annotated[bool, typer.Option('--verify', help='Check all checksums, and a sample of synapses against the volume')] = False,
+    more: Annotated[Path, typer.Option('--append', help='Another table, of which new synapses are added')] = None,
+    again: Annotated[str, typer.Option(help='Fetch these again: ID,ID,...')] = None,
+    without: Annotated[str, typer.Option('--drop', help='Take these out: ID,ID,... or `missing`, those that could not be fetched')] = None,
+):
+    if (config is None) == (worker is None): raise typer.BadParameter('give --config, or --worker')
+    if worker:
+        counts = work(worker, lease)
+        print(', '.join(f'{n} tasks {o}' for o,n in counts.items()))
+        return
+    c = open_run(config, set)
+    if block is not None:
+        do_here([partial(fetch_block, run=str(c.folder.absolute()), block=block)], desc='fetch', unit='block')
+        if error := dead_letters(c.folder/'fetch').get(f'{block:06d}'): raise QueueError(f'block {block}: {error}')
+        return
+    if check:
+        problems = verify(c.folder)
+        problems.to_csv(c.folder/'fetch/problems.csv', index=False)
+        if len(problems): raise QueueError(f"{len(problems)} synapses are wrong ({problems.problem.iloc[0]}); {c.folder/'fetch/problems.csv'} lists them, `synapseclr fetch --again` mends them")
+        return print('every chunk has its checksum, and the sample is what the volume says')
+    if plan or queue: plan_fetch(c.source, c.fetch, c.folder)
+    if plan: return print(describe_plan(c.source, c.fetch))
+    if queue: return _enqueue(queue, fetch_tasks(c.folder))
+    if more: print(f'{append(c.folder, more)} synapses are new')
+    ids = lambda text: missing(c.folder) if text == 'missing' else [int(i) for i in text.split(',')]
+    if again: refetch(c.folder, ids(again))
+    if without: drop(c.folder, ids(without))
+    _do(['fetch'], config, set, notebook, processes=processes)
+
+def _enqueue(url: str, tasks: list[partial]):
+    enqueue(url, tasks)
+    print(f'{len(tasks)} tasks are in {url}; start `synapseclr fetch --worker {url}` on any machines, and give this command again without --queue when they are done')
+
+@queueable
+def extract_shard(
+    run: str, # Run folder
+    shard: int, # Of its store
+) -> str: # As of `attempt`
+    "The task: describe the synapses of one shard"
+    c = read_config(RunConfig, Path(run)/'config.toml').model_copy(update=dict(run=run))
+    return attempt(Path(run)/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
+
+@app.command('extract', help=stages['extract'].__doc__)
+def extract_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, queue: QueueOption = None): # noqa: B006
+    if not queue: return _do(['extract'], config, set, notebook)
+    c = open_run(config, set)
+    store = ChunkStore.open(c.folder/'chunks.zarr')
+    _enqueue(queue, [partial(extract_shard, run=str(c.folder.absolute()), shard=int(k)) for k in np.unique(store.places//store.per_shard)])
 
 @app.command('run', help=f"Do all stages: {', '.join(stages)} (the first and the last with a phantom, impute and consensus with a table of neurons)")
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006
@@ -306,6 +376,28 @@ def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
     print('10 to 15 minutes on two cores; of 15: phantom 1.5, fetch and annotate 1, train 7, extract 3, query and evaluate 2', flush=True)
     _do(list(stages), config, set, notebook)
+
+tables = typer.Typer(no_args_is_help=True, help='Change synapse tables')
+app.add_typer(tables, name='tables')
+
+@tables.callback()
+def _tables(): "Keeps `remap` a word of the command line while it is the only one"
+
+@tables.command('remap', help='Look up the partners of synapses in another version of the segmentation')
+def remap_command(
+    table: Annotated[Path, typer.Argument(help='Synapse table with points on both sides')],
+    seg: Annotated[str, typer.Option(help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
+    out: Annotated[Path, typer.Option(help='Parquet file to write; what changed goes beside it')],
+    mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
+    voxel_nm: Annotated[str, typer.Option(help="Z,Y,X: size of the table's voxels, if it counts in voxels")] = None,
+):
+    path,_,seconds = seg.rpartition('@')
+    source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if path and seconds.isdigit() else LayerSource(path=seg, mip=mip)
+    size = tuple(float(o) for o in voxel_nm.split(',')) if voxel_nm else None
+    today,moves = remap(read_synapses(table, size), open_layer('seg', source), size)
+    write_table(today, out, 'synapses', made_by(seg=source.model_dump(mode='json')))
+    moves.to_csv(out.with_suffix('.changed.csv'), index=False)
+    print(what_changed(moves))
 
 bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory, beside something to compare with')
 app.add_typer(bench, name='bench')
@@ -329,6 +421,16 @@ def bench_consensus_command(
     synapses: Annotated[int, typer.Option(min=10)] = 3_200_000,
     neurites: Annotated[int, typer.Option(min=10)] = 1_270_000,
 ): print(bench_consensus(synapses, neurites).round(2).to_string(index=False))
+
+@bench.command('fetch', help='Requests, decoded bytes, synapses per second and memory: by blocks, and synapse by synapse, from a server with latency')
+def bench_fetch_command(
+    n: Annotated[int, typer.Option('--synapses', help='How many, at least', min=1)] = 5000,
+    latency: Annotated[float, typer.Option(help='Of the server, milliseconds', min=0)] = 5,
+): print(bench_fetch(n, latency).round(2).to_string(index=False))
+
+@bench.command('train', help='A step, the loss, a batch in parts and the disk: seconds and memory, beside the plain way')
+def bench_train_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3):
+    for table in (bench_steps, bench_loss, bench_parts, bench_loader): print(table(rounds=rounds).round(3).to_string(index=False), end='\n\n', flush=True)
 
 def main():
     "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"

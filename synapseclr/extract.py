@@ -53,16 +53,17 @@ def extract(
     out: str = 'features', # Folder in the run folder
     batch_size: int = 32,
     views: int = 1, # Average over so many random turns of each synapse; 1 for none, as it lies
+    shards: list[int]|None = None, # Only these, as a task of many; all if absent
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path: # The folder
-    "Write the features of all synapses of a run, shard by shard; goes on where it was stopped. Raises `FeatureError` unless every synapse is there once"
+    "Write the features of all synapses of a run, shard by shard; goes on where it was stopped. Raises `FeatureError` unless every synapse is there once (or only some shards were asked for)"
     folder,store = Path(run)/out,ChunkStore.open(Path(run)/'chunks.zarr')
     law = AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank, background=augment.background, **dict(turn='so3', flip=True) if views > 1 else {})
     augmenter = Augmenter(law, store.voxel_nm, cube.size, cube.voxel_nm, device)
     origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store))
     net = net.to(device).eval()
     shard,at_once = store.places//store.per_shard,min(2, views)
-    for k in progress(np.unique(shard), desc='extract', unit='shard'):
+    for k in progress(np.unique(shard) if shards is None else shards, desc='extract', unit='shard'):
         path,members = folder/f'{k:06d}.parquet',np.flatnonzero(shard == k)
         if path.exists() and read_tag(path).get('made_by') == origin: continue
         parts = []
@@ -73,6 +74,7 @@ def extract(
                 parts.append(Features(*(torch.stack(layer).mean(0) for layer in zip(*seen))))
         features = Features(*(torch.cat(layer).float().cpu().numpy() for layer in zip(*parts)))
         write_table(_feature_table(store.ids[members], features), path, 'features', origin)
+    if shards is not None: return folder
     ids,_ = read_features(folder)
     if not np.array_equal(np.sort(ids), np.sort(store.ids)): raise FeatureError(f"{folder}: holds features of other synapses than {store.path}; delete it and extract again")
     return folder

@@ -5,18 +5,22 @@
 # %% ../nbs/04_fetch.ipynb #d4c4e1b0
 from __future__ import annotations
 import hashlib, json, shutil
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd, pydantic
-from scipy import ndimage
-from .core import Box, Source, Strict, atomic, digest, made_by, progress
+import numba, numpy as np, pandas as pd, pydantic, pyarrow.parquet as pq
+from taskqueue import queueable
+from .core import Box, Source, Strict, atomic, digest, made_by
+from .plan import Need, plan_blocks, plan_costs, plan_reads
+from .queue import QueueError, attempt, dead_letters, do_here, revive
 from .store import CLEFT, EMPTY, MITO, POST, PRE, ChunkStore, StoreError
-from .tables import read_synapses, read_table, write_table
-from .volume import Layer, LayerSource, check_layers, open_layer, read
+from .tables import read_synapses, read_table, read_tag, write_table
+from .volume import Layer, LayerSource, VolumeError, check_layers, open_layer, read
 
 # %% auto #0
-__all__ = ['DataConfig', 'FetchConfig', 'cleft_of', 'role_mask', 'visible', 'fetch_rows', 'centre_vx', 'place_order',
-           'grey_moments', 'outcome', 'fetch']
+__all__ = ['roles', 'DataConfig', 'FetchConfig', 'cleft_of', 'visible', 'open_layers', 'needs_of', 'centres_vx', 'fetch_rows',
+           'read_rows', 'in_blocks', 'plan_fetch', 'n_blocks', 'describe_plan', 'fetch_block', 'fetch_tasks',
+           'grey_moments', 'outcome', 'finish_fetch', 'fetch']
 
 # %% ../nbs/04_fetch.ipynb #c225021b
 class DataConfig(Strict):
@@ -27,6 +31,7 @@ class DataConfig(Strict):
     seg: LayerSource # Cells
     cleft: LayerSource # Synaptic clefts
     mito: LayerSource|None = None # Mitochondria, if there is such a layer
+    skeletons: Source|None = None # Neurons as trees, if there are any: a folder of SWC files, a precomputed layer or a table, see `skeleton_reader`
     voxel_nm: tuple[float, float, float]|None = None # True voxel size, `(z, y, x)`, where the layers' metadata is wrong
     neurons: Source|None = None # What is known of cells: csv, parquet or feather, as of `read_neurons`
 
@@ -39,7 +44,8 @@ class FetchConfig(Strict):
     max_blank_fraction: float = pydantic.Field(.1, gt=0, le=1) # Reject a synapse if this share of its window is blank, or more
     context: Literal['full', 'masked'] = 'full' # Keep all EM, or only what a network can see through the mask
     reach_nm: float = pydantic.Field(248, ge=0) # With `masked`: how far the augmentations can look beyond the synapse
-    per_shard: pydantic.PositiveInt = 64 # Synapses in a shard
+    per_shard: pydantic.PositiveInt = 256 # Most synapses in a block, which is a shard of the store and a task
+    memory_gb: float = pydantic.Field(4, gt=0) # Of a task; half for what it reads at once, half for its chunks
 
     @pydantic.model_validator(mode='after')
     def _one_window(self):
@@ -50,6 +56,10 @@ class FetchConfig(Strict):
         "Shape of the window and of the kept chunk in voxels of `voxel_nm`"
         window = self.window_vx or tuple(max(1, round(w/v)) for w,v in zip(self.window_nm, voxel_nm))
         return window,(min(self.keep_sections or window[0], window[0]), *window[1:])
+
+    def capacity(self, voxel_nm) -> int:
+        "Most synapses in a block: what is stated, or what fits into memory"
+        return min(self.per_shard, max(1, int(self.memory_gb*1e9/2/(2*np.prod(self.shapes(voxel_nm)[1])))))
 
 # %% ../nbs/04_fetch.ipynb #175845c2
 def cleft_of(
@@ -65,100 +75,226 @@ def cleft_of(
     return int(cleft[tuple(at[nearest])])
 
 # %% ../nbs/04_fetch.ipynb #1ff62abb
-def role_mask(
-    seg: np.ndarray, # `(z, y, x)` cell ids
-    cleft: np.ndarray, # `(z, y, x)` cleft ids
-    mito: np.ndarray|None, # `(z, y, x)` mitochondrion ids
-    pre: int, post: int, cleft_id: int, # The synapse's partners and cleft
-) -> np.ndarray: # `(z, y, x)` uint8: bits PRE, CLEFT, POST, MITO
-    "The parts that the voxels of a window play in one synapse; mitochondria only inside its partners"
-    mask = np.where(seg == pre, PRE, 0) | np.where(seg == post, POST, 0) | np.where(cleft == cleft_id, CLEFT, 0)
-    if mito is not None: mask |= np.where((mito > 0) & ((mask & (PRE|POST)) > 0), MITO, 0)
-    return mask.astype(np.uint8)
-
-# %% ../nbs/04_fetch.ipynb #b91de6aa
 def visible(
     mask: np.ndarray, # `(z, y, x)` role bits
     voxel_nm, # `(z, y, x)`
     reach_nm: float, # How far from the mask
 ) -> np.ndarray: # `(z, y, x)` bool
     "Where EM can matter to a network that sees only the inflated mask"
-    distance = ndimage.distance_transform_edt((mask & (PRE|CLEFT|POST)) == 0, sampling=voxel_nm)
-    near = distance <= reach_nm + np.linalg.norm(voxel_nm)/2
-    return ndimage.maximum_filter(near, 3, mode='constant')
+    return _within((mask & (PRE|CLEFT|POST)) > 0, tuple(map(float, voxel_nm)), reach_nm + np.linalg.norm(voxel_nm)/2)
+
+@numba.njit(cache=True)
+def _within(inside, voxel_nm, limit):
+    "Which voxels have one within `limit` of the `inside` among their neighbours: nearest along x, then over the rows in reach, then over the sections in reach, all one voxel nearer than they are"
+    Z,Y,X = inside.shape
+    vz,vy,vx = voxel_nm
+    rows,sections,far = int(limit/vy)+1,int(limit/vz)+1,np.float32(4*limit**2)
+    line,plane,near = np.empty((Y, X), np.float32),np.full((Z, Y, X), far, np.float32),np.zeros((Z, Y, X), np.bool_)
+    for z in range(Z):
+        for y in range(Y):
+            left = right = 2*limit
+            for x in range(X):
+                left = -vx if inside[z, y, x] else left+vx
+                line[y, x] = min(far, max(0., left)**2)
+            for x in range(X-1, -1, -1):
+                right = -vx if inside[z, y, x] else right+vx
+                line[y, x] = min(line[y, x], max(0., right)**2)
+        for y in range(Y):
+            for j in range(max(0, y-rows), min(Y, y+rows+1)):
+                add = np.float32((max(0, abs(j-y)-1)*vy)**2)
+                for x in range(X): plane[z, y, x] = min(plane[z, y, x], line[j, x]+add)
+    for z in range(Z):
+        for k in range(max(0, z-sections), min(Z, z+sections+1)):
+            most = np.float32(limit**2 - (max(0, abs(k-z)-1)*vz)**2)
+            for y in range(Y):
+                for x in range(X): near[z, y, x] |= plane[k, y, x] <= most
+    return near
 
 # %% ../nbs/04_fetch.ipynb #7e5cc1be
+roles = ['em', 'cleft', 'seg', 'mito'] # Layers, in the order in which they are read
+
+def open_layers(data: DataConfig) -> dict[str, Layer]:
+    "The layers of a configuration. Raises `VolumeError` naming the one that cannot be opened"
+    return {o: open_layer(o, getattr(data, o), data.voxel_nm) for o in roles if getattr(data, o)}
+
+def needs_of(layers: dict[str, Layer], config: FetchConfig) -> list[Need]:
+    "What a synapse needs of each layer"
+    window,shape = config.shapes(layers['em'].voxel_nm)
+    about = lambda v: (tuple(int(c) for c in v.chunk_size)[::-1], np.dtype(v.dtype).itemsize)
+    return [Need(window if o == 'em' else shape, chunk, layer.box, size) for o,layer in layers.items() for chunk,size in [about(layer.volume)]]
+
+def centres_vx(rows: pd.DataFrame, voxel_nm) -> np.ndarray:
+    "The voxels nearest to the centres of synapses, `(n, 3)`"
+    return np.floor(rows[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)/voxel_nm + .5).astype(np.int64)
+
+# %% ../nbs/04_fetch.ipynb #2b9ba08d
 def fetch_rows(
-    layers: dict[str, Layer], # Open layers: em, seg, cleft and maybe mito
-    rows: pd.DataFrame, # Synapses, from `read_synapses`
+    layers: dict[str, Layer], # From `open_layers`
+    rows: pd.DataFrame, # Synapses of a block, from `read_synapses`
     config: FetchConfig, # Window and rules
+    salvage: bool = False, # Give up single synapses that cannot be read, not all of them
 ) -> tuple: # ids `(n,)`, em and mask `(n, Z, Y, X)`, a record for each row, and the grey values in the masks, `(256,)`
-    "Cut out some synapses. A rejected one has the id `EMPTY`, and its record says why"
-    voxel_nm = layers['em'].voxel_nm
-    window,shape = config.shapes(voxel_nm)
-    n = len(rows)
-    ids,grey = np.full(n, EMPTY, np.int64),np.zeros(256, np.int64)
-    em,mask = (np.zeros((n, *shape), np.uint8) for _ in range(2))
-    records = []
-    for i,row in enumerate(rows.itertuples()):
-        box = Box.around(centre_vx(row, voxel_nm), window)
-        record,cut = _fetch_one(layers, row, box, shape, config)
-        records.append(dict(id=row.id) | record)
-        if cut is None: continue
-        ids[i],(em[i],mask[i]) = row.id,cut
-        grey += np.bincount(em[i][(mask[i] & (PRE|CLEFT|POST)) > 0], minlength=256)
-    return ids,em,mask,records,grey
+    "Cut out some synapses. A rejected one has the id `EMPTY`, and its record says why. Raises `VolumeError` if layers cannot be read"
+    n,voxel_nm,needs = len(rows),layers['em'].voxel_nm,needs_of(layers, config)
+    em,mask = (np.zeros((n, *config.shapes(voxel_nm)[1]), np.uint8) for _ in range(2))
+    wanted = rows.cleft_id if 'cleft_id' in rows else [0]*n
+    records = [dict(id=int(i), blank_fraction=0., cleft_id=int(c), visible_fraction=0., reject_reason='') for i,c in zip(rows.id, wanted)]
+    todo = plan_reads(needs, centres_vx(rows, voxel_nm), config.memory_gb*1e9/2) if n else []
+    while todo:
+        part = todo.pop()
+        try: _fetch_read(layers, needs, rows, part, config, em, mask, records)
+        except VolumeError as e:
+            if not salvage: raise
+            if len(part) > 1: todo += [part[:len(part)//2], part[len(part)//2:]]
+            else: records[part[0]] |= dict(reject_reason=f'unreadable: {e}')
+    lost = np.array([bool(r['reject_reason']) for r in records], bool)
+    if n and all(r['reject_reason'].startswith('unreadable') for r in records): raise VolumeError(records[0]['reject_reason'])
+    em[lost],mask[lost],grey = 0,0,np.zeros(256, np.int64)
+    for i in np.flatnonzero(~lost): grey += np.bincount(em[i][(mask[i] & (PRE|CLEFT|POST)) > 0], minlength=256)
+    return np.where(lost, EMPTY, rows.id),em,mask,records,grey
 
-def centre_vx(row, voxel_nm) -> tuple[int, int, int]:
-    "The voxel nearest to the centre of a synapse, `(z, y, x)`"
-    return tuple(int(np.floor(c/v+.5)) for c,v in zip((row.ctr_z_nm, row.ctr_y_nm, row.ctr_x_nm), voxel_nm))
+def _fetch_read(layers, needs: list[Need], rows: pd.DataFrame, part: np.ndarray, config: FetchConfig, em: np.ndarray, mask: np.ndarray, records: list[dict]):
+    "Fill `em`, `mask` and `records` for the rows of one read"
+    voxel_nm,need = layers['em'].voxel_nm,dict(zip(layers, needs))
+    centres,pre,post = centres_vx(rows, voxel_nm),rows.pre_root_id.to_numpy(),rows.post_root_id.to_numpy()
 
-def _fetch_one(layers, row, box: Box, shape, config: FetchConfig):
-    "Record and chunk of one synapse; no chunk if it is rejected"
-    voxel_nm = layers['em'].voxel_nm
-    em = read(layers['em'], box)
-    wanted = getattr(row, 'cleft_id', None)
-    record = dict(blank_fraction=float((em == 0).mean()), cleft_id=wanted or 0, visible_fraction=0., reject_reason='')
-    if record['blank_fraction'] >= config.max_blank_fraction: return record | dict(reject_reason='blank EM'),None
-    skip = box.shape[0]//2 - shape[0]//2
-    kept = Box((box.lo[0]+skip, *box.lo[1:]), (box.lo[0]+skip+shape[0], *box.hi[1:]))
-    em = em[kept.slices(box.lo)]
-    cleft = read(layers['cleft'], kept)
-    cleft_id = cleft_of(cleft, voxel_nm, wanted)
-    if not cleft_id: return record | dict(reject_reason='no cleft'),None
-    record['cleft_id'] = cleft_id
-    mito = read(layers['mito'], kept) if 'mito' in layers else None
-    mask = role_mask(read(layers['seg'], kept), cleft, mito, row.pre_root_id, row.post_root_id, cleft_id)
-    for bit,partner in ((PRE, 'presynaptic'), (POST, 'postsynaptic')):
-        if not (mask & bit).any(): return record | dict(reject_reason=f'no {partner} cell'),None
-    seen = visible(mask, voxel_nm, config.reach_nm)
-    record['visible_fraction'] = float(seen.mean())
-    return record,(np.where(seen, em, 0) if config.context == 'masked' else em, mask)
+    def windows(name: str):
+        "Cut the windows of all synapses that are not rejected out of one read"
+        left = [i for i in part if not records[i]['reject_reason']]
+        if not left: return
+        hull = need[name].box(centres[left])
+        voxels = read(layers[name], hull)
+        for i in left: yield i,voxels[Box.around(centres[i].tolist(), need[name].window).slices(hull.lo)]
 
-# %% ../nbs/04_fetch.ipynb #4804b3a3
-def place_order(
-    rows: pd.DataFrame, # Synapses
-    block_nm, # Size of a block, `(z, y, x)`
-) -> np.ndarray: # Row numbers in the order of their places in the store
-    "Sort synapses by block, and by id within a block"
-    blocks = [np.floor(rows[f'ctr_{a}_nm']/b).astype(np.int64) for a,b in zip('xyz', block_nm[::-1])]
-    return np.lexsort([rows.id, *blocks])
+    skip = need['em'].window[0]//2 - em.shape[1]//2
+    for i,window in windows('em'):
+        records[i]['blank_fraction'] = float((window == 0).mean())
+        if records[i]['blank_fraction'] >= config.max_blank_fraction: records[i]['reject_reason'] = 'blank EM'
+        else: em[i] = window[skip:skip+em.shape[1]]
+    for i,window in windows('cleft'):
+        cleft_id = cleft_of(window, voxel_nm, records[i]['cleft_id'] or None)
+        if cleft_id: records[i]['cleft_id'],mask[i] = cleft_id,(window == cleft_id)*np.uint8(CLEFT)
+        else: records[i]['reject_reason'] = 'no cleft'
+    for i,window in windows('seg'):
+        for cell,bit,partner in ((pre[i], PRE, 'presynaptic'), (post[i], POST, 'postsynaptic')):
+            here = window == cell
+            mask[i] |= here*np.uint8(bit)
+            if not here.any(): records[i]['reject_reason'] = records[i]['reject_reason'] or f'no {partner} cell'
+    for i,window in windows('mito') if 'mito' in layers else (): mask[i] |= ((window > 0) & ((mask[i] & (PRE|POST)) > 0))*np.uint8(MITO)
+    for i in part:
+        if records[i]['reject_reason']: continue
+        seen = visible(mask[i], voxel_nm, config.reach_nm)
+        records[i]['visible_fraction'] = float(seen.mean())
+        if config.context == 'masked': em[i][~seen] = 0
 
-# %% ../nbs/04_fetch.ipynb #f08dbd79
+# %% ../nbs/04_fetch.ipynb #08746982
 def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> dict:
     "What a store is made from"
     with open(data.table, 'rb') as f: table = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
-    infos = {name: [layer.volume.info, layer.volume.mip] for name,layer in layers.items()}
+    infos = {name: [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp] for name,layer in sorted(layers.items())}
     return made_by(config, table=table, layers=digest(infos), voxel_nm=list(layers['em'].voxel_nm))
 
-def _open_or_create(path: Path, origin: dict, n: int, shape, per_shard: int) -> ChunkStore:
-    "The store of a fetch that is started or goes on"
-    if (path/'id/zarr.json').exists():
-        store = ChunkStore.open(path, unfinished=True)
-        if store.attrs['made_by'] == origin: return store
-        raise StoreError(f"{path}: was fetched from another table, volume or configuration; choose a new run folder, or delete this one")
-    shutil.rmtree(path, ignore_errors=True) # of a fetch that died while it made the store
-    return ChunkStore.create(path, n, shape, per_shard, voxel_nm=origin['voxel_nm'], made_by=origin)
+def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
+    "Look at `n` synapses"
+    if len(rows) < n: return
+    *_,records,_ = fetch_rows(layers, rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)], config.model_copy(update=dict(max_blank_fraction=1)), salvage=True)
+    reasons = {r['reject_reason'] for r in records}
+    name = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg'}.get(reasons.pop() if len(reasons) == 1 else None)
+    if name: raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {records[0]['reject_reason']} at any of {n} synapses that were tried: wrong mip, another version than the table's, or chunks that may not be read")
+
+def read_rows(
+    table: str|Path, # csv, parquet or feather
+    data: DataConfig, # Its voxels
+    layers: dict[str, Layer], # From `open_layers`
+) -> pd.DataFrame: # From `read_synapses`
+    "Read a table whose synapses all layers have to hold. Raises `TableError` or `VolumeError`"
+    em = layers['em']
+    rows = read_synapses(table, data.table_voxel_nm, tuple(tuple(np.multiply(c, em.voxel_nm)) for c in (em.box.lo, em.box.hi)))
+    check_layers(layers, centres_vx(rows, em.voxel_nm))
+    return rows
+
+def in_blocks(
+    rows: pd.DataFrame, # Synapses
+    layers: dict[str, Layer], # From `open_layers`
+    config: FetchConfig, # Window and rules
+    first: tuple[int, int] = (0, 0), # Numbers of the first block and the first row
+) -> pd.DataFrame: # Rows in order of block and id, with `plan_block`, `plan_row` and `plan_dropped`
+    "Sort synapses into blocks"
+    voxel_nm = layers['em'].voxel_nm
+    block = plan_blocks(needs_of(layers, config), centres_vx(rows, voxel_nm), config.capacity(voxel_nm))
+    return rows.assign(plan_block=first[0]+block, plan_row=first[1]+np.arange(len(rows)), plan_dropped=False).sort_values(['plan_block', 'id'], ignore_index=True)
+
+def plan_fetch(
+    data: DataConfig, # Table and layers
+    config: FetchConfig, # Window and rules
+    run: str|Path, # Run folder
+):
+    """Write the plan of a run and make its empty store, unless they are there.
+    Raises `TableError`, `VolumeError` or `StoreError` if the table, the layers or the run folder will not do"""
+    run = Path(run)
+    layers = open_layers(data)
+    check_layers(layers)
+    rows,origin = read_rows(data.table, data, layers),_identity(data, config, layers)
+    path,job = run/'fetch/plan.parquet',dict(data=data.model_dump(mode='json'), fetch=config.model_dump(mode='json'))
+    if path.exists():
+        before = read_tag(path)['made_by']
+        if {k: v for k,v in before.items() if k != 'job'} != origin: raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration; choose a new run folder, or delete this one")
+        if before['job'] != job: write_table(read_table(path, 'fetch plan'), path, 'fetch plan', origin | dict(job=job)) # the same layers at another address
+    elif (run/'chunks.zarr/id/zarr.json').exists(): raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be read, but not gone on with")
+    else:
+        _probe(layers, rows, config)
+        write_table(in_blocks(rows, layers, config), path, 'fetch plan', origin | dict(job=job))
+    if (run/'chunks.zarr/id/zarr.json').exists(): return
+    shutil.rmtree(run/'chunks.zarr', ignore_errors=True) # of a fetch that died while it made the store
+    capacity = config.capacity(origin['voxel_nm'])
+    ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(origin['voxel_nm'])[1], capacity, voxel_nm=origin['voxel_nm'], made_by=origin)
+
+def n_blocks(run: str|Path) -> int:
+    "Blocks in the plan of a run"
+    return int(pq.read_table(Path(run)/'fetch/plan.parquet', columns=['plan_block'])['plan_block'].to_numpy().max())+1
+
+def describe_plan(
+    data: DataConfig, # Table and layers
+    config: FetchConfig, # Window and rules
+) -> str:
+    "What a fetch would do, in words, without reading EM"
+    layers = open_layers(data)
+    check_layers(layers)
+    rows,voxel_nm = read_rows(data.table, data, layers),layers['em'].voxel_nm
+    needs,centres = needs_of(layers, config),centres_vx(rows, voxel_nm)
+    c = plan_costs(needs, centres, plan_blocks(needs, centres, config.capacity(voxel_nm)), config.memory_gb*1e9/2, 2*int(np.prod(config.shapes(voxel_nm)[1])))
+    return f"""{c['synapses']} synapses in {c['blocks']} blocks, {c['reads']} reads of every layer
+{c['chunks']} storage chunks to decode, {c['gb_decoded']:.3g} GB: {c['times_needed']:.2g} times what is needed, {c['times_less']:.2g} times less than synapse by synapse ({c['gb_synapse_major']:.3g} GB)
+{c['task_gb']:.2g} GB of memory for the largest block"""
+
+# %% ../nbs/04_fetch.ipynb #f08dbd79
+@queueable
+def fetch_block(
+    run: str, # Run folder
+    block: int, # Number of the block
+) -> str: # As of `attempt`
+    "The task: fetch one block, unless that is done"
+    folder = Path(run)/'fetch'
+    if (folder/f'{block:06d}.json').exists(): return 'done'
+    return attempt(folder, f'{block:06d}', partial(_fetch_block, Path(run), block))
+
+def _fetch_block(run: Path, block: int, last: bool):
+    "Fill one shard, then write its record"
+    layers,config,store = _job(run, (run/'fetch/plan.parquet').stat().st_mtime_ns)
+    rows = pd.read_parquet(run/'fetch/plan.parquet', filters=[('plan_block', '==', block)])
+    *chunks,records,grey = fetch_rows(layers, rows[~rows.plan_dropped], config, salvage=last)
+    store.write_shard(block, *chunks)
+    with atomic(run/'fetch'/f'{block:06d}.json') as f: f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
+
+@lru_cache(1)
+def _job(run: Path, stamp: int) -> tuple[dict[str, Layer], FetchConfig, ChunkStore]:
+    "What the tasks of a run have in common, as long as its plan is from the time `stamp`"
+    job = read_tag(run/'fetch/plan.parquet')['made_by']['job']
+    return open_layers(DataConfig(**job['data'])),FetchConfig(**job['fetch']),ChunkStore.open(run/'chunks.zarr', unfinished=True)
+
+def fetch_tasks(run: str|Path) -> list[partial]:
+    "The tasks of a run that are not done"
+    return [partial(fetch_block, run=str(Path(run).absolute()), block=k) for k in range(n_blocks(run)) if not (Path(run)/'fetch'/f'{k:06d}.json').exists()]
 
 # %% ../nbs/04_fetch.ipynb #fe4c60ca
 def grey_moments(
@@ -172,40 +308,42 @@ def grey_moments(
 # %% ../nbs/04_fetch.ipynb #8bc3618a
 def outcome(table: pd.DataFrame) -> str:
     "How many synapses of a fetched table are kept, and why the others are not"
-    reasons = table.reject_reason[table.reject_reason != ''].value_counts()
+    reasons = table.reject_reason[table.reject_reason != ''].str.split(':').str[0].value_counts()
     return f"{(table.reject_reason == '').sum()} of {len(table)} synapses kept" + ''.join(f", {n} rejected: {r}" for r,n in reasons.items())
+
+def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
+    "Join what the blocks found out to `run/synapses.parquet`, and mark the store as complete. Raises `QueueError` if blocks are missing"
+    run = Path(run)
+    plan,tag = read_table(run/'fetch/plan.parquet', 'fetch plan'),read_tag(run/'fetch/plan.parquet')['made_by']
+    if missing := [t.keywords['block'] for t in fetch_tasks(run)]:
+        dead = {int(k): v for k,v in dead_letters(run/'fetch').items()}
+        lost = plan[plan.plan_block.isin(missing)]
+        with atomic(run/'fetch/missing.csv') as f: lost.assign(reason=lost.plan_block.map(dead).fillna('not done yet'))[['id', 'plan_block', 'reason']].to_csv(f, index=False)
+        why = f": {next(iter(dead.values()))}" if dead else ''
+        raise QueueError(f"{len(missing)} of {n_blocks(run)} blocks are not fetched, {len(dead)} of them failed{why}\n  {run/'fetch/missing.csv'} lists their {len(lost)} synapses; `synapseclr fetch` tries them again, `--drop missing` goes on without them")
+    (run/'fetch/missing.csv').unlink(missing_ok=True)
+    done = [json.loads((run/'fetch'/f'{k:06d}.json').read_text()) for k in range(n_blocks(run))]
+    found = pd.DataFrame([o for d in done for o in d['synapses']])
+    rows = plan.sort_values('plan_row', ignore_index=True)
+    table = rows.drop(columns=[c for c in (*found, 'plan_block', 'plan_row', 'plan_dropped') if c in rows and c != 'id']).merge(found, on='id', how='left', validate='1:1')
+    table['reject_reason'] = table.reject_reason.where(~rows.plan_dropped, 'dropped')
+    mean,sd = grey_moments(np.sum([d['grey'] for d in done], 0)) if (table.reject_reason == '').any() else (None, None)
+    ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
+    write_table(table, run/'synapses.parquet', 'synapses', {k: v for k,v in tag.items() if k != 'job'})
+    return table
 
 def fetch(
     data: DataConfig, # Table and layers
     config: FetchConfig, # Window and rules
     run: str|Path, # Run folder
+    processes: int = 1, # At once, each with the memory of a task
 ) -> pd.DataFrame: # The table, with `blank_fraction`, `reject_reason`, `cleft_id` and `visible_fraction` for each synapse
     """Fetch all synapses of a table into `run/chunks.zarr` and `run/synapses.parquet`; goes on where it was stopped.
-    Raises `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder will not do"""
+    Raises `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder will not do, `QueueError` if blocks failed"""
     run = Path(run)
-    layers = {o: open_layer(o, getattr(data, o), data.voxel_nm) for o in ('em', 'seg', 'cleft', 'mito') if getattr(data, o)}
-    check_layers(layers)
-    em = layers['em']
-    bounds_nm = tuple(tuple(np.multiply(c, em.voxel_nm)) for c in (em.box.lo, em.box.hi))
-    rows = read_synapses(data.table, data.table_voxel_nm, bounds_nm)
-    window,shape = config.shapes(em.voxel_nm)
-    order = place_order(rows, np.multiply(window, em.voxel_nm))
-    origin = _identity(data, config, layers)
-    store = _open_or_create(run/'chunks.zarr', origin, len(rows), shape, config.per_shard)
-    if store.attrs['complete'] and (run/'synapses.parquet').exists(): return read_table(run/'synapses.parquet', 'synapses')
-
-    done = []
-    for k in progress(range(-(-len(rows)//config.per_shard)), desc='fetch', unit='shard'):
-        record = run/'fetch'/f'{k:06d}.json'
-        if not record.exists():
-            ids,em_,mask,records,grey = fetch_rows(layers, rows.iloc[order[k*config.per_shard:(k+1)*config.per_shard]], config)
-            store.write_shard(k, ids, em_, mask)
-            with atomic(record) as f: f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
-        done.append(json.loads(record.read_text()))
-
-    found = pd.DataFrame([o for d in done for o in d['synapses']])
-    table = rows.drop(columns=[c for c in found if c in rows and c != 'id']).merge(found, on='id', validate='1:1')
-    mean,sd = grey_moments(np.sum([d['grey'] for d in done], 0)) if (table.reject_reason == '').any() else (None, None)
-    store.finish(mean=mean, sd=sd)
-    write_table(table, run/'synapses.parquet', 'synapses', origin)
-    return table
+    plan_fetch(data, config, run)
+    tasks = fetch_tasks(run)
+    if not tasks and (run/'synapses.parquet').exists() and ChunkStore.open(run/'chunks.zarr', unfinished=True).attrs['complete']: return read_table(run/'synapses.parquet', 'synapses')
+    revive(run/'fetch')
+    do_here(tasks, processes, desc='fetch', unit='block')
+    return finish_fetch(run)

@@ -72,8 +72,15 @@ class ChunkStore:
 
     def _lost_shards(self) -> list[str]:
         "Shard files that should hold synapses and do not exist; Zarr would read them as zeros"
-        files = [f'{a}/c/{k}/0/0/0' for k in np.unique(self.places//self.per_shard) for a in ('em', 'mask')]
-        return [f for f in files if not (self.path/f).exists()]
+        return [f for k in np.unique(self.places//self.per_shard) for f in self._files(k) if not (self.path/f).exists()]
+
+    def _files(self, k: int) -> list[str]: return [f'{a}/c/{k}/0/0/0' for a in ('em', 'mask')]
+
+    def clear_shard(self,
+        k: int, # Which shard
+    ):
+        "Remove what is in shard `k`, be it damaged or not"
+        for f in self._files(k): (self.path/f).unlink(missing_ok=True)
 
     def write_shard(self,
         k: int, # Which shard
@@ -81,10 +88,20 @@ class ChunkStore:
         em: np.ndarray, # `(n, Z, Y, X)` uint8
         mask: np.ndarray, # `(n, Z, Y, X)` uint8 role bits
     ):
-        "Fill all places of shard `k`"
-        places = slice(k*self.per_shard, k*self.per_shard+len(ids))
-        self.em[places],self.mask[places] = em,mask
-        self.group['id'][places] = ids
+        "Fill shard `k`; places without a synapse stay empty"
+        places = slice(k*self.per_shard, (k+1)*self.per_shard)
+        n = len(range(len(self.place_ids))[places])
+        for array,values in ((self.em, em), (self.mask, mask)):
+            whole = np.zeros((n, *values.shape[1:]), np.uint8)
+            whole[:len(values)] = values
+            array[places] = whole
+        self.group['id'][places] = np.concatenate([ids, np.full(n-len(ids), EMPTY)])
+
+    def resize(self,
+        n_places: int, # Synapses that may come
+    ):
+        "Make room, behind what is there"
+        for name in ('em', 'mask', 'id'): self.group[name].resize((n_places, *self.group[name].shape[1:]))
 
     def finish(self, **about):
         "Mark the store as complete, and note what was found out about it"

@@ -6,18 +6,30 @@
 from __future__ import annotations
 import re
 from dataclasses import dataclass
-import numpy as np
+from typing import Annotated, Literal
+import numpy as np, pydantic
+from cloudfiles.interfaces import HttpInterface
 from cloudvolume import CloudVolume
+from requests.adapters import HTTPAdapter
+from urllib3 import Retry
 from .core import Box, Source, Strict, SynapseCLRError
 
 # %% auto #0
-__all__ = ['LayerSource', 'VolumeError', 'Layer', 'open_layer', 'read', 'write_layer', 'check_layers']
+__all__ = ['http_timeout_s', 'LayerSource', 'VolumeError', 'Layer', 'open_layer', 'read', 'write_layer', 'check_layers']
 
 # %% ../nbs/00a_volume.ipynb #604bb836
+def _no_secret(path: str) -> str:
+    "`path`, unless it carries a password or a token"
+    if re.search(r'//[^/]*@|[?&](\w*token|key|signature|\w*secret|password|x-amz-\w+|x-goog-\w+)=', path, re.I):
+        raise ValueError('a password or token in the address would end up in every log and result; CloudVolume reads credentials from ~/.cloudvolume/secrets')
+    return path
+
 class LayerSource(Strict):
     "Where a layer lies"
-    path: Source # As CloudVolume takes it: `gs://`, `s3://`, `https://`, `file://`, `graphene://` ..., or a local folder
+    path: Annotated[Source, pydantic.AfterValidator(_no_secret)] # As CloudVolume takes it: `gs://`, `s3://`, `https://`, `file://`, `graphene://`, `zarr://`, `n5://` ..., or a local folder
     mip: int = 0 # Level of downsampling
+    timestamp: int|None = None # Of a graphene segmentation: its state at this time, in seconds since 1970
+    absent: Literal['zero', 'error'] = 'zero' # What a storage chunk that is not there means: nothing was there to store, or a fault
 
 class VolumeError(SynapseCLRError):
     "A layer cannot be opened or read, or layers do not fit each other"
@@ -35,11 +47,12 @@ def open_layer(
     name: str, # What it is called in messages
     source: LayerSource, # Where it lies
     voxel_nm: tuple[float, float, float]|None = None, # True voxel size, `(z, y, x)`, where the metadata is wrong
-    cache_bytes: int = 256*2**20, # Decoded storage chunks to keep in memory
+    cache_bytes: int = 0, # Storage chunks to keep in memory, as they were sent
 ) -> Layer: # The open layer
     "Open a layer. Raises `VolumeError` naming the layer if it is absent or has no such mip"
     path = source.path if '://' in source.path else f'file://{source.path}'
-    try: volume = CloudVolume(path, mip=source.mip, progress=False, bounded=True, fill_missing=True, lru_bytes=cache_bytes)
+    try: volume = CloudVolume(path, mip=source.mip, progress=False, bounded=True, fill_missing=source.absent == 'zero', lru_bytes=cache_bytes,
+        agglomerate=path.startswith('graphene://'), timestamp=source.timestamp)
     except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e)}") from e
     x,y,z = (float(o) for o in volume.resolution)
     box = Box(*(tuple(int(o) for o in c)[::-1] for c in (volume.bounds.minpt, volume.bounds.maxpt)))
@@ -55,14 +68,24 @@ def read(
     box: Box, # Voxels to read, at the layer's mip
 ) -> np.ndarray: # `(z, y, x)`, in the layer's data type
     "The voxels of `box`; 0 outside the volume. Raises `VolumeError` naming the layer and the box"
-    out = np.zeros(box.shape, layer.volume.dtype)
     seen = box & layer.box
+    out = np.zeros(box.shape if seen != box else 0, layer.volume.dtype)
     if not seen.n_vx: return out
     z,y,x = seen.slices()
     try: voxels = np.asarray(layer.volume[x, y, z])
     except Exception as e: raise VolumeError(f"layer {layer.name}, voxels {seen.lo} to {seen.hi} (z, y, x): {_plain(e)}") from e
+    if seen == box: return voxels[..., 0].T
     out[seen.slices(box.lo)] = voxels[..., 0].T
     return out
+
+# %% ../nbs/00a_volume.ipynb #ba8ced19
+http_timeout_s = 60. # Silence after which a connection is given up
+
+class _Patient(HTTPAdapter):
+    "Gives up a silent connection, and comes back when a busy server says so"
+    def send(self, request, **kwargs): return super().send(request, **kwargs | dict(timeout=http_timeout_s))
+
+HttpInterface.adaptor = _Patient(pool_maxsize=32, max_retries=Retry(total=3, connect=0, read=0, other=0, status_forcelist=[429, 503], raise_on_status=False))
 
 # %% ../nbs/00a_volume.ipynb #3c054615
 def write_layer(
@@ -93,8 +116,9 @@ def write_layer(
 # %% ../nbs/00a_volume.ipynb #d91a8281
 def check_layers(
     layers: dict[str, Layer], # Open layers, by name, `em` among them
+    centres_vx: np.ndarray|None = None, # `(n, 3)` voxels that all of them have to have
 ):
-    "Raise `VolumeError` unless all layers have voxels of the EM's size and share some of its space"
+    "Raise `VolumeError` unless all layers have voxels of the EM's size, share some of its space, and hold all centres"
     em,problems = layers['em'],[]
     for name,layer in layers.items():
         a,b = (np.asarray(o.volume.resolution, float) for o in (layer, em))
@@ -102,6 +126,9 @@ def check_layers(
             fits = [m for m in layer.volume.available_mips if np.allclose(layer.volume.mip_resolution(m), b, rtol=.01)]
             advice = f"use its mip {fits[0]}" if fits else "none of its mips fits"
             problems.append(f"layer {name} has voxels of {a[::-1]} nm (z, y, x), the EM has {b[::-1]}: {advice}")
-        elif not (layer.box & em.box).n_vx:
-            problems.append(f"layer {name} spans voxels {layer.box.lo} to {layer.box.hi}, the EM {em.box.lo} to {em.box.hi}: they do not meet")
+            continue
+        spans = f"layer {name} spans voxels {layer.box.lo} to {layer.box.hi}, the EM {em.box.lo} to {em.box.hi}"
+        if not (layer.box & em.box).n_vx: problems.append(f"{spans}: they do not meet")
+        elif centres_vx is not None and (n := ((centres_vx < layer.box.lo) | (centres_vx >= layer.box.hi)).any(1).sum()):
+            problems.append(f"{spans}: {n} of {len(centres_vx)} synapses lie outside of it")
     if problems: raise VolumeError('\n  '.join(['the layers do not fit each other:'] + problems))

@@ -113,7 +113,9 @@ main()
 kills = {
     'fetch, writing the second shard': dict(module='synapseclr.store', owner='module.ChunkStore', name='write_shard', deadly=2),
     'fetch, before the record of a shard': dict(module='synapseclr.fetch', owner='module', name='atomic', deadly=3),
-    'fetch, before the table': dict(module='synapseclr.fetch', owner='module', name='write_table', deadly=1),
+    'fetch, before the plan': dict(module='synapseclr.fetch', owner='module', name='write_table', deadly=1),
+    'fetch, making the store': dict(module='zarr', owner='module.Group', name='create_array', deadly=3),
+    'fetch, before the table': dict(module='synapseclr.fetch', owner='module', name='write_table', deadly=2),
     'annotate, before the table': dict(module='synapseclr.annotate', owner='module', name='write_table', deadly=1),
     'train, in a step': dict(module='synapseclr.train', owner='module', name='nt_xent', deadly=7),
     'train, writing a checkpoint': dict(module='safetensors.torch', owner='module', name='save_file', deadly=2),

@@ -283,10 +283,6 @@ def _add_stage(name: str):
         def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, restart: RestartOption = False, precision: PrecisionOption = None, compile: CompileOption = None): # noqa: B006
             forced = [f'train.{k}="{v}"' for k,v in dict(precision=precision, compile=compile).items() if v]
             _do([name], config, set + forced, notebook, restart=restart)
-    elif name == 'extract':
-        def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, weights: WeightsOption = []): # noqa: B006
-            also = [f'extract.weights={[str(w.absolute()) for w in weights]}'] if weights else []
-            _do([name], config, set + also, notebook)
     else:
         def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do([name], config, set, notebook) # noqa: B006
     app.command(name, help=stages[name].__doc__)(command)
@@ -362,7 +358,8 @@ def extract_shard(
     return attempt(Path(run)/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
 
 @app.command('extract', help=stages['extract'].__doc__)
-def extract_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, queue: QueueOption = None): # noqa: B006
+def extract_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, queue: QueueOption = None, weights: WeightsOption = []): # noqa: B006
+    if weights: set = set + [f'extract.weights={[str(w.absolute()) for w in weights]}']
     if not queue: return _do(['extract'], config, set, notebook)
     c = open_run(config, set)
     store = ChunkStore.open(c.folder/'chunks.zarr')

@@ -39,7 +39,7 @@ def neurite_consensus(
     n = np.bincount(which[says], minlength=len(names))
     odds = logit(prior) + np.bincount(which[says], evidence, len(names))/np.maximum(1+(n-1)*rho, 1)
     confident = np.maximum(expit(odds), expit(-odds)) >= min_confidence
-    call = np.where(confident & (n > 0), np.where(odds > 0, 'I', 'E'), 'abstain')
+    call = pd.Categorical.from_codes(np.where(confident & (n > 0), odds > 0, 2), ['E', 'I', 'abstain'])
     return pd.DataFrame(dict(neurite_id=names, n_synapses=n, log_odds=odds, p_inhibitory=expit(odds), call=call))
 
 # %% ../nbs/15_consensus.ipynb #6f5f6c6f
@@ -92,7 +92,7 @@ def write_back(
     for side in ('pre', 'post'):
         of = neurites[neurites.polarity == side].set_index('neurite_id')
         at = of.index.get_indexer(table[f'{side}_root_id'])
-        out[f'call_{side}'] = np.where(at < 0, 'abstain', of.call.to_numpy()[at])
+        out[f'call_{side}'] = pd.Categorical.from_codes(np.where(at < 0, 2, of.call.cat.codes.to_numpy()[at]), ['E', 'I', 'abstain'])
         out[f'p_inhibitory_{side}'] = np.where(at < 0, np.nan, of.p_inhibitory.to_numpy()[at])
     return out
 

@@ -232,7 +232,7 @@ class Variational:
 
     def _train(self, x: Tensor, y: Tensor, centres: Tensor, n_steps: int):
         "The model after `n_steps`"
-        import pyro, pyro.contrib.gp as gp
+        import pyro
         with pyro.settings.context(module_local_params=True):
             model = _pyro_model(x, y, self.kernel, centres, self.binary)
             elbo = pyro.infer.TraceMeanField_ELBO().differentiable_loss

@@ -19,7 +19,7 @@ from .core import Strict, SynapseCLRError, made_by, progress
 from .extract import read_features
 from .gp import GPClassifier, GPRegressor
 from .query import feature_sets
-from .tables import read_neurons, write_table
+from .tables import write_table
 from .validate import auc, disjoint_folds, interval, neuron_bootstrap, number_scores, paper_ev, type_scores
 
 # %% auto #0

@@ -323,10 +323,10 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
         raise QueueError(f"{len(missing)} of {n_blocks(run)} blocks are not fetched, {len(dead)} of them failed{why}\n  {run/'fetch/missing.csv'} lists their {len(lost)} synapses; `synapseclr fetch` tries them again, `--drop missing` goes on without them")
     (run/'fetch/missing.csv').unlink(missing_ok=True)
     done = [json.loads((run/'fetch'/f'{k:06d}.json').read_text()) for k in range(n_blocks(run))]
-    found = pd.DataFrame([o for d in done for o in d['synapses']])
+    dropped = [dict(id=int(i), blank_fraction=0., cleft_id=0, visible_fraction=0., reject_reason='dropped') for i in plan.id[plan.plan_dropped]]
+    found = pd.DataFrame([o for d in done for o in d['synapses']] + dropped)
     rows = plan.sort_values('plan_row', ignore_index=True)
-    table = rows.drop(columns=[c for c in (*found, 'plan_block', 'plan_row', 'plan_dropped') if c in rows and c != 'id']).merge(found, on='id', how='left', validate='1:1')
-    table['reject_reason'] = table.reject_reason.where(~rows.plan_dropped, 'dropped')
+    table = rows.drop(columns=[c for c in (*found, 'plan_block', 'plan_row', 'plan_dropped') if c in rows and c != 'id']).merge(found, on='id', validate='1:1')
     mean,sd = grey_moments(np.sum([d['grey'] for d in done], 0)) if (table.reject_reason == '').any() else (None, None)
     ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
     write_table(table, run/'synapses.parquet', 'synapses', {k: v for k,v in tag.items() if k != 'job'})

@@ -10,8 +10,7 @@ import numpy as np
 from .core import Box
 
 # %% auto #0
-__all__ = ['Need', 'decoded_bytes', 'held_bytes', 'halve', 'split', 'plan_blocks', 'plan_reads', 'needed_chunks', 'plan_costs',
-           'pinky100_needs']
+__all__ = ['Need', 'decoded_bytes', 'held_bytes', 'halve', 'split', 'plan_blocks', 'plan_reads', 'needed_chunks', 'plan_costs']
 
 # %% ../nbs/03a_plan.ipynb #6122607a
 @dataclass(frozen=True)
@@ -139,12 +138,3 @@ def plan_costs(
     return dict(synapses=len(centres), blocks=int(block.max())+1, reads=len(boxes), chunks=int(sum(n.n_chunks(lowest, highest).sum() for n in needs)),
         chunks_synapse_major=int(sum(n.n_chunks(centres, centres).sum() for n in needs)), gb_decoded=decoded/1e9, gb_em=int(needs[0].n_chunks(lowest, highest).sum())*needs[0].chunk_bytes/1e9, gb_synapse_major=alone/1e9,
         times_less=alone/decoded, times_needed=decoded/sum(needed_chunks(n, centres)*n.chunk_bytes for n in needs), task_gb=task/1e9)
-
-# %% ../nbs/03a_plan.ipynb #22081cd0
-def pinky100_needs(
-    chunk: tuple[int, int, int], # Storage chunks of all layers
-    em_sections: int = 256, # Of the EM's window
-) -> list[Need]:
-    "What the paper's synapses need of its volume"
-    bounds = Box((0, 0, 0), (2250, 19553, 33520))
-    return [Need((em_sections, 256, 256), chunk, bounds, 1)] + [Need((52, 256, 256), chunk, bounds, b) for b in (8, 4, 4)]

@@ -157,6 +157,10 @@ def test_killed_at_random(tiny, sound, tmp_path):
     assert killed and sum(counts.values()) + killed >= 1
     assert made(tmp_path/'run') == made(sound)
 
+def test_two_processes(tiny, sound, tmp_path):
+    fetch(source(tiny), config, tmp_path, processes=2)
+    assert made(tmp_path) == made(sound)
+
 def test_race(tiny, sound, tmp_path):
     "Two workers do the same block at the same time"
     plan_fetch(source(tiny), config, tmp_path)

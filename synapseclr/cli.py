@@ -29,7 +29,7 @@ from .phantom import PhantomConfig, make_phantom, sizes
 from .query import QueryConfig, compare_retrieval
 from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
 from .remap import remap, what_changed
-from .store import ChunkStore
+from .store import ChunkStore, StoreError
 from .tables import read_neurons, read_synapses, read_table, write_table
 from .train import TrainConfig, TrainingError, measured, train
 from .upkeep import append, drop, missing, refetch, verify
@@ -317,7 +317,7 @@ def fetch_command(
     lease: Annotated[int, typer.Option(help='Seconds after which the task of a silent worker is given to another', min=1)] = 900,
     check: Annotated[bool, typer.Option('--verify', help='Check all checksums, and a sample of synapses against the volume')] = False,
     more: Annotated[Path, typer.Option('--append', help='Another table, of which new synapses are added')] = None,
-    again: Annotated[str, typer.Option(help='Fetch these again: ID,ID,...')] = None,
+    again: Annotated[str, typer.Option(help='Fetch these again: ID,ID,... or `problems`, those that --verify found')] = None,
     without: Annotated[str, typer.Option('--drop', help='Take these out: ID,ID,... or `missing`, those that could not be fetched')] = None,
 ):
     if (config is None) == (worker is None): raise typer.BadParameter('give --config, or --worker')
@@ -333,16 +333,22 @@ def fetch_command(
     if check:
         problems = verify(c.folder)
         problems.to_csv(c.folder/'fetch/problems.csv', index=False)
-        if len(problems): raise QueueError(f"{len(problems)} synapses are wrong ({problems.problem.iloc[0]}); {c.folder/'fetch/problems.csv'} lists them, `synapseclr fetch --again` mends them")
+        if len(problems): raise StoreError(f"{len(problems)} synapses are wrong ({problems.problem.iloc[0]}); {c.folder/'fetch/problems.csv'} lists them, `synapseclr fetch --again problems` fetches them again")
         return print('every chunk has its checksum, and the sample is what the volume says')
     if plan or queue: plan_fetch(c.source, c.fetch, c.folder)
     if plan: return print(describe_plan(c.source, c.fetch))
     if queue: return _enqueue(queue, fetch_tasks(c.folder))
     if more: print(f'{append(c.folder, more)} synapses are new')
-    ids = lambda text: missing(c.folder) if text == 'missing' else [int(i) for i in text.split(',')]
-    if again: refetch(c.folder, ids(again))
-    if without: drop(c.folder, ids(without))
+    if again: refetch(c.folder, _ids(c.folder, again))
+    if without: drop(c.folder, _ids(c.folder, without))
     _do(['fetch'], config, set, notebook, processes=processes)
+
+def _ids(run: Path, text: str) -> list[int]:
+    "The synapses that an option names"
+    if text == 'missing': return missing(run)
+    if text == 'problems': return pd.read_csv(run/'fetch/problems.csv').id.tolist()
+    try: return [int(i) for i in text.split(',')]
+    except ValueError: raise typer.BadParameter(f"'{text}' is not ID,ID,...") from None
 
 def _enqueue(url: str, tasks: list[partial]):
     enqueue(url, tasks)

@@ -255,7 +255,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
         agreed = [dict(step=0, mode=mode, measured=found, origin=origin)]
         if world > 1: dist.broadcast_object_list(agreed)
         about = agreed[0]
-    mode = about['mode']
+    mode,said = about['mode'],dict(cube=cube.model_dump(), augment=augment.model_dump(mode='json'), made_by=origin)
     net.channels_last = mode['channels_last']
     if mode['compile']: net.compile()
     def objective(z1, z2, neurites=None): return vicreg(z1, z2) if config.objective == 'vicreg' else nt_xent(z1, z2, config.temperature, neurites)
@@ -298,24 +298,24 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
         if not np.isfinite(values[0]).all(): raise TrainingError(f"the loss is not a number at step {step+1-len(losses)+int(np.argmin(np.isfinite(values[0])))}; {_last_good(folder)}")
         if process_rank() == 0:
             log.steps(step, *values, config.batch_size, waited)
-            if end_of_epoch: _epoch(log, watch(net, mode) | dict(lr=optimizer.param_groups[0]['lr']), step, epoch, config, net, folder, bar)
+            if end_of_epoch: _epoch(log, watch(net, mode) | dict(lr=optimizer.param_groups[0]['lr']), step, epoch, config, net, folder, said, bar)
             if checkpoint: save_checkpoint(folder, net, optimizer, config.keep_checkpoints, step=step+1, mode=mode, origin=origin)
         losses,norms,waited = [],[],0.
     bar.close(); pool.shutdown()
     if process_rank() == 0:
         log.close()
-        save_weights(net.eval(), folder/'weights.safetensors', cube=cube.model_dump(), augment=augment.model_dump(mode='json'), steps=n_steps, made_by=origin)
+        save_weights(net.eval(), folder/'weights.safetensors', **said, steps=n_steps)
     if world > 1: dist.barrier()
     return folder/'weights.safetensors'
 
-def _epoch(log: TrainingLog, seen: dict, step: int, epoch: int, config: TrainConfig, net: SynapseNet, folder: Path, bar):
+def _epoch(log: TrainingLog, seen: dict, step: int, epoch: int, config: TrainConfig, net: SynapseNet, folder: Path, said: dict, bar):
     "Note what the network is like after an epoch, and keep it if it is the best so far; stops the run if it has collapsed"
     mean,best = float(np.mean(log.epoch_losses)),log.best
     limits = dict(start=nt_xent_start(config.batch_size), floor=nt_xent_floor(config.batch_size, config.temperature)) if config.objective == 'nt_xent' else {}
     gap = dict(similarity_gap=config.temperature*(limits['start']-mean)) if limits else {}
     log.epoch(dict(step=step, epoch=epoch, mean_loss=mean) | limits | gap | seen)
     if seen['uniformity'] > -4e-4: raise TrainingError(f"collapse: after epoch {epoch} all projections point the same way (uniformity {seen['uniformity']:.5f}); {_last_good(folder)}")
-    if seen['held_out_loss'] < best: save_weights(net, folder/'best.safetensors')
+    if seen['held_out_loss'] < best: save_weights(net, folder/'best.safetensors', **said, steps=step+1)
     bar.set_postfix(loss=f"{mean:.3f}", rank=f"{seen['rank_backbone']:.1f}", refresh=False)
 
 def _last_good(folder: Path) -> str: return f"the last good checkpoint is {next(iter(_checkpoints(folder)), 'none')}"

@@ -114,7 +114,7 @@ def reliability_diagram(
     n,yes = np.array([len(i) for i in parts]),np.array([y[i].sum() for i in parts])
     lo,hi = beta.ppf(.025, yes+.5, n-yes+.5),beta.ppf(.975, yes+.5, n-yes+.5)
     ax.plot([0, 1], [0, 1], c='#999999', lw=.8, zorder=0)
-    ax.errorbar(said, share, [(share-lo).clip(0), (hi-share).clip(0)], fmt='o-', ms=3, lw=1, **style)
+    ax.errorbar(said, share, [(share-lo).clip(0), (hi-share).clip(0)], marker='o', ms=3, lw=1, **style)
     ax.set_xlabel('P(inhibitory) said'); ax.set_ylabel('share inhibitory')
 
 def risk_coverage_curve(

@@ -11,7 +11,8 @@ from .query import SimilarityIndex
 from .store import CLEFT, MITO, POST, PRE, Chunk, ChunkStore
 
 # %% auto #0
-__all__ = ['colours', 'model_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet', 'distance_histogram', 'training_curve']
+__all__ = ['colours', 'model_colours', 'type_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet', 'distance_histogram',
+           'training_curve', 'reliability_diagram', 'risk_coverage_curve']
 
 # %% ../nbs/17_plot.ipynb #640dc07d
 colours = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
@@ -101,3 +102,34 @@ def training_curve(
     axes[-1].set_xlabel('step')
     fig.align_ylabels()
     return fig
+
+# %% ../nbs/17_plot.ipynb #2c6a15ca
+type_colours = {'excitatory': '#0072B2', 'inhibitory': '#D55E00'}
+
+def reliability_diagram(
+    ax: plt.Axes,
+    y: np.ndarray, # `(N,)` bool
+    p: np.ndarray, # `(N,)` its probability
+    n_bins: int = 8, **style, # As of `errorbar`: `label`, `color`
+):
+    "Share of positives against probability, in bins with as many predictions each"
+    parts = [i for i in np.array_split(np.argsort(p, kind='stable'), n_bins) if len(i)]
+    said,share = (np.array([v[i].mean() for i in parts]) for v in (p, y))
+    n,yes = np.array([len(i) for i in parts]),np.array([y[i].sum() for i in parts])
+    lo,hi = beta.ppf(.025, yes+.5, n-yes+.5),beta.ppf(.975, yes+.5, n-yes+.5)
+    ax.plot([0, 1], [0, 1], c='#999999', lw=.8, zorder=0)
+    ax.errorbar(said, share, [(share-lo).clip(0), (hi-share).clip(0)], marker='o', ms=3, lw=1, **style)
+    ax.set_xlabel('P(inhibitory) said'); ax.set_ylabel('share inhibitory')
+
+def risk_coverage_curve(
+    ax: plt.Axes,
+    confidence: np.ndarray, # `(N,)` the surest first to be called
+    right: np.ndarray, # `(N,)` bool
+    **style, # As of `plot`: `label`, `color`
+) -> np.ndarray: # `(N,)` share of wrong calls among the surest 1, 2, ... N
+    "Share of wrong calls among the surest, against how many are called"
+    order = np.argsort(-confidence, kind='stable')
+    risk = np.cumsum(~right[order])/np.arange(1, len(order)+1)
+    ax.plot(np.arange(1, len(order)+1)/len(order), risk, lw=1, **style)
+    ax.set_xlabel('share that is called'); ax.set_ylabel('wrong calls')
+    return risk

@@ -66,8 +66,8 @@ def annotate(
 ) -> pd.DataFrame: # The table with its measurements
     "Add the measurements of every kept synapse to `run/synapses.parquet`, shard by shard; goes on where it was stopped"
     run = Path(run)
-    path,store = run/'synapses.parquet',ChunkStore.open(run/'chunks.zarr')
-    table,tag = read_table(path, 'synapses'),read_tag(path)['made_by']
+    path = run/'synapses.parquet'
+    table,tag,store = read_table(path, 'synapses'),read_tag(path)['made_by'],ChunkStore.open(run/'chunks.zarr')
     if not set(baseline) <= set(table):
         shard = store.places//store.per_shard
         parts = [_measured(run, store, int(k), np.flatnonzero(shard == k)) for k in progress(np.unique(shard), desc='annotate', unit='shard')]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy.spatial.distance import pdist
+from scipy.stats import beta
 from .query import SimilarityIndex
 from .store import CLEFT, MITO, POST, PRE, Chunk, ChunkStore
 

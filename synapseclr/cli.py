@@ -377,7 +377,7 @@ def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption 
 @app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: about a quarter of an hour on two cores')
 def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
-    print('10 to 15 minutes on two cores; of 15: phantom 1.5, fetch and annotate 1, train 7, extract 3, query and evaluate 2', flush=True)
+    print('12 to 18 minutes on two cores; of 18: phantom 1.5, fetch and annotate 1, train 7, extract 3, impute and consensus 3, query and evaluate 2', flush=True)
     _do(list(stages), config, set, notebook)
 
 tables = typer.Typer(no_args_is_help=True, help='Change synapse tables')

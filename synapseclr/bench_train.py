@@ -70,8 +70,8 @@ def time_step(
 
 def step_tflop(preset: str) -> float:
     "Floating-point operations of a step for one synapse, both views, forward and backward, in 10^12"
-    net,size = SynapseNet(preset),shapes[preset][2]
-    with FlopCounterMode(display=False) as counter: net(torch.zeros(2, 1, size, size, size)).projection.sum().backward()
+    net,size = SynapseNet(preset).to('meta'),shapes[preset][2] # only counted, not computed
+    with FlopCounterMode(display=False) as counter: net(torch.zeros(2, 1, size, size, size, device='meta')).projection.sum().backward()
     return counter.get_total_flops()/1e12
 
 def matmul_tflops(dtype: torch.dtype, n: int = 2048, repeats: int = 5) -> dict:

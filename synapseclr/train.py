@@ -272,7 +272,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     parts = [slice(i, min(i+(config.micro_batch or n_own), n_own)) for i in range(0, n_own, config.micro_batch or n_own)]
     cells = torch.from_numpy(table[['pre', 'post']].to_numpy())
     pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[1])
-    bar = progress(total=n_steps, initial=about['step'], desc=f"train ({mode['precision']})", unit='step', disable=process_rank() > 0)
+    bar = progress(total=n_steps, initial=about['step'], desc=f"train ({mode['precision']})", unit='step', **dict(disable=True) if process_rank() else {})
     losses,norms,waited = [],[],0.
     for step,chunks,seconds in batches(store, range(about['step'], n_steps), indices):
         epoch,i = divmod(step, steps_per_epoch)

@@ -53,7 +53,7 @@ def score_trials(
     everything,sets = known_synapses([(read_on, phantom)], {n: f'features_{n}' for n in names} | {'untrained': 'features_untrained_trial'})
     sound = (everything.defect == '').to_numpy()
     table,sets = everything[sound].reset_index(drop=True),{k: x[sound] for k,x in sets.items()}
-    targets = score_targets(table, sets).set_index(['target', 'within', 'features']).value
+    targets = score_targets(table, sets).set_index(['target', 'within', 'features']).value.sort_index()
     rows = score_nuisances(table, sets).set_index('features')
     for column,key in {'type AUC': ('presynaptic type', 'all'), 'type AUC, shaft': ('presynaptic type', 'shaft'), 'cleft size EV': ('cleft size', 'all')}.items():
         rows.insert(0, column, targets.loc[key])

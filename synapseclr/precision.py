@@ -12,7 +12,7 @@ from .loss import nt_xent
 from .model import SynapseNet
 
 # %% auto #0
-__all__ = ['plain_mode', 'autocast', 'measure_mode', 'compare_modes', 'choose_mode']
+__all__ = ['plain_mode', 'autocast', 'measure_mode', 'compare_modes', 'emulates_bf16', 'choose_mode']
 
 # %% ../nbs/08b_precision.ipynb #7039ec8d
 plain_mode = dict(precision='fp32', channels_last=False, compile=False)
@@ -65,6 +65,18 @@ def _fastest(found: list[dict]) -> dict:
     "The fastest of the modes that agree with plain fp32"
     return min((o for o in found if o['projection_cosine'] > .98 and o['gradient_cosine'] > .9), key=lambda o: o['seconds'])
 
+def emulates_bf16(device: torch.device) -> bool:
+    "Whether bf16 is much slower than fp32 in one small convolution: some CPUs only emulate it, and a step in it would take minutes"
+    if device.type != 'cpu': return False
+    def seconds(dtype):
+        x,w,best = torch.randn(4, 32, 12, 12, 12).to(dtype),torch.randn(32, 32, 3, 3, 3).to(dtype),math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            F.conv3d(x, w, padding=1)
+            best = min(best, time.perf_counter()-start)
+        return best
+    return seconds(torch.bfloat16) > 3*seconds(torch.float32)
+
 def choose_mode(
     net: SynapseNet, # Left as it was
     views: Tensor, # `(2 B, 1, D, D, D)` real input
@@ -75,7 +87,7 @@ def choose_mode(
     "The fastest right way, as far as it is left open; `torch.compile`, which takes minutes, is tried for runs of more than an hour"
     if precision != 'auto': return dict(precision=precision, channels_last=precision == 'fp32', compile=compiled == 'on'),[]
     small_map = math.ceil(views.shape[-1]/net.reduction) < 3
-    found = compare_modes(net, views, ['fp32'] if views.device.type == 'cpu' and small_map else ['fp32', 'bf16'])
+    found = compare_modes(net, views, ['fp32'] if views.device.type == 'cpu' and small_map or emulates_bf16(views.device) else ['fp32', 'bf16'])
     long = _fastest(found)['seconds']*n_views/len(views) > 3600
     if compiled == 'auto' and long: found.append(compare_modes(net, views, [], _fastest(found))[-1])
     mode = {k: _fastest(found)[k] for k in plain_mode}

@@ -250,7 +250,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     if about and about['origin'] != origin:
         raise TrainingError(f"{folder}: was trained with another configuration or other data; choose a new run folder, or train with --restart to begin again")
     if not about:
-        some = store.batch(training[:min(16, n_own)])
+        some = store.batch(training[:max(2, min(16, n_own, 2**22//cube.size**3))])
         mode,found = choose_mode(net, torch.cat([augmenter(*some, view) for view in (0, 1)]), 2*n_own*n_steps, config.precision, config.compile)
         agreed = [dict(step=0, mode=mode, measured=found, origin=origin)]
         if world > 1: dist.broadcast_object_list(agreed)

@@ -12,7 +12,7 @@ from .core import SynapseCLRError, atomic
 
 # %% auto #0
 __all__ = ['names', 'centres_nm', 'centres_vx', 'ids', 'neuron_names', 'neuron_types', 'TableError', 'write_table', 'read_tag',
-           'read_table', 'read_synapses', 'read_ids', 'read_neurons']
+           'read_table', 'read_arrow', 'read_synapses', 'read_ids', 'read_neurons']
 
 # %% ../nbs/02_tables.ipynb #6469e68f
 class TableError(SynapseCLRError):
@@ -44,10 +44,16 @@ def read_table(
     version: int = 1, # Newest version that is understood
 ) -> pd.DataFrame: # Rows
     "Read a table that `write_table` wrote. Raises `TableError` if it is another kind or of a newer version"
+    return read_arrow(path, format, version).to_pandas()
+
+def read_arrow(
+    path: str|Path, format: str, version: int = 1, # As of `read_table`
+) -> pa.Table: # Rows
+    "The same, for columns that hold lists"
     tag = read_tag(path)
     if tag.get('format') != format: raise TableError(f"{path}: holds '{tag.get('format', 'something unknown')}', expected '{format}'")
     if tag['version'] > version: raise TableError(f"{path}: {format} version {tag['version']} is newer than this package knows ({version}); update synapseclr")
-    return pd.read_parquet(path)
+    return pq.read_table(path)
 
 # %% ../nbs/02_tables.ipynb #1660be96
 names = dict(

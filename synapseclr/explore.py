@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 import matplotlib, numpy as np, pandas as pd
 from PIL import Image
-from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from .core import SynapseCLRError, atomic, progress
 from .plot import colours
 from .store import CLEFT, POST, PRE, Chunk, ChunkStore, StoreError
@@ -65,7 +65,7 @@ def _section(em, mask, height: int, width: int) -> np.ndarray:
     def enlarged(a): return np.asarray(Image.fromarray(a).resize((width, height), Image.BICUBIC))
     image = (enlarged(em).astype(np.uint16)*(_greys-1)//255).astype(np.uint8)
     for k,part in enumerate(_parts):
-        inside = enlarged(np.where(mask & part, np.uint8(255), np.uint8(0))) > 127
+        inside = enlarged(gaussian_filter(((mask & part) > 0).astype(np.float32), .7)) > .5
         line = inside & ~binary_erosion(inside, iterations=2, border_value=1)
         image[binary_dilation(line) & ~inside] = _dark
         image[line] = _greys+k

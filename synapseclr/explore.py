@@ -5,7 +5,8 @@
 # %% ../nbs/18f_explore.ipynb #6d3daa91
 from __future__ import annotations
 import csv, difflib, hashlib, io, json, os, re, threading
-from datetime import datetime, timezone
+from contextlib import suppress
+from datetime import UTC, datetime
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -78,7 +79,7 @@ def append_labels(
     label: str, # What they are; empty to take it back
 ):
     "Note what some synapses are, so that it is on the disk when this returns"
-    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+    now = datetime.now(UTC).isoformat(timespec='seconds')
     out = io.StringIO()
     csv.writer(out, lineterminator='\n').writerows([int(i), label, now] for i in ids)
     with _writing, open(path, 'ab+') as f:
@@ -95,7 +96,7 @@ def read_labels(
 ) -> dict[int, str]: # Label of each synapse that has one
     "What was said last of each synapse"
     if not Path(path).exists(): return {}
-    with open(path, newline='', encoding='utf-8') as f:
+    with open(path, newline='', encoding='utf-8', errors='replace') as f:
         rows = (next(csv.reader([line]), []) for line in f) # each for itself: a line cut short may have left a quote open
         said = {int(row[0]): row[1] for row in rows if len(row) == 3 and row[0].isdigit() and len(row[2].strip()) == 25}
     return {i: label for i,label in said.items() if label}
@@ -118,13 +119,19 @@ def column_of(
     codes,found = pd.factorize(values)
     counts = np.bincount(codes[codes >= 0], minlength=len(found))
     order = np.argsort(-counts, kind='stable')
-    if values.name == 'cluster' and len(found) <= _shown: order = np.argsort(found, kind='stable') # clusters in their own order
+    if values.name == 'cluster' and len(found) <= _shown: order = np.array(sorted(range(len(found)), key=lambda i: (len(str(found[i])), str(found[i]))), int) # clusters in their own order
     code = np.full(len(found)+1, _other, np.uint8)
     code[order[:_shown]],code[-1] = np.arange(min(_shown, len(found))),_missing
     said = dict(kind='category', values=[str(found[i]) for i in order[:_shown]], n_values=len(found))
     return said | dict(counts=np.bincount(code[codes], minlength=_missing+1).tolist()),code[codes].tobytes()
 
 # %% ../nbs/18f_explore.ipynb #a267ec96
+def _words(v) -> str:
+    "A value as the page shows it: positions with all digits, other numbers with four"
+    if pd.isna(v): return ''
+    if not isinstance(v, float): return str(v)
+    return f'{v:.1f}' if abs(v) >= 1000 else f'{v:.4g}'
+
 class Map:
     "The synapses of a table, as the files that the page asks for. Raises `ExploreError` if the table has no map or no such column"
     rows_in_page = 100
@@ -160,9 +167,9 @@ class Map:
 
     def rows(self, page: int) -> list[dict]:
         "Some rows of the table, in words"
+        if page*self.rows_in_page >= len(self.table): raise NotThere(f'there is no page {page} of rows')
         some = self.table.iloc[page*self.rows_in_page : (page+1)*self.rows_in_page]
-        if some.empty: raise NotThere(f'there is no page {page} of rows')
-        return [{c: '' if pd.isna(v) else f'{v:.4g}' if isinstance(v, float) else str(v) for c,v in zip(some.columns, row)} for row in some.itertuples(index=False, name=None)]
+        return [{c: _words(v) for c,v in zip(some.columns, row)} for row in some.itertuples(index=False, name=None)]
 
     def slices(self, id: int) -> bytes:
         "PNG of a synapse"
@@ -173,7 +180,7 @@ class Map:
         path: str, # As the page asks for it, without the first slash
     ) -> bytes:
         "Content of a path. Raises `NotThere`"
-        match re.fullmatch(r'(column|rows|slices)/(\d{1,19})\.(json|bin|png)', path):
+        match re.fullmatch(r'(column|rows|slices)/([0-9]{1,19})\.(json|bin|png)', path):
             case None: pass
             case m if m[1] == 'slices' and m[3] == 'png': return self.slices(int(m[2]))
             case m if m[1] == 'rows' and m[3] == 'json': return json.dumps(self.rows(int(m[2]))).encode()
@@ -201,14 +208,17 @@ def make_server(
     known = set(m.table.id)
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = 60
+
         def log_message(self, *args): pass
 
         def answer(self, code: int, content: bytes|str, kind: str = 'text/plain; charset=utf-8'):
             content = content.encode() if isinstance(content, str) else content
             self.send_response(code)
             for k,v in {'Content-Type': kind, 'Content-Length': len(content), 'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff', 'Cross-Origin-Resource-Policy': 'same-origin'}.items(): self.send_header(k, str(v))
-            self.end_headers()
-            self.wfile.write(content)
+            with suppress(ConnectionError): # the reader may have gone on to another page
+                self.end_headers()
+                self.wfile.write(content)
 
         def is_ours(self) -> bool:
             "Whether the browser called us by our name"

@@ -228,9 +228,20 @@ def test_another_column_has_other_colours(page, served):
     page.colour_by('pre_root_id')
     assert str(2**60) in page.find('#legend').text
 
+@in_browser
+def test_legend_hides_and_shows(page, served, table):
+    page.open(served.home)
+    page.find('#legend div').click()
+    hidden = (table.cluster == 0).sum()
+    page.wait('explore.plot.get("filteredPoints").length == arguments[0]', int(len(table)-hidden))
+    page.find('#find').send_keys(f'{table.id[0]}\n')
+    page.wait('document.getElementById("message").textContent.includes("is hidden")')
+    page.find('#legend div').click()
+    page.wait('!explore.plot.get("isPointsFiltered")')
+
 def test_only_known_paths_are_served(served, run):
     (run/'config.toml').write_text('secret = 1')
-    for path in ('/config.toml', '/labels.csv', '/../config.toml', '/lib/../../config.toml', '/%2e%2e/config.toml', '/lib/..%2fexplore.py', '//etc/passwd', '/slices/..%2f..%2fconfig.png', '/slices/-1.png', '/slices/99999999.png', '/column/99.bin', '/column/x.json', '/rows/99.json', '/rows/0.bin'):
+    for path in ('/config.toml', '/labels.csv', '/../config.toml', '/lib/../../config.toml', '/%2e%2e/config.toml', '/lib/..%2fexplore.py', '//etc/passwd', '/slices/..%2f..%2fconfig.png', '/slices/-1.png', '/slices/99999999.png', '/column/99.bin', '/column/x.json', '/rows/99.json', '/rows/9999999999999999999.json', '/slices/9999999999999999999.png', '/rows/0.bin'):
         status,said = served.ask(path)
         assert status == 404 and b'secret' not in said and said.startswith(b'there is no'), path
     assert served.ask('/map.json', 'PUT')[0] == 501 and served.ask('/map.json', 'POST', '{}', Origin=served.home, Content_Type='application/json')[0] == 404

@@ -270,7 +270,7 @@ def serve(
     with make_server(m, Path(run)/'labels.csv', port) as server:
         print(f'{len(m.table)} synapses at http://127.0.0.1:{server.server_port}; stop with Ctrl-C', flush=True)
         try: server.serve_forever()
-        except KeyboardInterrupt: print('labels are in', Path(run)/'labels.csv')
+        except KeyboardInterrupt: print(f'{len(read_labels(Path(run)/"labels.csv"))} synapses have labels')
 
 def open_map(
     run: str|Path, # Run folder, with a map
@@ -285,7 +285,7 @@ def open_map(
 def write_static(
     run: str|Path, # Run folder, with a map
     out: str|Path, # Folder to make
-    slices: int = 500, # Synapses with pictures, about 70 KB each
+    slices: int = 500, # Synapses with pictures, about 50 KB each
     colour: str|None = None, # Column to begin with
 ):
     "Write the page and all it asks for as a folder for any static file server"

@@ -4,9 +4,8 @@
 
 # %% ../nbs/18f_explore.ipynb #6d3daa91
 from __future__ import annotations
-import csv, difflib, hashlib, io, json, os, re, threading
+import difflib, hashlib, io, json, re
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,12 +14,14 @@ import matplotlib, numpy as np, pandas as pd
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from .core import SynapseCLRError, atomic, progress
+from .joined import run_table
 from .plot import colours
 from .store import CLEFT, POST, PRE, Chunk, ChunkStore, StoreError
+from .tables import append_labels, read_labels, read_table
 
 # %% auto #0
-__all__ = ['ExploreError', 'NotThere', 'draw_slices', 'append_labels', 'read_labels', 'column_of', 'Map', 'make_server', 'serve',
-           'open_map', 'write_static', 'write_map']
+__all__ = ['ExploreError', 'NotThere', 'draw_slices', 'column_of', 'Map', 'make_server', 'serve', 'open_map', 'write_static',
+           'write_map']
 
 # %% ../nbs/18f_explore.ipynb #c9ff549d
 _here = Path(__file__).parent if '__file__' in globals() else Path('../synapseclr')
@@ -71,35 +72,6 @@ def _section(em, mask, height: int, width: int) -> np.ndarray:
         image[binary_dilation(line) & ~inside] = _dark
         image[line] = _greys+k
     return image
-
-# %% ../nbs/18f_explore.ipynb #77d2555c
-def append_labels(
-    path: str|Path, # `labels.csv`
-    ids, # Synapses
-    label: str, # What they are; empty to take it back
-):
-    "Note what some synapses are, so that it is on the disk when this returns"
-    now = datetime.now(UTC).isoformat(timespec='seconds')
-    out = io.StringIO()
-    csv.writer(out, lineterminator='\n').writerows([int(i), label, now] for i in ids)
-    with _writing, open(path, 'ab+') as f:
-        end = f.tell()
-        if end: f.seek(end-1)
-        start = 'id,label,time\n' if not end else '' if f.read() == b'\n' else '\n'
-        f.write((start + out.getvalue()).encode())
-        f.flush(); os.fsync(f.fileno())
-
-_writing = threading.Lock()
-
-def read_labels(
-    path: str|Path, # `labels.csv`
-) -> dict[int, str]: # Label of each synapse that has one
-    "What was said last of each synapse"
-    if not Path(path).exists(): return {}
-    with open(path, newline='', encoding='utf-8', errors='replace') as f:
-        rows = (next(csv.reader([line]), []) for line in f) # each for itself: a line cut short may have left a quote open
-        said = {int(row[0]): row[1] for row in rows if len(row) == 3 and row[0].isdigit() and len(row[2].strip()) == 25}
-    return {i: label for i,label in said.items() if label}
 
 # %% ../nbs/18f_explore.ipynb #e97b8939
 _shown = 15
@@ -277,9 +249,10 @@ def open_map(
     colour: str|None = None, # Column to begin with
     pictured: np.ndarray|None = None, # Synapses that have slices, if not all have
 ) -> Map:
-    "The map of a run"
-    from synapseclr.export import run_table
-    return Map(run_table(run), ChunkStore.open(Path(run)/'chunks.zarr'), Path(run).resolve().name, colour, pictured)
+    "The map of a run, with the links of `synapseclr export` if it has been done"
+    table,links = run_table(run),Path(run)/'table.parquet'
+    if links.exists() and 'neuroglancer' in (found := read_table(links, 'table')): table = table.merge(found[['id', 'neuroglancer']], on='id', how='left', validate='1:1')
+    return Map(table, ChunkStore.open(Path(run)/'chunks.zarr'), Path(run).resolve().name, colour, pictured)
 
 # %% ../nbs/18f_explore.ipynb #30f1de43
 def write_static(

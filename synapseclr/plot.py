@@ -5,19 +5,21 @@
 # %% ../nbs/17_plot.ipynb #e79a449d
 from __future__ import annotations
 import matplotlib.pyplot as plt
-import numpy as np
+import numpy as np, pandas as pd
 from scipy.spatial.distance import pdist
 from scipy.stats import beta
 from .query import SimilarityIndex
 from .store import CLEFT, MITO, POST, PRE, Chunk, ChunkStore
 
 # %% auto #0
-__all__ = ['colours', 'model_colours', 'type_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet', 'distance_histogram',
-           'training_curve', 'reliability_diagram', 'risk_coverage_curve']
+__all__ = ['colours', 'model_colours', 'category_colours', 'type_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet',
+           'distance_histogram', 'draw_map', 'tell_figure', 'axis_figure', 'grid_sheet', 'training_curve',
+           'reliability_diagram', 'risk_coverage_curve']
 
 # %% ../nbs/17_plot.ipynb #640dc07d
 colours = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
-model_colours = {'trained': '#0072B2', 'untrained': '#999999', 'morphometrics': '#D55E00'}
+model_colours = {'trained': '#0072B2', 'shipped': '#56B4E9', 'untrained': '#999999', 'morphometrics': '#D55E00'} # Of features; others take what is left
+category_colours = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000']
 
 # %% ../nbs/17_plot.ipynb #10759603
 def draw_chunk(
@@ -81,6 +83,86 @@ def distance_histogram(
     ax.hist(pairs, bins, density=True, color='#999999', label='all pairs')
     ax.hist(near, bins, density=True, color='#0072B2', alpha=.8, label=f'{k} nearest neighbours')
     ax.set_xlabel(f'{index.metric} distance'); ax.set_ylabel('density'); ax.legend(fontsize=8)
+    return fig
+
+# %% ../nbs/17_plot.ipynb #5245bb04
+def draw_map(
+    ax: plt.Axes,
+    xy: np.ndarray, # `(N, 2)`
+    values: pd.Series|np.ndarray, # `(N,)` numbers, or categories: up to eight kinds of text, bool, or whole numbers
+    title: str = '',
+    size: float|None = None, # Of a dot; by their number if None
+):
+    "Draw all synapses, coloured by something that is known of them"
+    values = pd.Series(np.asarray(values))
+    size = size or float(np.clip(6000/max(len(xy), 1), .3, 6))
+    kinds = [] if pd.api.types.is_float_dtype(values) else sorted(values.dropna().unique().tolist(), key=str)
+    known = values.notna().to_numpy()
+    ax.scatter(*xy[~known].T, s=size/2, c='#dddddd', lw=0, rasterized=True)
+    if 0 < len(kinds) <= len(category_colours):
+        for kind,colour in zip(kinds, category_colours): ax.scatter(*xy[(values == kind).to_numpy()].T, s=size, c=colour, lw=0, label=str(kind), rasterized=True)
+        ax.legend(fontsize=5, markerscale=2.5/size**.5, handletextpad=.1, borderpad=.2, labelspacing=.2, framealpha=.7)
+    elif known.any():
+        number = values[known].astype('category').cat.codes if kinds and not pd.api.types.is_numeric_dtype(values) else values[known].astype(float)
+        lo,hi = number.quantile([.02, .98])
+        drawn = ax.scatter(*xy[known].T, s=size, c=number, vmin=lo, vmax=hi, cmap='tab20' if kinds else 'cividis', lw=0, rasterized=True)
+        if not kinds: ax.figure.colorbar(drawn, ax=ax, fraction=.04, pad=.02).ax.tick_params(labelsize=5)
+    ax.set_title(title, fontsize=7); ax.set_xticks([]); ax.set_yticks([]); ax.set_aspect('equal', 'datalim')
+
+# %% ../nbs/17_plot.ipynb #9c970d7e
+def tell_figure(
+    told: pd.DataFrame, # From `what_features_tell`
+) -> plt.Figure:
+    "How much of biology and of imaging each kind of features tells"
+    order = dict(biology='biology', both='biology', nuisance='nuisance')
+    fig,axes = plt.subplots(1, 2, figsize=(6, .32*told.groupby(told.about.map(order)).question.nunique().max()+1), layout='constrained')
+    left = iter(category_colours)
+    colour = {f: model_colours.get(f) or next(c for c in left if c not in model_colours.values()) for f in told.features.unique()}
+    for ax,about in zip(axes, ('biology', 'nuisance')):
+        some = told[told.about.map(order) == about]
+        asked = list(some.question.unique())
+        for k,(name,f) in enumerate(some.groupby('features', sort=False)):
+            y = -np.array([asked.index(q) for q in f.question]) + .12*(k-1)
+            ax.errorbar(f.value, y, xerr=np.stack([f.value-f.lo95, f.hi95-f.value]).clip(0), fmt='o', ms=3, lw=1, c=colour[name], label=name)
+        ax.axvline(0, c='k', lw=.5)
+        if about == 'biology': ax.axvline(.5, c='k', lw=.5, ls=':')
+        first = some.drop_duplicates('question')
+        ax.set_yticks(-np.arange(len(asked)), [f'{q} ({s})' for q,s in zip(first.question, first.score)], fontsize=6)
+        ax.set_title(f'{about}: ' + ('the more the better' if about == 'biology' else 'the less the better'), fontsize=7); ax.tick_params(axis='x', labelsize=6); ax.set_xlim(-.15, 1.02)
+    axes[0].legend(fontsize=6, loc='lower right')
+    return fig
+
+# %% ../nbs/17_plot.ipynb #9f3b4cee
+def axis_figure(
+    found: pd.DataFrame, # From `axes_of`, one island and number of dimensions
+) -> plt.Figure:
+    "Spearman correlation of each annotation with each axis, with its interval; hollow where the interval holds 0"
+    names,axes_ = list(found.annotation.unique()),sorted(found.axis.unique())
+    fig,ax = plt.subplots(figsize=(5, .22*len(names)+.8), layout='constrained')
+    for k,axis in enumerate(axes_):
+        f = found[(found.axis == axis) & found.rho.notna()]
+        y = -np.array([names.index(a) for a in f.annotation], float) - .7*(k-(len(axes_)-1)/2)/len(axes_)
+        colour = category_colours[k]
+        ax.hlines(y, f.lo95, f.hi95, color=colour, lw=1)
+        clear = (f.lo95 > 0) | (f.hi95 < 0)
+        ax.scatter(f.rho, y, s=12, color=np.where(clear, colour, 'w'), edgecolor=colour, lw=.8, zorder=3, label=f'axis {axis} ({100*f.variance.iloc[0]:.1f} % of the variance)' if len(f) else None)
+    ax.axvline(0, c='k', lw=.5); ax.set_xlim(-1, 1); ax.set_yticks(-np.arange(len(names)), names, fontsize=6); ax.tick_params(axis='x', labelsize=6)
+    ax.set_xlabel("Spearman's correlation", fontsize=7); ax.legend(fontsize=6)
+    return fig
+
+def grid_sheet(
+    store: ChunkStore, # Where the chunks are
+    ids: np.ndarray, # Synapses of the rows that `grid` counts
+    grid: np.ndarray, # `(rows, columns)` from `grid_of_examples`
+) -> plt.Figure:
+    "Synapses along two axes: the first to the right, the second upwards"
+    row_of = {int(s): i for i,s in enumerate(store.ids)}
+    fig,axes = plt.subplots(*grid.shape, figsize=(.85*grid.shape[1], .85*grid.shape[0]), squeeze=False, dpi=100)
+    for ax,k in zip(axes.flat, grid.flat):
+        ax.axis('off')
+        if k >= 0: draw_chunk(ax, store[row_of[int(ids[k])]], store.voxel_nm)
+    fig.subplots_adjust(left=.04, right=1, bottom=.05, top=1, wspace=.04, hspace=.04)
+    fig.text(.52, .01, 'axis 1 →', ha='center', fontsize=7); fig.text(.005, .52, 'axis 2 →', va='center', rotation=90, fontsize=7)
     return fig
 
 # %% ../nbs/17_plot.ipynb #50df2242

@@ -13,12 +13,12 @@ from sklearn.covariance import ledoit_wolf
 from .core import Strict, SynapseCLRError, made_by
 from .embed import Neighbours, read_neighbours
 from .sets import feature_sets, kept_synapses
-from .tables import read_table, write_table
+from .tables import read_labels, read_table, write_table
 from .validate import precision_at
 
 # %% auto #0
-__all__ = ['QCError', 'marked_cluster', 'DefectDetector', 'QCConfig', 'labelled', 'remove_defects', 'judge_detection',
-           'judge_run', 'marked_by_eye']
+__all__ = ['QCError', 'marked_cluster', 'DefectDetector', 'QCConfig', 'remove_defects', 'judge_detection', 'judge_run',
+           'marked_by_eye']
 
 # %% ../nbs/12_qc.ipynb #f2483368
 class QCError(SynapseCLRError):
@@ -121,17 +121,6 @@ class QCConfig(Strict):
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
     play: pydantic.NonNegativeInt = 0 # With a phantom: so many of its defects are marked, as a person would
 
-def labelled(
-    run: str|Path, # Run folder
-    label: str, # Which
-) -> list[int]: # Ids
-    "Synapses that people gave a label on the map; the last one counts"
-    path = Path(run)/'labels.csv'
-    if not path.exists(): return []
-    try: table = pd.read_csv(path, dtype=dict(id='int64'))[['id', 'label']].drop_duplicates('id', keep='last')
-    except (KeyError, ValueError, pd.errors.ParserError) as e: raise QCError(f'{path}: not a table of id and label: {e}') from None
-    return table.id[table.label == label].tolist()
-
 def remove_defects(
     run: str|Path, # Run folder, embedded
     config: QCConfig|None = None,
@@ -141,7 +130,8 @@ def remove_defects(
     run,config = Path(run),config or QCConfig()
     table,sets = feature_sets(run, config.layer, [config.features], removed=True)
     x,ids = sets[config.features],table.id.to_numpy()
-    prompts,clean = sorted({*config.prompts, *marked, *labelled(run, 'defect')}),sorted({*config.clean, *labelled(run, 'clean')})
+    said = read_labels(run/'labels.csv')
+    prompts,clean = (sorted({*given, *(i for i,label in said.items() if label == name)}) for name,given in dict(defect=[*config.prompts, *marked], clean=config.clean).items())
     if not prompts: raise QCError(f"no defective synapse to start from: give ids in [qc] prompts, or call some `defect` in {run/'labels.csv'}")
     detector = DefectDetector(config.fdr).fit(x, prompts, clean, ids)
     score = detector.score(x)

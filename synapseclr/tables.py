@@ -4,7 +4,8 @@
 
 # %% ../nbs/02_tables.ipynb #84aaee4a
 from __future__ import annotations
-import json
+import csv, io, json, os, threading
+from datetime import UTC, datetime
 from pathlib import Path
 import numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from .core import SynapseCLRError, atomic
 
 # %% auto #0
 __all__ = ['names', 'centres_nm', 'centres_vx', 'ids', 'neuron_names', 'neuron_types', 'TableError', 'write_table', 'read_tag',
-           'read_table', 'read_arrow', 'read_synapses', 'read_ids', 'read_neurons']
+           'read_table', 'read_arrow', 'read_synapses', 'append_labels', 'read_labels', 'read_ids', 'read_neurons']
 
 # %% ../nbs/02_tables.ipynb #6469e68f
 class TableError(SynapseCLRError):
@@ -140,6 +141,36 @@ def _position_problems(centres, bounds_nm) -> list[str]:
     outside = finite & ((centres < lo) | (centres >= hi)).any(1)
     if outside.any(): problems.append(f"positions outside the volume, {lo} to {hi} nm (x, y, z), in {_examples(outside)}: are units and voxel size right?")
     return problems
+
+# %% ../nbs/02_tables.ipynb #136bb48a
+def append_labels(
+    path: str|Path, # `labels.csv`
+    ids, # Synapses
+    label: str, # What they are; empty to take it back
+):
+    "Note what some synapses are, so that it is on the disk when this returns"
+    now = datetime.now(UTC).isoformat(timespec='seconds')
+    out = io.StringIO()
+    csv.writer(out, lineterminator='\n').writerows([int(i), label, now] for i in ids)
+    with _writing, open(path, 'ab+') as f:
+        end = f.tell()
+        if end: f.seek(end-1)
+        start = 'id,label,time\n' if not end else '' if f.read() == b'\n' else '\n'
+        f.write((start + out.getvalue()).encode())
+        f.flush(); os.fsync(f.fileno())
+
+_writing = threading.Lock()
+
+def read_labels(
+    path: str|Path, # `labels.csv`
+) -> dict[int, str]: # Label of each synapse that has one
+    "What was said last of each synapse. Raises `TableError` if it is another kind of file"
+    if not Path(path).exists(): return {}
+    with open(path, newline='', encoding='utf-8', errors='replace') as f:
+        if (first := f.readline().strip()) != 'id,label,time': raise TableError(f"{path}: begins with '{first[:40]}', expected 'id,label,time'")
+        rows = (next(csv.reader([line]), []) for line in f) # each for itself: a line cut short may have left a quote open
+        said = {int(row[0]): row[1] for row in rows if len(row) == 3 and row[0].isdigit() and len(row[2].strip()) == 25}
+    return {i: label for i,label in said.items() if label}
 
 # %% ../nbs/02_tables.ipynb #707f2c32
 def read_ids(

@@ -1,11 +1,11 @@
 "The map of all synapses, as a person meets it: in a browser, offline, with the server and without."
-import http.client, json, shutil, subprocess, sys, threading, types
+import http.client, json, shutil, subprocess, sys, threading
 from urllib.parse import urlsplit
 import numpy as np, pandas as pd, pytest
 from synapseclr.dev import tiny_fetched
-from synapseclr.explore import ExploreError, Map, make_server, read_labels, serve, write_static
+from synapseclr.explore import ExploreError, Map, make_server, serve, write_static
 from synapseclr.store import ChunkStore
-from synapseclr.tables import read_ids
+from synapseclr.tables import read_ids, read_labels
 
 chromium,driver = (shutil.which(o) for o in ('chromium', 'chromedriver'))
 try: from selenium import webdriver
@@ -263,8 +263,8 @@ def test_only_the_page_itself_may_label(served, table):
 
 @pytest.fixture
 def exported(monkeypatch, table):
-    "`export.run_table` gives the grid"
-    monkeypatch.setitem(sys.modules, 'synapseclr.export', types.SimpleNamespace(run_table=lambda run: table))
+    "The run's table is the grid"
+    monkeypatch.setattr('synapseclr.explore.run_table', lambda run: table)
 
 def test_bad_wishes_are_explained(served, run, exported, tmp_path):
     with pytest.raises(ExploreError, match='--port'): serve(run, served.port)

@@ -5,162 +5,35 @@
 # %% ../nbs/19_cli.ipynb #bef9bd4c
 from __future__ import annotations
 import datetime, html, logging, os, re, sys, time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated
-import numpy as np, pandas as pd, pydantic, typer
+import numpy as np, pandas as pd, typer
 from taskqueue import queueable
 import synapseclr
-from .annotate import annotate
-from .augment import AugmentConfig, CubeConfig
 from .bench import bench_augment
 from .bench_fetch import bench_fetch
 from .bench_train import bench_loader, bench_loss, bench_parts, bench_steps
 from .bench_typing import bench_consensus, bench_gp
-from .consensus import ConsensusConfig, type_neurites
-from .core import ConfigError, Strict, SynapseCLRError, made_by, read_config, write_toml
-from .evaluate import evaluate
-from .extract import ExtractConfig, extract
-from .fetch import DataConfig, FetchConfig, describe_plan, fetch, fetch_block, fetch_tasks, outcome, plan_fetch
-from .impute import ImputeConfig, impute
-from .model import SynapseNet, load_weights, read_network
+from .core import ConfigError, SynapseCLRError, made_by, read_config
+from .explore import serve, write_static
+from .export import layer_server, layer_urls
+from .fetch import describe_plan, fetch_block, fetch_tasks, outcome, plan_fetch
 from .phantom import PhantomConfig, make_phantom, sizes
-from .query import QueryConfig, compare_retrieval
 from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
 from .remap import remap, what_changed
+from .stages import RunConfig, extract_stage, open_run, stages, stages_of, train_stage
 from .store import ChunkStore, StoreError
-from .tables import read_neurons, read_synapses, read_table, write_table
-from .train import TrainConfig, TrainingError, measured, train
+from .tables import read_synapses, read_table, write_table
 from .upkeep import append, drop, missing, refetch, verify
 from .volume import LayerSource, open_layer
 
 # %% auto #0
-__all__ = ['stages', 'app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
-           'RestartOption', 'QueueOption', 'tables', 'bench', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage',
-           'annotate_stage', 'train_stage', 'extract_stage', 'shipped', 'query_stage', 'neurons_of', 'impute_stage',
-           'consensus_stage', 'evaluate_stage', 'stages_of', 'notebook_of', 'run_notebook', 'phantom_command',
-           'fetch_command', 'extract_shard', 'extract_command', 'run_all', 'demo', 'remap_command',
-           'bench_augment_command', 'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command',
-           'bench_train_command', 'main']
-
-# %% ../nbs/19_cli.ipynb #b9703edd
-class RunConfig(Strict):
-    "Everything that a run does"
-    run: str = '' # Folder for the results, as seen from where the command is given; `_runs/NAME_OF_FILE` if empty
-    data: DataConfig|None = None # Where the synapses are ...
-    phantom: PhantomConfig|None = None # ... or the phantom to make, in the run folder
-    fetch: FetchConfig # How chunks are cut, and which are kept
-    cube: CubeConfig = CubeConfig() # The network's input
-    augment: AugmentConfig = AugmentConfig() # How views are drawn
-    train: TrainConfig = TrainConfig() # How to train
-    extract: ExtractConfig = ExtractConfig() # How to describe
-    query: QueryConfig = QueryConfig() # What the report shows
-    impute: ImputeConfig = ImputeConfig() # How to impute
-    consensus: ConsensusConfig = ConsensusConfig() # How to type neurites
-
-    @pydantic.model_validator(mode='after')
-    def _one_source(self):
-        if (self.data is None) == (self.phantom is None): raise ValueError('state where the synapses come from once: a section [data], or a section [phantom]')
-        return self
-
-    @property
-    def folder(self) -> Path: return Path(self.run)
-    @property
-    def phantom_folder(self) -> Path: return self.folder/'phantom'
-
-    @property
-    def source(self) -> DataConfig:
-        "Table and layers, those of the phantom if there is one"
-        if self.data: return self.data
-        within = lambda name: str((self.phantom_folder/name).resolve())
-        layer = lambda name: LayerSource(path=within(name))
-        return DataConfig(table=within('synapses.parquet'), neurons=within('neurons.csv'), skeletons=within('skeletons'), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
-
-def open_run(
-    config: str|Path, # TOML file
-    overrides: list[str]|tuple = (), # `section.key=value`
-) -> RunConfig:
-    "Read a configuration, and note what was asked in `RUN/config.toml`"
-    c = read_config(RunConfig, config, overrides)
-    c = c.model_copy(update=dict(run=c.run or f'_runs/{Path(config).stem}'))
-    write_toml(c, c.folder/'config.toml')
-    return c
-
-# %% ../nbs/19_cli.ipynb #b0c6e61a
-def phantom_stage(c: RunConfig):
-    "Make a volume of which everything is known"
-    if not c.phantom: raise ConfigError('this run has no section [phantom]; its synapses come from [data]')
-    return make_phantom(c.phantom_folder, c.phantom)
-
-def fetch_stage(c: RunConfig, processes: int = 1):
-    "Cut every synapse of the table out of the volume"
-    return fetch(c.source, c.fetch, c.folder, processes)
-
-def annotate_stage(c: RunConfig):
-    "Measure every synapse: volumes, contact area, cleft, missing sections, the way to the somata"
-    return annotate(c.folder, c.source.skeletons)
-
-def train_stage(c: RunConfig, restart: bool = False):
-    "Train the network on the synapses, without labels"
-    types = neurons_of(c).set_index('root_id').inhibitory if c.source.neurons else None
-    return train(c.folder, c.train, c.augment, c.cube, restart, types=types)
-
-def extract_stage(c: RunConfig, shards: list[int]|None = None):
-    "Describe every synapse with the trained network, and with an untrained one for comparison"
-    weights = c.folder/'train/weights.safetensors'
-    if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
-    how = dict(views=c.extract.views, shards=shards)
-    if c.extract.shipped: extract(c.folder, *shipped(c.folder), 'features_shipped', **how)
-    for path in c.extract.weights:
-        net,about = read_network(path)
-        augment = AugmentConfig(**about['augment']) if about.get('augment') else measured(c.augment, ChunkStore.open(c.folder/'chunks.zarr'))
-        extract(c.folder, net, augment, CubeConfig(**about['cube']) if about.get('cube') else c.cube, f'features_{Path(path).stem}', **how)
-    net,about = load_weights(weights)
-    cube,augment = CubeConfig(**about['cube']),AugmentConfig(**about['augment'])
-    extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', **how)
-    return extract(c.folder, net, augment, cube, **how)
-
-def shipped(
-    run: str|Path, # Run folder, fetched
-) -> tuple[SynapseNet, AugmentConfig, CubeConfig]:
-    "The network that comes with the package, with the z-score of the run's own data"
-    net,about = load_weights(Path(synapseclr.__file__).parent/'weights/demo.safetensors')
-    law = AugmentConfig(**{k: v for k,v in about['augment'].items() if k not in ('mean', 'sd')})
-    return net,measured(law, ChunkStore.open(Path(run)/'chunks.zarr')),CubeConfig(**about['cube'])
-
-def query_stage(c: RunConfig):
-    "Find synapses that look alike, and measure whether they belong together"
-    table = compare_retrieval(c.folder, c.query.layer)
-    write_table(table, c.folder/'retrieval.parquet', 'retrieval', made_by(c.query))
-    return table
-
-def neurons_of(c: RunConfig) -> pd.DataFrame:
-    "What is known of the cells of a run"
-    if not c.source.neurons: raise ConfigError('this run has no table of neurons; name one in [data] neurons')
-    return read_neurons(c.source.neurons, c.source.table_voxel_nm)
-
-def impute_stage(c: RunConfig):
-    "Impute nine traits of every synapse from those that are known, and measure how well"
-    return impute(c.folder, neurons_of(c), c.impute)
-
-def consensus_stage(c: RunConfig):
-    "Type neurites by the consensus of their synapses"
-    return type_neurites(c.folder, c.consensus)
-
-def evaluate_stage(c: RunConfig):
-    "Compare what was learnt with the phantom's truth"
-    if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
-    networks = {'trained': 'features', 'untrained': 'features_untrained'}
-    if c.extract.shipped: networks = {'shipped': 'features_shipped'} | networks
-    return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
-
-stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, query=query_stage,
-    impute=impute_stage, consensus=consensus_stage, evaluate=evaluate_stage)
-
-def stages_of(c: RunConfig) -> list[str]:
-    "The stages that a run has: the first and the last only with a phantom, imputation and consensus only with a table of neurons"
-    return [s for s in stages if (c.phantom or s not in ('phantom', 'evaluate')) and (c.source.neurons or s not in ('impute', 'consensus'))]
+__all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
+           'RestartOption', 'QueueOption', 'tables', 'bench', 'notebook_of', 'run_notebook', 'phantom_command',
+           'fetch_command', 'extract_shard', 'extract_command', 'run_all', 'demo', 'explore_command', 'serve_command',
+           'remap_command', 'bench_augment_command', 'bench_gp_command', 'bench_consensus_command',
+           'bench_fetch_command', 'bench_train_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #85acb632
 _headless = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') # Whatever the user's is, figures go into the notebook
@@ -379,6 +252,31 @@ def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
     print('12 to 18 minutes on two cores; of 18: phantom 1.5, fetch and annotate 1, train 7, extract 3, impute and consensus 3, query and evaluate 2', flush=True)
     _do(list(stages), config, set, notebook)
+
+@app.command('explore', help='Show the map of all synapses in a browser: colours, slices, labels, lasso')
+def explore_command(
+    run: Annotated[Path, typer.Argument(help='Run folder, with a map')],
+    port: Annotated[int, typer.Option(help='Where the page is served on this machine', min=0, max=65535)] = 8765,
+    colour: Annotated[str, typer.Option(help='Column to begin with; else the clusters')] = None,
+    static: Annotated[Path, typer.Option(help='Instead: write the page to this folder, for any static file server')] = None,
+    slices: Annotated[int, typer.Option(help='Synapses with pictures in a static copy, about 50 KB each', min=0)] = 500,
+):
+    if not static: return serve(run, port, colour)
+    write_static(run, static, slices, colour)
+    print(f'{static}: give it to any static file server, such as `python -m http.server --directory {static}`; a browser does not open it from the disk')
+
+@app.command('serve', help='Serve the local layers of a run to neuroglancer, on this machine alone, so that the links of `export` work')
+def serve_command(
+    run: Annotated[Path, typer.Argument(help='Run folder')],
+    port: Annotated[int, typer.Option(help='As in [export] local_url', min=0, max=65535)] = 9000,
+):
+    c = read_config(RunConfig, run/'config.toml')
+    root = layer_urls({o: getattr(c.model_copy(update=dict(run=str(run))).source, o) for o in ('em', 'seg', 'cleft')}, '', (run,))[1]
+    if not root: raise ConfigError(f'{run}: no layer lies in a local folder; neuroglancer reads them where they are')
+    with layer_server(root, port) as server:
+        print(f'{root} at http://127.0.0.1:{server.server_port}; stop with Ctrl-C', flush=True)
+        try: server.serve_forever()
+        except KeyboardInterrupt: pass
 
 tables = typer.Typer(no_args_is_help=True, help='Change synapse tables')
 app.add_typer(tables, name='tables')

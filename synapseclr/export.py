@@ -13,8 +13,8 @@ import anndata, numpy as np, pandas as pd, pyarrow as pa, scipy.sparse as sp, te
 from cloudvolume.datasource.precomputed.common import compressed_morton_code
 from .core import Strict, SynapseCLRError, atomic, made_by, progress
 from .embed import memberships, read_neighbours
-from .extract import read_features
 from .joined import run_table
+from .sets import feature_sets
 from .tables import read_tag, write_table
 from .volume import LayerSource
 
@@ -189,11 +189,8 @@ def to_anndata(
     run,table = Path(run),run_table(run, neurons)
     ids,near = read_neighbours(run)
     if not np.array_equal(ids, table.id): raise ExportError(f"{run/'neighbours.parquet'}: of other synapses than the table; run `synapseclr embed` again")
-    folder = run/('features' if features == 'trained' else f'features_{features}')
-    layers = {}
-    for layer in ('backbone', 'hidden', 'projection'):
-        found,x = read_features(folder, layer)
-        layers[layer] = x[pd.Index(found).get_indexer(table.id)]
+    names = ['backbone'] if features == 'morphometrics' else ['backbone', 'hidden', 'projection']
+    layers = {layer: feature_sets(run, layer, [features], removed=True)[1][features].astype(np.float32) for layer in names}
     obs = table.set_index(table.id.astype(str).to_numpy()).rename_axis(None)
     for c in obs.columns[obs.dtypes.map(lambda t: t == object or isinstance(t, pd.StringDtype))]: obs[c] = obs[c].astype('category')
     obs['leiden'] = obs.cluster.astype(str).astype('category')
@@ -206,8 +203,8 @@ def to_anndata(
     origin = read_tag(run/'map.parquet')['made_by']
     uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap', metric=read_tag(run/'neighbours.parquet')['made_by']['metric'], random_state=0)),
         umap=dict(params=dict(a=0., b=0.)), leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)), synapseclr=json.dumps(dict(format='synapses', version=h5ad_version, made_by=origin)))
-    return anndata.AnnData(X=layers['backbone'], obs=obs, var=pd.DataFrame(index=[f'backbone_{i}' for i in range(layers['backbone'].shape[1])]),
-        obsm=obsm | {f'X_{layer}': layers[layer] for layer in ('hidden', 'projection')}, obsp=dict(distances=distances, connectivities=memberships(near, umap_neighbours)), uns=uns)
+    return anndata.AnnData(X=layers['backbone'], obs=obs, var=pd.DataFrame(index=[f'{features}_{i}' for i in range(layers['backbone'].shape[1])]),
+        obsm=obsm | {f'X_{layer}': layers[layer] for layer in names[1:]}, obsp=dict(distances=distances, connectivities=memberships(near, umap_neighbours)), uns=uns)
 
 def read_anndata(
     path: str|Path, # `synapses.h5ad`

@@ -2,7 +2,8 @@
 import re, sys
 import numpy as np, pandas as pd, pytest
 from conftest import files, python, synapseclr
-from synapseclr.cli import main, stages
+from synapseclr.cli import main
+from synapseclr.stages import stages
 
 def say(capsys, monkeypatch, *args):
     "Exit code and what the command printed"

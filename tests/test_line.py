@@ -3,7 +3,7 @@ import json, shutil, signal
 from html.parser import HTMLParser
 import pandas as pd, pytest
 from conftest import files, python, synapseclr
-from synapseclr.cli import open_run, stages, stages_of
+from synapseclr.stages import open_run, stages, stages_of
 from synapseclr.extract import read_features
 from synapseclr.store import ChunkStore
 from synapseclr.tables import read_table

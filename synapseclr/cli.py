@@ -13,6 +13,7 @@ from taskqueue import queueable
 import synapseclr
 from .bench import bench_augment
 from .bench_fetch import bench_fetch
+from .bench_maps import bench_extract, bench_maps
 from .bench_train import bench_loader, bench_loss, bench_parts, bench_steps
 from .bench_typing import bench_consensus, bench_gp
 from .core import ConfigError, SynapseCLRError, made_by, read_config
@@ -33,7 +34,7 @@ __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOptio
            'RestartOption', 'QueueOption', 'tables', 'bench', 'notebook_of', 'run_notebook', 'phantom_command',
            'fetch_command', 'extract_shard', 'extract_command', 'run_all', 'demo', 'explore_command', 'serve_command',
            'remap_command', 'bench_augment_command', 'bench_gp_command', 'bench_consensus_command',
-           'bench_fetch_command', 'bench_train_command', 'main']
+           'bench_fetch_command', 'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #85acb632
 _headless = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') # Whatever the user's is, figures go into the notebook
@@ -332,6 +333,12 @@ def bench_fetch_command(
 @bench.command('train', help='A step, the loss, a batch in parts and the disk: seconds and memory, beside the plain way')
 def bench_train_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3):
     for table in (bench_steps, bench_loss, bench_parts, bench_loader): print(table(rounds=rounds).round(3).to_string(index=False), end='\n\n', flush=True)
+
+@bench.command('extract', help='Synapses described per second, and memory, beside the plain way')
+def bench_extract_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3): print(bench_extract(rounds).round(3).to_string(index=False))
+
+@bench.command('maps', help='Seconds and memory of neighbours, map, clusters and queries, for several numbers of synapses')
+def bench_maps_command(sizes: Annotated[str, typer.Option(help='N,N,...; a million takes an hour')] = '10000,100000'): print(bench_maps([int(o) for o in sizes.split(',')]).round(2).T.to_string())
 
 def main():
     "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"

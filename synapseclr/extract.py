@@ -4,14 +4,16 @@
 
 # %% ../nbs/10_extract.ipynb #585c8524
 from __future__ import annotations
-import hashlib
+import hashlib, json
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pydantic, torch
 from .augment import AugmentConfig, Augmenter, CubeConfig
-from .core import Source, Strict, SynapseCLRError, digest, made_by, progress
+from .core import Source, Strict, SynapseCLRError, atomic, digest, made_by, progress
 from .model import Features, SynapseNet
+from .precision import autocast, choose_forward_mode
 from .store import ChunkStore
 from .tables import read_tag, write_table
 
@@ -22,6 +24,7 @@ __all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'extract', 'read_f
 class ExtractConfig(Strict):
     "How to describe"
     views: pydantic.PositiveInt = 1 # Random turns of each synapse to average over; 1 for the synapse as it lies (the paper's way)
+    precision: Literal['auto', 'fp32', 'bf16'] = 'auto' # Of the network; bf16 only where features agree with those of fp32 to a cosine of .999, and it is faster
     shipped: bool = False # Describe with the weights that come with the package, too
     weights: list[Source] = [] # Other networks to describe with: ours, published ones of SynapseCLR, MedicalNet's. The features of `x/NAME.pth` go to `features_NAME`
 
@@ -41,9 +44,9 @@ def _feature_table(ids: np.ndarray, features: Features) -> pa.Table:
     return pa.table(dict(id=ids) | layers)
 
 @torch.inference_mode()
-def _look(net: SynapseNet, augmenter: Augmenter, chunks: tuple, view: int) -> Features:
+def _look(net: SynapseNet, augmenter: Augmenter, mode: dict, chunks: tuple, view: int) -> Features:
     "One view of some synapses"
-    return net(augmenter(*chunks, view))
+    with autocast(augmenter.device, mode): return Features(*(layer.float() for layer in net(augmenter(*chunks, view))))
 
 def extract(
     run: str|Path, # Run folder, fetched
@@ -54,6 +57,7 @@ def extract(
     batch_size: int = 32,
     views: int = 1, # Average over so many random turns of each synapse; 1 for none, as it lies
     shards: list[int]|None = None, # Only these, as a task of many; all if absent
+    precision: str = 'auto', # bf16 where it is right and faster, see `choose_forward_mode`; or `fp32`, `bf16`
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path: # The folder
     "Write the features of all synapses of a run, shard by shard; goes on where it was stopped. Raises `FeatureError` unless every synapse is there once (or only some shards were asked for)"
@@ -63,16 +67,20 @@ def extract(
     origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store))
     net = net.to(device).eval()
     shard,at_once = store.places//store.per_shard,min(2, views)
+    mode = None
     for k in progress(np.unique(shard) if shards is None else shards, desc='extract', unit='shard'):
         path,members = folder/f'{k:06d}.parquet',np.flatnonzero(shard == k)
         if path.exists() and read_tag(path).get('made_by') == origin: continue
+        if mode is None:
+            mode = choose_forward_mode(net, augmenter(*store.batch(members[:batch_size]), 0), precision)
+            with atomic(folder/f'_precision_{k:06d}.json') as f: f.write_text(json.dumps(mode))
         parts = []
         with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=[max(1, torch.get_num_threads()//at_once)]) as pool:
             for batch in np.split(members, range(batch_size, len(members), batch_size)):
                 chunks = store.batch(batch)
-                seen = pool.map(partial(_look, net, augmenter, chunks), range(views))
+                seen = pool.map(partial(_look, net, augmenter, mode, chunks), range(views))
                 parts.append(Features(*(torch.stack(layer).mean(0) for layer in zip(*seen))))
-        features = Features(*(torch.cat(layer).float().cpu().numpy() for layer in zip(*parts)))
+        features = Features(*(torch.cat(layer).cpu().numpy() for layer in zip(*parts)))
         write_table(_feature_table(store.ids[members], features), path, 'features', origin)
     if shards is not None: return folder
     ids,_ = read_features(folder)

@@ -12,7 +12,7 @@ from .loss import nt_xent
 from .model import SynapseNet
 
 # %% auto #0
-__all__ = ['plain_mode', 'autocast', 'measure_mode', 'compare_modes', 'emulates_bf16', 'choose_mode']
+__all__ = ['plain_mode', 'autocast', 'measure_mode', 'compare_modes', 'emulates_bf16', 'choose_mode', 'choose_forward_mode']
 
 # %% ../nbs/08b_precision.ipynb #7039ec8d
 plain_mode = dict(precision='fp32', channels_last=False, compile=False)
@@ -92,3 +92,24 @@ def choose_mode(
     if compiled == 'auto' and long: found.append(compare_modes(net, views, [], _fastest(found))[-1])
     mode = {k: _fastest(found)[k] for k in plain_mode}
     return mode | dict(compile=True) if compiled == 'on' else mode,found
+
+# %% ../nbs/08b_precision.ipynb #21b0b104
+@torch.inference_mode()
+def choose_forward_mode(
+    net: SynapseNet, # In evaluation mode
+    views: Tensor, # `(B, 1, D, D, D)` real input
+    precision: str = 'auto', # `fp32` or `bf16` to force it
+) -> dict: # As of `plain_mode`, and what was found: `cosine`, the least over synapses and layers, `seconds_fp32`, `seconds_bf16`
+    "bf16 for features, if it is right and faster here"
+    if precision == 'fp32' or precision == 'auto' and emulates_bf16(views.device): return plain_mode
+    def look(mode):
+        start = time.perf_counter()
+        with autocast(views.device, mode): found = net(views)
+        if views.is_cuda: torch.cuda.synchronize()
+        return [layer.float() for layer in found],time.perf_counter()-start
+    half = plain_mode | dict(precision='bf16')
+    for mode in (plain_mode, half): look(mode) # warms up
+    (plain,slow),(found,fast) = look(plain_mode),look(half)
+    cosine = min(F.cosine_similarity(a, b).min().item() for a,b in zip(plain, found))
+    right = precision == 'bf16' or cosine > .999 and fast < slow
+    return (half if right else plain_mode) | dict(cosine=cosine, seconds_fp32=slow, seconds_bf16=fast)

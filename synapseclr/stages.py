@@ -105,7 +105,7 @@ def extract_stage(c: RunConfig, shards: list[int]|None = None):
     "Describe every synapse with the trained network, and with an untrained one for comparison"
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
-    how = dict(views=c.extract.views, shards=shards)
+    how = dict(views=c.extract.views, shards=shards, precision=c.extract.precision)
     if c.extract.shipped: extract(c.folder, *shipped(c.folder), 'features_shipped', **how)
     for path in c.extract.weights:
         net,about = read_network(path)

@@ -4,13 +4,12 @@
 
 # %% ../nbs/19_cli.ipynb #bef9bd4c
 from __future__ import annotations
-import datetime, html, logging, os, re, sys, time
+import os, sys, time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 import numpy as np, pandas as pd, typer
 from taskqueue import queueable
-import synapseclr
 from .bench import bench_augment
 from .bench_fetch import bench_fetch
 from .bench_maps import bench_extract, bench_maps
@@ -23,6 +22,7 @@ from .fetch import describe_plan, fetch_block, fetch_tasks, outcome, plan_fetch
 from .phantom import PhantomConfig, make_phantom, sizes
 from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
 from .remap import remap, what_changed
+from .report import notebook_of, run_notebook
 from .stages import RunConfig, extract_stage, open_run, stages, stages_of, train_stage
 from .store import ChunkStore, StoreError
 from .tables import read_synapses, read_table, write_table
@@ -31,94 +31,10 @@ from .volume import LayerSource, open_layer
 
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
-           'RestartOption', 'QueueOption', 'tables', 'bench', 'notebook_of', 'run_notebook', 'phantom_command',
-           'fetch_command', 'extract_shard', 'extract_command', 'run_all', 'demo', 'explore_command', 'serve_command',
-           'remap_command', 'bench_augment_command', 'bench_gp_command', 'bench_consensus_command',
-           'bench_fetch_command', 'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
-
-# %% ../nbs/19_cli.ipynb #85acb632
-_headless = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') # Whatever the user's is, figures go into the notebook
-
-def notebook_of(stage: str) -> Path:
-    "The notebook of a stage"
-    path = Path(synapseclr.__file__).parent.parent/'nbs/runs'/f'{stage}.ipynb'
-    if not path.exists(): raise SynapseCLRError(f"{path}: the run notebooks come with the repository, not with the package; use --no-notebook")
-    return path
-
-def run_notebook(
-    stage: str, # Which
-    config: Path, # TOML file
-    overrides: list[str], # `section.key=value`
-    **parameters, # More of the notebook's
-):
-    "Execute the notebook of a stage with papermill, and write its report. Raises `SynapseCLRError` with the message of the one it met"
-    import papermill
-    c,source = open_run(config, overrides),notebook_of(stage)
-    report = c.folder/'report'
-    report.mkdir(parents=True, exist_ok=True)
-    _talk()
-    before = {k: os.environ.get(k) for k in _headless}
-    os.environ.update(_headless)
-    try:
-        papermill.execute_notebook(source, report/f'{stage}.ipynb', dict(config=str(Path(config).resolve()), overrides=list(overrides), **parameters),
-            kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
-    except papermill.PapermillExecutionError as e:
-        if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
-        if e.ename in _known_errors(): raise SynapseCLRError(e.evalue) from None
-        raise
-    finally:
-        for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
-    _tidy(report/f'{stage}.ipynb')
-    _to_html(report/f'{stage}.ipynb')
-    _write_index(c)
-
-def _known_errors(base=SynapseCLRError) -> set[str]:
-    "Names of our errors"
-    return {base.__name__}.union(*[_known_errors(o) for o in base.__subclasses__()])
-
-def _talk():
-    "Let papermill pass on the progress bars of a notebook, and nothing else: the rest is in the report"
-    log = logging.getLogger('papermill')
-    if log.handlers: return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter('  %(message)s'))
-    handler.addFilter(lambda r: '%|' in r.getMessage())
-    log.addHandler(handler); log.setLevel(logging.INFO); log.propagate = False
-
-# %% ../nbs/19_cli.ipynb #df8c8516
-def _tidy(notebook: Path):
-    "Join what a cell printed, and let a carriage return do what it does in a terminal"
-    import nbformat
-    nb = nbformat.read(notebook, 4)
-    for cell in nb.cells:
-        if cell.cell_type != 'code': continue
-        printed = ''.join(o.text for o in cell.outputs if o.output_type == 'stream' and o.name == 'stdout')
-        cell.outputs = [o for o in cell.outputs if o.output_type != 'stream' or o.name != 'stdout']
-        last = re.sub(r'[^\n]*\r(?!\n)', '', printed)
-        if last.strip(): cell.outputs.insert(0, nbformat.v4.new_output('stream', text=last))
-    nbformat.write(nb, notebook)
-
-_style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52em;margin:2em auto;padding:0 1em} img{max-width:100%} small,blockquote{color:#555} blockquote{margin:0}
-table{border-collapse:collapse;display:block;overflow:auto;border:0;font-size:.85em;margin:1em 0} td,th{padding:.2em .8em;text-align:right;border:0;border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.6em 1em;overflow:auto;font-size:.8em} .anchor-link{display:none}"""
-
-def _page(title: str, body: str) -> str:
-    "A whole HTML page"
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>synapseclr: {html.escape(title)}</title><style>{_style}</style><body>{body}</body></html>'
-
-def _to_html(notebook: Path):
-    "Write an executed notebook as a page of its own, code left out"
-    from nbconvert import HTMLExporter
-    exporter = HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True)
-    body,_ = exporter.from_filename(str(notebook))
-    notebook.with_suffix('.html').write_text(_page(notebook.stem, f'<p><a href="index.html">all stages</a></p>{body}'))
-
-def _write_index(c: RunConfig):
-    "The page that lists the stages"
-    pages = [(s, c.folder/'report'/f'{s}.html') for s in stages]
-    rows = [f'<li><a href="{s}.html">{s}</a>: {html.escape(stages[s].__doc__)} <small>({datetime.datetime.fromtimestamp(p.stat().st_mtime):%Y-%m-%d %H:%M}; <a href="{s}.ipynb">notebook</a>)</small></li>'
-        for s,p in pages if p.exists()]
-    body = f'<h1>{html.escape(c.folder.name)}</h1><p>A run of synapseclr {synapseclr.__version__}.</p><ol>{"".join(rows)}</ol><h2>Configuration</h2><pre>{html.escape((c.folder/"config.toml").read_text())}</pre>'
-    (c.folder/'report/index.html').write_text(_page(c.folder.name, body))
+           'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'extract_shard',
+           'extract_command', 'run_all', 'demo', 'explore_command', 'serve_command', 'remap_command',
+           'bench_augment_command', 'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command',
+           'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,

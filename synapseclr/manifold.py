@@ -5,7 +5,7 @@
 # %% ../nbs/16_manifold.ipynb #41421940
 from __future__ import annotations
 from pathlib import Path
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, pydantic
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 from .core import Strict, SynapseCLRError, made_by
@@ -103,9 +103,9 @@ nuisance = ['cleft_cos_z', 'n_blank_sections', 'ctr_z_nm'] # ... and what should
 
 class ManifoldConfig(Strict):
     "Which axes"
-    least: int = 50 # Synapses of an island that has axes
-    columns: int = 7 # Of the grid of examples
-    rows: int = 5
+    least: int = pydantic.Field(50, ge=3) # Synapses of an island that has axes
+    columns: pydantic.PositiveInt = 7 # Of the grid of examples
+    rows: pydantic.PositiveInt = 5
 
 def annotations_of(
     table: pd.DataFrame, # From `run_table`

@@ -19,6 +19,7 @@ from .core import ConfigError, SynapseCLRError, made_by, read_config
 from .explore import serve, write_static
 from .export import layer_server, layer_urls
 from .fetch import describe_plan, fetch_block, fetch_tasks, outcome, plan_fetch
+from .joined import similar
 from .phantom import PhantomConfig, make_phantom, sizes
 from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
 from .remap import remap, what_changed
@@ -32,7 +33,7 @@ from .volume import LayerSource, open_layer
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
            'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'extract_shard',
-           'extract_command', 'run_all', 'demo', 'explore_command', 'serve_command', 'remap_command',
+           'extract_command', 'run_all', 'demo', 'explore_command', 'similar_command', 'serve_command', 'remap_command',
            'bench_augment_command', 'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command',
            'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
 
@@ -181,6 +182,20 @@ def explore_command(
     if not static: return serve(run, port, colour)
     write_static(run, static, slices, colour)
     print(f'{static}: give it to any static file server, such as `python -m http.server --directory {static}`; a browser does not open it from the disk')
+
+@app.command('similar', help='List the synapses that look like some, with all that is known of them')
+def similar_command(
+    run: Annotated[Path, typer.Argument(help='Run folder, extracted')],
+    ids: Annotated[str, typer.Argument(help='ID,ID,...: one, or several whose mean is looked for')],
+    k: Annotated[int, typer.Option(help='How many', min=1)] = 10,
+    where: Annotated[str, typer.Option(help='Only synapses of which this is true: "p_inhibitory_pre > .5 and island == 0"')] = '',
+    features: Annotated[str, typer.Option(help='Which kind')] = 'trained',
+    out: Annotated[Path, typer.Option(help='Write all columns to this CSV file')] = None,
+):
+    found = similar(run, _ids(run, ids), k, where, features)
+    if out: found.to_csv(out, index=False)
+    short = [c for c in ('id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster', 'neuroglancer') if c in found]
+    print(f'{len(found)} synapses are in {out}' if out else found[short].round(4).to_string(index=False))
 
 @app.command('serve', help='Serve the local layers of a run to neuroglancer, on this machine alone, so that the links of `export` work')
 def serve_command(

@@ -16,15 +16,14 @@ from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
 from .annotate import baseline
 from .core import Strict, SynapseCLRError, made_by, progress
-from .extract import read_features
 from .gp import GPClassifier, GPRegressor
-from .query import feature_sets
+from .sets import feature_sets, standardised
 from .tables import write_table
 from .validate import auc, disjoint_folds, interval, neuron_bootstrap, number_scores, paper_ev, type_scores
 
 # %% auto #0
 __all__ = ['traits', 'Trait', 'ImputeError', 'known_values', 'model_for', 'predictions', 'predicted_apart', 'scores_of',
-           'ImputeConfig', 'judge', 'all_feature_sets', 'labelled_neurons', 'impute']
+           'ImputeConfig', 'judge', 'labelled_neurons', 'impute']
 
 # %% ../nbs/14a_impute.ipynb #4a8800f7
 @dataclass(frozen=True)
@@ -157,18 +156,6 @@ def _apart(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray, groups
     return predicted_apart(clone(model).set_params(params=params), x, y, groups, folds),params
 
 # %% ../nbs/14a_impute.ipynb #5240095e
-def all_feature_sets(
-    run: str|Path, # Run folder, extracted and annotated
-    layer: str = 'backbone',
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # The kept rows of the table, and features for them
-    "`feature_sets`, and whatever other networks described the run; each number z-scored"
-    table,sets = feature_sets(run, layer)
-    for folder in sorted(Path(run).glob('features_*')):
-        if (name := folder.name.removeprefix('features_')) in sets: continue
-        ids,x = read_features(folder, layer)
-        sets[name] = x[pd.Index(ids).get_indexer(table.id)]
-    return table,{name: (x-x.mean(0))/np.maximum(x.std(0), 1e-12) for name,x in sets.items()}
-
 def labelled_neurons(
     neurons: pd.DataFrame, # From `read_neurons`
     share: float, seed: int = 0,
@@ -184,8 +171,9 @@ def impute(
 ) -> tuple[pd.DataFrame, list[str]]: # All scores, and which traits are not there and why
     "Judge and impute all traits: `run/imputation.parquet` has the scores, `imputed.parquet` every synapse, `out_of_fold.parquet` what is said of known synapses by models that have not seen their neurons"
     run,config = Path(run),config or ImputeConfig()
-    table,sets = all_feature_sets(run, config.layer)
+    table,sets = feature_sets(run, config.layer)
     if config.features not in sets: raise ImputeError(f"there are no features '{config.features}' in {run}; there are {', '.join(sets)}")
+    sets = {name: standardised(x) for name,x in sets.items()}
     known,skipped = known_values(table, labelled_neurons(neurons, config.labelled))
     if not len(known.columns): raise ImputeError('\n  '.join(['there is no trait to learn:'] + skipped))
     pre,post = table.pre_root_id.to_numpy(),table.post_root_id.to_numpy()

@@ -9,14 +9,12 @@ from typing import Literal
 import faiss, numpy as np, pandas as pd
 from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import normalize
-from .annotate import baseline
 from .core import Strict, SynapseCLRError
-from .extract import read_features
-from .tables import read_table
+from .sets import feature_sets, standardised
 
 # %% auto #0
 __all__ = ['QueryError', 'SimilarityIndex', 'retrieval', 'chance_precision', 'mean_average_precision', 'gain', 'QueryConfig',
-           'feature_sets', 'compare_retrieval']
+           'compare_retrieval']
 
 # %% ../nbs/13_query.ipynb #e29f5ec8
 class QueryError(SynapseCLRError):
@@ -43,21 +41,32 @@ class SimilarityIndex:
         features = np.ascontiguousarray(features, np.float32)
         return normalize(features) if self.metric == 'cosine' else features
 
+    def rows(self, ids) -> np.ndarray:
+        "Rows of some synapses. Raises `QueryError` naming those that are not there"
+        if lost := [str(i) for i in ids if int(i) not in self.row_of]: raise QueryError(f"synapse{'s'*(len(lost) > 1)} {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''} {'are' if len(lost) > 1 else 'is'} not in this run")
+        return np.array([self.row_of[int(i)] for i in ids], int)
+
     def query(self,
-        vector_or_id: np.ndarray|int, # `(d,)` features, or a synapse, which is not its own neighbour
+        what: int|list[int]|np.ndarray, # A synapse; several, whose mean is looked for; or `(d,)` features, as an array of floats
         k: int = 7, # How many
-        skip: list[int]|tuple = (), # Synapses that are not to be found, such as those of the same cleft
+        skip: list[int]|np.ndarray = (), # Synapses that are not to be found, such as those of the same cleft; those asked about never are
+        among: np.ndarray|None = None, # Synapses that may be found: ids, or `(N,)` bool; all if None
     ) -> pd.DataFrame: # `id` and `distance`, nearest first
         "The nearest synapses. Raises `QueryError` for an unknown id or a vector of another length"
-        by_id = np.ndim(vector_or_id) == 0
-        if by_id and int(vector_or_id) not in self.row_of: raise QueryError(f"synapse {vector_or_id} is not in this run")
-        if not by_id and len(vector_or_id) != self.features.shape[1]: raise QueryError(f"a vector of {len(vector_or_id)} numbers, the features have {self.features.shape[1]}")
-        row = self.row_of[int(vector_or_id)] if by_id else -1
-        vector = self.features[row] if by_id else self._prepared(np.asarray(vector_or_id)[None])[0]
-        distance,rows = (o[0] for o in self.index.search(vector[None], min(k+by_id+len(skip), len(self.ids))))
-        others = np.flatnonzero((rows != row) & ~np.isin(self.ids[rows], list(skip)))[:k]
-        distance = distance[others].clip(0)
-        return pd.DataFrame(dict(id=self.ids[rows[others]], distance=distance/2 if self.metric == 'cosine' else distance**.5))
+        by_vector = isinstance(what, np.ndarray) and what.dtype.kind == 'f'
+        if by_vector and what.shape != self.features.shape[1:]: raise QueryError(f"a vector of {what.size} numbers, the features have {self.features.shape[1]}")
+        asked = np.zeros(0, int) if by_vector else self.rows(np.atleast_1d(what))
+        if not by_vector and not len(asked): raise QueryError('no synapse to look for')
+        vector = self._prepared(what[None])[0] if by_vector else self._prepared(self.features[asked].mean(0)[None])[0]
+        among = self.ids if among is None else np.asarray(among)
+        allowed = among.copy() if among.dtype == bool else np.isin(self.ids, among)
+        if len(allowed) != len(self.ids): raise QueryError(f"a filter for {len(allowed)} synapses, there are {len(self.ids)}")
+        allowed[asked] = False
+        allowed &= ~np.isin(self.ids, list(skip))
+        only = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(allowed, bitorder='little')))
+        distance,rows = (o[0] for o in self.index.search(vector[None], max(1, min(k, int(allowed.sum()))), params=only))
+        distance,rows = distance[rows >= 0].clip(0),rows[rows >= 0]
+        return pd.DataFrame(dict(id=self.ids[rows], distance=distance/2 if self.metric == 'cosine' else distance**.5))
 
 # %% ../nbs/13_query.ipynb #7620c648
 def retrieval(
@@ -115,28 +124,13 @@ class QueryConfig(Strict):
     neighbours: int = 7 # Of each prompt
     prompts: list[int] = [] # Synapses to show; spread over the table if empty
 
-def feature_sets(
-    run: str|Path, # Run folder, extracted and annotated
-    layer: str = 'backbone',
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # The kept rows of the table, and three kinds of features for them
-    "Features of a run: `trained`, `untrained`, and `morphometrics` (logarithms, standardised)"
-    table = read_table(Path(run)/'synapses.parquet', 'synapses')
-    table = table[table.reject_reason == ''].reset_index(drop=True)
-    sets = {}
-    for name,folder in (('trained', 'features'), ('untrained', 'features_untrained')):
-        ids,x = read_features(Path(run)/folder, layer)
-        if set(ids) != set(table.id): raise QueryError(f"{Path(run)/folder}: features of other synapses than the table; extract again")
-        sets[name] = x[pd.Index(ids).get_indexer(table.id)]
-    ruler = np.log1p(table[baseline].fillna(0).to_numpy())
-    sets['morphometrics'] = (ruler-ruler.mean(0))/np.maximum(ruler.std(0), 1e-12)
-    return table,sets
-
 def compare_retrieval(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone',
 ) -> pd.DataFrame: # One row per kind of features and set of synapses; `trained_leads` is by how much the trained features are better
     "Mean average precision over presynaptic neurites, pairs of one cleft excluded"
-    table,sets = feature_sets(run, layer)
+    table,sets = feature_sets(run, layer, ['trained', 'untrained', 'morphometrics'])
+    sets['morphometrics'] = standardised(sets['morphometrics'])
     strict = (table.blank_fraction < .1).to_numpy()
     subsets = {'all kept': np.ones(len(table), bool)} | ({'less than 10 % blank': strict} if 0 < strict.sum() < len(table) else {})
     rows = []

@@ -16,6 +16,9 @@ from tqdm.auto import tqdm
 __all__ = ['Source', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic', 'digest', 'made_by',
            'write_toml', 'progress']
 
+# %% ../nbs/00_core.ipynb #8b5f5395
+sys.modules.setdefault('rfc3987_syntax', None)
+
 # %% ../nbs/00_core.ipynb #94d3955a
 class SynapseCLRError(Exception):
     "Something is wrong that the message explains"

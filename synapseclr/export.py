@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
-import anndata, numpy as np, pandas as pd, pyarrow as pa, scipy.sparse as sp, tensorstore as ts
+import anndata, numpy as np, pandas as pd, scipy.sparse as sp, tensorstore as ts
 from cloudvolume.datasource.precomputed.common import compressed_morton_code
-from .core import Strict, SynapseCLRError, atomic, made_by, progress
+from .core import Strict, SynapseCLRError, atomic, made_by
 from .embed import memberships, read_neighbours
 from .joined import run_table
 from .sets import feature_sets
@@ -86,7 +86,7 @@ def record_type(
     "Layout of a record: the position, then properties by falling size, padded to four bytes"
     names = {'f4': 'float32', 'u4': 'uint32', 'i4': 'int32', 'u2': 'uint16', 'i2': 'int16', 'u1': 'uint8', 'i1': 'int8'}
     fields,about = [('at', '<f4', 3)],[]
-    kind = {c: 'u1' if isinstance(t, pd.CategoricalDtype) or t == bool else t.str[1:] for c,t in properties.dtypes.items()}
+    kind = {c: 'u1' if isinstance(t, pd.CategoricalDtype) or pd.api.types.is_bool_dtype(t) else t.str[1:] for c,t in properties.dtypes.items()}
     for c,k in kind.items():
         if k not in names or not re.fullmatch('[a-z][a-zA-Z0-9_]*', c): raise ExportError(f"property {c} of type {properties[c].dtype} cannot be an annotation property: it takes numbers of up to 4 bytes and names of letters, digits and _")
     for c,k in sorted(kind.items(), key=lambda o: -int(o[1][1])):
@@ -192,8 +192,8 @@ def to_anndata(
     names = ['backbone'] if features == 'morphometrics' else ['backbone', 'hidden', 'projection']
     layers = {layer: feature_sets(run, layer, [features], removed=True)[1][features].astype(np.float32) for layer in names}
     obs = table.set_index(table.id.astype(str).to_numpy()).rename_axis(None)
-    for c in obs.columns[obs.dtypes.map(lambda t: t == object or isinstance(t, pd.StringDtype))]: obs[c] = obs[c].astype('category')
-    obs['leiden'] = obs.cluster.astype(str).astype('category')
+    for c in obs.columns[obs.dtypes.map(lambda t: pd.api.types.is_object_dtype(t) or isinstance(t, pd.StringDtype))]: obs[c] = obs[c].astype('category')
+    obs['leiden'] = pd.Categorical(obs.cluster.astype(str), [str(i) for i in sorted(obs.cluster.unique())]) # 10 after 9, as scanpy has it
     maps = {re.match(r'umap\d*', c)[0]: None for c in obs if re.fullmatch(r'umap\d*_\d+', c)}
     obsm = {f'X_{m}': obs[[c for c in obs if re.fullmatch(rf'{m}_\d+', c)]].to_numpy(np.float32) for m in maps}
     obs = obs.drop(columns=[c for c in obs if re.fullmatch(r'umap\d*_\d+', c)])
@@ -201,7 +201,7 @@ def to_anndata(
     distances = sp.csr_matrix((near.distance.flatten(), near.rows.flatten(), np.arange(0, n*k+1, k)), (n, n))
     distances.sort_indices()
     origin = read_tag(run/'map.parquet')['made_by']
-    uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap', metric=read_tag(run/'neighbours.parquet')['made_by']['metric'], random_state=0)),
+    uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap', metric=read_tag(run/'neighbours.parquet')['made_by']['metric'], use_rep='X', random_state=0)),
         umap=dict(params=dict(a=0., b=0.)), leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)), synapseclr=json.dumps(dict(format='synapses', version=h5ad_version, made_by=origin)))
     return anndata.AnnData(X=layers['backbone'], obs=obs, var=pd.DataFrame(index=[f'{features}_{i}' for i in range(layers['backbone'].shape[1])]),
         obsm=obsm | {f'X_{layer}': layers[layer] for layer in names[1:]}, obsp=dict(distances=distances, connectivities=memberships(near, umap_neighbours)), uns=uns)
@@ -244,13 +244,14 @@ def export(
     run,config = Path(run),config or ExportConfig()
     if not (run/'map.parquet').exists(): raise ExportError(f"{run/'map.parquet'}: there is no map; run `synapseclr embed` first")
     table,origin = run_table(run, neurons),made_by(config, map=read_tag(run/'map.parquet')['made_by'])
+    found = to_anndata(run, features, umap_neighbours, neurons) # first, as it also checks that the parts fit together
     if config.annotations: write_annotations(run/'annotations', table, annotation_properties(table))
     if config.links:
         urls,root = layer_urls(layers, config.local_url, (run,))
         shown = f"precomputed://{config.local_url.rstrip('/')}/{quote((run.absolute()/'annotations').relative_to(root).as_posix())}" if config.annotations and root else None
         table = table.assign(neuroglancer=links(table, urls, voxel_nm, shown, config.viewer))
     write_table(table, run/'table.parquet', 'table', origin)
-    with atomic(run/'synapses.h5ad') as f: to_anndata(run, features, umap_neighbours, neurons).write_h5ad(f, compression='lzf')
+    with atomic(run/'synapses.h5ad') as f: found.write_h5ad(f, compression='lzf')
     return table
 
 # %% ../nbs/18_export.ipynb #5d1cddae

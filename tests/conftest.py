@@ -1,10 +1,14 @@
 "A tiny volume, and ways to run the command on it."
-import os, subprocess, sys
+import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 from synapseclr.dev import tiny_volume
 
 root = Path(__file__).parent.parent
+chromium,driver = (shutil.which(o) for o in ('chromium', 'chromedriver'))
+try: from selenium import webdriver
+except ImportError: webdriver = None
+in_browser = pytest.mark.skipif(not (chromium and driver and webdriver), reason='needs chromium, chromium-driver and selenium')
 
 def files(folder, *patterns):
     "Content of the files of a run that have to be the same in every run"
@@ -17,6 +21,25 @@ def python(code, *args, cwd):
 def synapseclr(*args, cwd):
     "Run the command"
     return python('from synapseclr.cli import main; main()', *args, cwd=cwd)
+
+def say(capsys, monkeypatch, *args):
+    "Exit code and what the command printed"
+    from synapseclr.cli import main
+    monkeypatch.setattr(sys, 'argv', ['synapseclr', *map(str, args)])
+    with pytest.raises(SystemExit) as e: main()
+    code = e.value.code
+    printed = capsys.readouterr()
+    return (1, code) if isinstance(code, str) else (code or 0, printed.out + printed.err)
+
+def open_browser(folder, *more, downloads=None):
+    "Chromium without a screen, which finds this machine and nobody else; `more` are further flags"
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for o in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking', 'disable-component-update', 'disable-sync',
+        f'user-data-dir={folder}/user', 'use-angle=swiftshader', 'enable-unsafe-swiftshader', 'host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1', *more): options.add_argument(f'--{o}')
+    options.add_experimental_option('prefs', {'download.default_directory': str(downloads or folder)})
+    options.set_capability('goog:loggingPrefs', dict(performance='ALL', browser='ALL'))
+    return webdriver.Chrome(options, webdriver.ChromeService(driver))
 
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):

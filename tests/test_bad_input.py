@@ -1,17 +1,9 @@
 "Wrong input is refused before any work, with a message that says what, where and what to do, and harms nothing."
 import re, sys
 import numpy as np, pandas as pd, pytest
-from conftest import files, python, synapseclr
+from conftest import files, python, say, synapseclr
 from synapseclr.cli import main
 from synapseclr.stages import stages
-
-def say(capsys, monkeypatch, *args):
-    "Exit code and what the command printed"
-    monkeypatch.setattr(sys, 'argv', ['synapseclr', *map(str, args)])
-    with pytest.raises(SystemExit) as e: main()
-    code = e.value.code
-    printed = capsys.readouterr()
-    return (1, code) if isinstance(code, str) else (code or 0, printed.out + printed.err)
 
 def test_help(capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, '--help')

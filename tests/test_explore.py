@@ -1,16 +1,13 @@
 "The map of all synapses, as a person meets it: in a browser, offline, with the server and without."
-import http.client, json, shutil, subprocess, sys, threading
+import http.client, json, subprocess, sys, threading
 from urllib.parse import urlsplit
 import numpy as np, pandas as pd, pytest
+from conftest import in_browser, open_browser, webdriver
 from synapseclr.dev import tiny_fetched
 from synapseclr.explore import ExploreError, Map, make_server, serve, write_static
 from synapseclr.store import ChunkStore
 from synapseclr.tables import read_ids, read_labels
 
-chromium,driver = (shutil.which(o) for o in ('chromium', 'chromedriver'))
-try: from selenium import webdriver
-except ImportError: webdriver = None
-in_browser = pytest.mark.skipif(not (chromium and driver and webdriver), reason='needs chromium, chromium-driver and selenium')
 side = 14
 
 @pytest.fixture(scope='module')
@@ -61,13 +58,7 @@ class Page:
     def __init__(self, folder):
         self.downloads = folder/'downloads'
         self.downloads.mkdir()
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        for o in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-background-networking', 'disable-component-update', 'disable-sync',
-            f'user-data-dir={folder}/user', 'use-angle=swiftshader', 'enable-unsafe-swiftshader', 'window-size=1200,900', 'screen-info={1600x1200}', 'host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1'): options.add_argument(f'--{o}')
-        options.add_experimental_option('prefs', {'download.default_directory': str(self.downloads)})
-        options.set_capability('goog:loggingPrefs', dict(performance='ALL', browser='ALL'))
-        self.browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+        self.browser = open_browser(folder, 'window-size=1200,900', 'screen-info={1600x1200}', downloads=self.downloads)
 
     def js(self, code, *args): return self.browser.execute_script(f'return {code}', *args)
 

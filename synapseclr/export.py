@@ -184,13 +184,14 @@ def to_anndata(
     features: str = 'trained', # Those that the map was made of
     umap_neighbours: int = 30, # As of `EmbedConfig`
     neurons: pd.DataFrame|None = None, # From `read_neurons`
+    layer: str = 'backbone', # That the map was made of
 ) -> anndata.AnnData:
     "All synapses of a run with all that is known. Raises `ExportError` if the map is of other synapses than the table"
     run,table = Path(run),run_table(run, neurons)
     ids,near = read_neighbours(run)
     if not np.array_equal(ids, table.id): raise ExportError(f"{run/'neighbours.parquet'}: of other synapses than the table; run `synapseclr embed` again")
     names = ['backbone'] if features == 'morphometrics' else ['backbone', 'hidden', 'projection']
-    layers = {layer: feature_sets(run, layer, [features], removed=True)[1][features].astype(np.float32) for layer in names}
+    layers = {name: feature_sets(run, name, [features], removed=True)[1][features].astype(np.float32) for name in names}
     obs = table.set_index(table.id.astype(str).to_numpy()).rename_axis(None)
     for c in obs.columns[obs.dtypes.map(lambda t: pd.api.types.is_object_dtype(t) or isinstance(t, pd.StringDtype))]: obs[c] = obs[c].astype('category')
     obs['leiden'] = pd.Categorical(obs.cluster.astype(str), [str(i) for i in sorted(obs.cluster.unique())]) # 10 after 9, as scanpy has it
@@ -201,10 +202,10 @@ def to_anndata(
     distances = sp.csr_matrix((near.distance.flatten(), near.rows.flatten(), np.arange(0, n*k+1, k)), (n, n))
     distances.sort_indices()
     origin = read_tag(run/'map.parquet')['made_by']
-    uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap', metric=read_tag(run/'neighbours.parquet')['made_by']['metric'], use_rep='X', random_state=0)),
+    uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap', metric=read_tag(run/'neighbours.parquet')['made_by']['metric'], use_rep='X' if layer == 'backbone' else f'X_{layer}', random_state=0)),
         umap=dict(params=dict(a=0., b=0.)), leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)), synapseclr=json.dumps(dict(format='synapses', version=h5ad_version, made_by=origin)))
     return anndata.AnnData(X=layers['backbone'], obs=obs, var=pd.DataFrame(index=[f'{features}_{i}' for i in range(layers['backbone'].shape[1])]),
-        obsm=obsm | {f'X_{layer}': layers[layer] for layer in names[1:]}, obsp=dict(distances=distances, connectivities=memberships(near, umap_neighbours)), uns=uns)
+        obsm=obsm | {f'X_{name}': layers[name] for name in names[1:]}, obsp=dict(distances=distances, connectivities=memberships(near, umap_neighbours)), uns=uns)
 
 def read_anndata(
     path: str|Path, # `synapses.h5ad`
@@ -236,7 +237,7 @@ def export(
     run: str|Path, # Run folder, embedded
     layers: dict[str, LayerSource], # `em`, `seg`, `cleft`, for the links
     voxel_nm: tuple[float, float, float], # `(z, y, x)`
-    features: str = 'trained', umap_neighbours: int = 30, # Those that the map was made of
+    features: str = 'trained', umap_neighbours: int = 30, layer: str = 'backbone', # Those that the map was made of
     neurons: pd.DataFrame|None = None, # From `read_neurons`
     config: ExportConfig|None = None,
 ) -> pd.DataFrame: # The table
@@ -244,7 +245,7 @@ def export(
     run,config = Path(run),config or ExportConfig()
     if not (run/'map.parquet').exists(): raise ExportError(f"{run/'map.parquet'}: there is no map; run `synapseclr embed` first")
     table,origin = run_table(run, neurons),made_by(config, map=read_tag(run/'map.parquet')['made_by'])
-    found = to_anndata(run, features, umap_neighbours, neurons) # first, as it also checks that the parts fit together
+    found = to_anndata(run, features, umap_neighbours, neurons, layer) # first, as it also checks that the parts fit together
     if config.annotations: write_annotations(run/'annotations', table, annotation_properties(table))
     if config.links:
         urls,root = layer_urls(layers, config.local_url, (run,))

@@ -163,7 +163,7 @@ def manifold_stage(c: RunConfig):
 def export_stage(c: RunConfig):
     "Write what other programs read: a table with links, AnnData, an annotation layer for neuroglancer"
     layers = {o: getattr(c.source, o) for o in ('em', 'seg', 'cleft')}
-    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.features, c.embed.umap_neighbours, _known_neurons(c), c.export)
+    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.features, c.embed.umap_neighbours, c.embed.layer, _known_neurons(c), c.export)
 
 def evaluate_stage(c: RunConfig):
     "Compare what was learnt with the phantom's truth"

@@ -41,7 +41,7 @@ class DefectDetector(BaseEstimator):
     "Find synapses like a few that are shown; scikit-learn style"
     def __init__(self,
         fdr: float = .2, # Share of sound synapses among the removed that is put up with
-        placebos: int = 100, # Random sets of synapses that it is estimated from
+        placebos: int = 100, # Sets of synapses that it is estimated from, of each kind
         seed: int = 0, # Of these
     ): self.fdr,self.placebos,self.seed = fdr,placebos,seed
 
@@ -65,14 +65,17 @@ class DefectDetector(BaseEstimator):
         some = rng.permutation(rest)[:20_000] # enough for a covariance, and for tails
         sample = z(some)
         covariance,_ = ledoit_wolf(sample, assume_centered=True)
-        sets = [prompts] + [rng.choice(rest, len(prompts), replace=False) for _ in range(self.placebos)]
+        unit = sample/np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), 1e-12)
+        alike = [some[np.argpartition(-(unit@unit[i]), len(prompts)-1)[:len(prompts)]] for i in rng.permutation(len(some))[:self.placebos]]
+        sets = [prompts, *alike, *(rng.choice(rest, len(prompts), replace=False) for _ in alike)]
         directions = np.linalg.solve(covariance + 1e-9*np.eye(len(covariance)), np.stack([z(rows).mean(0) for rows in sets]).T)
         s = sample@directions
         middle = np.median(s, 0)
         spread = np.maximum(middle-np.quantile(s, norm.cdf(-1), axis=0), 1e-12)
         self.direction_,self.middle_,self.spread_ = directions[:, 0],middle[0],spread[0]
         chance = ((s-middle)/spread)[:, 1:]
-        self.chance_ = np.sort(chance[~np.stack([np.isin(some, rows) for rows in sets[1:]], 1)])
+        other = ~np.stack([np.isin(some, rows) for rows in sets[1:]], 1)
+        self.chance_ = [np.sort(chance[:, which][other[:, which]]) for which in (slice(len(alike)), slice(len(alike), None))]
         judged = self.score(x[np.r_[prompts, clean]])
         self.prompts_,self.called_ = prompts,(np.sort(judged[:len(prompts)]), np.sort(judged[len(prompts):]))
         self.sorted_ = np.sort(self.score(x[rest]))
@@ -90,7 +93,7 @@ class DefectDetector(BaseEstimator):
         "Share of sound synapses among those that score as high"
         s = self.sorted_
         beyond = lambda values: len(values)-np.searchsorted(values, s)
-        by_chance = len(s)*(beyond(self.chance_)/len(self.chance_))/np.arange(len(s), 0, -1)
+        by_chance = len(s)*np.max([beyond(o)/len(o) for o in self.chance_], 0)/np.arange(len(s), 0, -1)
         defect,clean = (beyond(o) for o in self.called_)
         lowest = np.minimum.accumulate(np.maximum(by_chance, clean/np.maximum(defect+clean, 1)).clip(max=1))
         place = np.searchsorted(s, score, side='right')-1
@@ -211,11 +214,12 @@ def judge_run(
 
 def marked_by_eye(
     run: str|Path, phantom: str|Path, # Run folder, and folder of its phantom
-    n: int, seed: int = 0,
+    n: int, kind: str = 'wrong partner', # How many of which kind, the one that is easiest to see; of the most frequent one if there is none of it
+    seed: int = 0,
 ) -> list[int]: # Ids
-    "Plays the person who marks defects: so many of the most frequent kind"
+    "Plays the person who marks defects"
     truth = pd.read_parquet(Path(phantom)/'truth.parquet')
     kept = truth[truth.id.isin(kept_synapses(run, removed=True).id) & (truth.defect != '')]
     if not len(kept): raise QCError(f'{phantom}: none of the synapses of {run} has a defect')
-    kind = kept.defect.value_counts(sort=False).sort_index().idxmax()
+    if kind not in set(kept.defect): kind = kept.defect.value_counts(sort=False).sort_index().idxmax()
     return kept[kept.defect == kind].id.sample(min(n, (kept.defect == kind).sum()), random_state=seed).tolist()

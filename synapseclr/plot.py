@@ -28,8 +28,9 @@ def draw_chunk(
     voxel_nm, # `(z, y, x)`
     title: str = '',
 ):
-    "Draw the middle section of a chunk with outlines of its parts and, at its left, a bar of 250 nm"
-    middle = chunk.em.shape[0]//2
+    "Draw the middle section of a chunk, or the nearest one that is not blank, with outlines of its parts and, at its left, a bar of 250 nm"
+    there = np.flatnonzero(chunk.em.any((1, 2)))
+    middle = min(there, key=lambda z: abs(z-chunk.em.shape[0]//2), default=0)
     em,mask = chunk.em[middle],chunk.mask[middle]
     ax.imshow(em, cmap='gray', vmin=0, vmax=255, rasterized=True)
     for bit in (PRE, POST, CLEFT):

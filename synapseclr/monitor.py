@@ -6,6 +6,7 @@
 from __future__ import annotations
 import json, math, time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
@@ -77,6 +78,15 @@ def probe(
     return found
 
 # %% ../nbs/08c_monitor.ipynb #fcbde783
+@contextmanager
+def _batch_statistics(net: SynapseNet):
+    "Batch normalisation by the batch, as in training, and nothing learnt from it. In coupled mode all synapses of a view share a transformation, which only this takes out"
+    kept = {k: b.clone() for k,b in net.named_buffers()}
+    net.train()
+    yield
+    for k,b in net.named_buffers(): b.copy_(kept[k])
+    net.eval()
+
 class Watch:
     "The synapses that are looked at after each epoch"
     def __init__(self,
@@ -97,11 +107,11 @@ class Watch:
     def __call__(self, net: SynapseNet, mode: dict) -> dict:
         "What the network makes of them"
         def look(x, layer):
-            with autocast(self.device, mode): return torch.cat([getattr(net(v.to(self.device)), layer) for v in x.split(64)]).float()
+            with autocast(self.device, mode): return torch.cat([getattr(net(v.to(self.device)), layer) for v in x.chunk(-(-len(x)//64))]).float() # even parts, none of a single synapse
         net.eval()
         with alone():
             backbone,projection = look(self.views, 'backbone'),look(self.views, 'projection')
-            z = [look(x, 'projection') for x in self.pairs]
+            with _batch_statistics(net): z = [look(x, 'projection') for x in self.pairs]
             loss = self.objective(*z).item()
         net.train()
         found = dict(held_out_loss=loss, alignment=alignment(*z), uniformity=uniformity(projection), rank_backbone=rank_me(backbone), rank_projection=rank_me(projection),

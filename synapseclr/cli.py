@@ -165,10 +165,10 @@ def extract_command(config: ConfigOption, set: SetOption = [], notebook: Noteboo
 @app.command('run', help=f"Do all stages: {', '.join(stages)} (the first and the last with a phantom, impute and consensus with a table of neurons)")
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006
 
-@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: about a quarter of an hour on two cores')
+@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 42 processor minutes')
 def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
-    print('12 to 18 minutes on two cores; of 18: phantom 1.5, fetch and annotate 1, train 7, extract 3, impute and consensus 3, query and evaluate 2', flush=True)
+    print('42 processor minutes; of 45 by the clock, on two cores beside other jobs: phantom and fetch 2, train 20, extract 7, impute 4, consensus 5, all others 7', flush=True)
     _do(list(stages), config, set, notebook)
 
 @app.command('explore', help='Show the map of all synapses in a browser: colours, slices, labels, lasso')

@@ -176,16 +176,16 @@ def test_labels_survive_reload_and_restart(page, served, table):
     page.open(served.home)
     first,last = str(table.id.iloc[0]),str(table.id.iloc[-1])
     page.click(0); page.label('defect'); page.wait('explore.labels.get(arguments[0]) == "defect"', first)
-    page.click(0); page.label('good'); page.wait('explore.labels.get(arguments[0]) == "good"', first)
+    page.click(0); page.label('clean'); page.wait('explore.labels.get(arguments[0]) == "clean"', first)
     page.click(side**2-1); page.label('unsure'); page.wait('explore.labels.get(arguments[0]) == "unsure"', last)
-    want = {table.id.iloc[0]: 'good', table.id.iloc[-1]: 'unsure'}
+    want = {table.id.iloc[0]: 'clean', table.id.iloc[-1]: 'unsure'}
     assert read_labels(served.labels) == want
     for restart in (False, True):
         if restart: served.stop(); served.start()
         page.open(served.home)
-        assert dict(page.js('[...explore.labels]')) == {first: 'good', last: 'unsure'}
+        assert dict(page.js('[...explore.labels]')) == {first: 'clean', last: 'unsure'}
         page.click(0)
-        assert page.find('#label').text == '· good'
+        assert page.find('#label').text == '· clean'
     assert pd.read_csv(served.labels).columns.tolist() == ['id', 'label', 'time'] and len(pd.read_csv(served.labels)) == 3
 
 @in_browser
@@ -276,11 +276,11 @@ def test_static_copy_needs_no_server_of_ours(page, run, exported, tmp_path, tabl
         assert page.js('document.body.dataset.colour') == 'cleft_um3'
         page.click(0)
         page.wait('document.getElementById("slices").naturalWidth')
-        page.label('good')
+        page.label('clean')
         page.wait('explore.labels.size == 1')
         page.open(home)
-        assert page.js('explore.labels.get(arguments[0])', str(table.id.iloc[0])) == 'good'
-        assert read_labels(page.download('#download', 'labels.csv')) == {table.id.iloc[0]: 'good'}
+        assert page.js('explore.labels.get(arguments[0])', str(table.id.iloc[0])) == 'clean'
+        assert read_labels(page.download('#download', 'labels.csv')) == {table.id.iloc[0]: 'clean'}
         assert not outside(page.asked(), home) and not page.errors()
         page.click(len(table)-1)
         page.wait('!document.getElementById("nopicture").hidden')

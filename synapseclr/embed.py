@@ -5,9 +5,10 @@
 # %% ../nbs/11_embed.ipynb #1b7aadd1
 from __future__ import annotations
 import random
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
-import faiss, igraph, numpy as np, pandas as pd, pyarrow as pa, pydantic
+import faiss, igraph, numpy as np, pandas as pd, pyarrow as pa, pydantic, torch
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
@@ -80,6 +81,14 @@ def _without_self(rows: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np
     return rows[~own].reshape(shape),squares[~own].reshape(shape).clip(0)
 
 # %% ../nbs/11_embed.ipynb #7e94ce98
+@contextmanager
+def _threads_kept():
+    "numba sets the number of threads of the whole process, and with it the last digits of torch; this puts it back"
+    n = torch.get_num_threads()
+    try: yield
+    finally: torch.set_num_threads(n)
+
+@_threads_kept()
 def memberships(
     near: Neighbours, # All neighbours
     k: int = 30, # How many of them are used, the synapse itself counted
@@ -91,6 +100,7 @@ def memberships(
     distance = np.hstack([np.zeros((n, 1), np.float32), near.distance[:, :k-1]])
     return fuzzy_simplicial_set(np.empty((n, 0)), k, np.random.RandomState(0), 'precomputed', knn_indices=rows, knn_dists=distance)[0].tocsr()
 
+@_threads_kept()
 def layout(
     graph: sp.csr_matrix, # From `memberships`
     x: np.ndarray, # `(N, d)` features, whose main directions it starts from

@@ -17,7 +17,7 @@ __all__ = ['Source', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', '
            'write_toml', 'progress']
 
 # %% ../nbs/00_core.ipynb #8b5f5395
-sys.modules.setdefault('rfc3987_syntax', None)
+if 'rfc3987_syntax' not in sys.modules: sys.modules['rfc3987_syntax'] = None
 
 # %% ../nbs/00_core.ipynb #94d3955a
 class SynapseCLRError(Exception):

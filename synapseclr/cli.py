@@ -19,6 +19,7 @@ from .core import ConfigError, SynapseCLRError, made_by, read_config
 from .explore import serve, write_static
 from .export import layer_server, layer_urls
 from .fetch import describe_plan, fetch_block, fetch_tasks, outcome, plan_fetch
+from .figures import draw_figures
 from .joined import similar
 from .phantom import PhantomConfig, make_phantom, sizes
 from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
@@ -33,9 +34,9 @@ from .volume import LayerSource, open_layer
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
            'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'extract_shard',
-           'extract_command', 'run_all', 'demo', 'explore_command', 'similar_command', 'serve_command', 'remap_command',
-           'bench_augment_command', 'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command',
-           'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
+           'extract_command', 'run_all', 'demo', 'explore_command', 'figures_command', 'similar_command',
+           'serve_command', 'remap_command', 'bench_augment_command', 'bench_gp_command', 'bench_consensus_command',
+           'bench_fetch_command', 'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -182,6 +183,15 @@ def explore_command(
     if not static: return serve(run, port, colour)
     write_static(run, static, slices, colour)
     print(f'{static}: give it to any static file server, such as `python -m http.server --directory {static}`; a browser does not open it from the disk')
+
+@app.command('figures', help="Draw the paper's figures from a run, into RUN/figures")
+def figures_command(
+    run: Annotated[Path, typer.Argument(help='Run folder, as far as it has come')],
+    only: Annotated[str, typer.Option(help='NAME,NAME,...: fig4,figS2; else all that the run has the data for')] = '',
+):
+    for name,why in draw_figures(run, [o for o in only.split(',') if o]).items():
+        if why: print(f'{name}: not drawn; {why}')
+    print(run/'figures/index.html')
 
 @app.command('similar', help='List the synapses that look like some, with all that is known of them')
 def similar_command(

@@ -45,33 +45,33 @@ def nearest_neighbours(
     if len(x) < 3: raise EmbedError(f'{len(x)} synapses have no neighbourhood')
     if not np.isfinite(x).all(): raise EmbedError(f'features of row {np.flatnonzero(~np.isfinite(x).all(1))[0]} are not finite')
     if metric == 'cosine': x = normalize(x)
-    k,index = min(k, len(x)-1),faiss.IndexFlatL2(x.shape[1])
-    if len(x) <= exact_up_to:
-        index.add(x)
-        squares,rows,found = *index.search(x, k+1),1.
-    else: squares,rows,found = _search_cells(index, x, k, recall, np.random.default_rng(seed))
+    k = min(k, len(x)-1)
+    squares,rows,found = (*faiss.knn(x, x, k+1), 1.) if len(x) <= exact_up_to else _search_cells(x, k, recall, seed)
     rows,squares = _without_self(rows, squares)
     return Neighbours(rows.astype(np.int32), (squares/2 if metric == 'cosine' else squares**.5), found)
 
-def _search_cells(flat: faiss.IndexFlatL2, x: np.ndarray, k: int, recall: float, rng) -> tuple[np.ndarray, np.ndarray, float]:
-    "Squared distances, rows, and measured recall, from as few cells as will do"
+def _search_cells(x: np.ndarray, k: int, recall: float, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    "Squared distances, rows, and measured recall: synapses of one k-means cell are compared with those of the cells nearest to it"
+    rng,n_cells = np.random.default_rng(seed),int(2*len(x)**.5)
+    means = faiss.Kmeans(x.shape[1], n_cells, niter=10, min_points_per_centroid=1, seed=seed+1)
+    means.train(x[rng.choice(len(x), min(len(x), 50*n_cells), replace=False)])
+    cell = means.index.search(x, 1)[1][:, 0]
+    order = np.argsort(cell, kind='stable')
+    sorted_x,ends = x[order],np.searchsorted(cell[order], np.arange(n_cells+1))
+    near = np.argsort(faiss.pairwise_distances(means.centroids, means.centroids), 1)
+    # How many cells away the true neighbours of some synapses lie says how many cells it takes
     some = rng.choice(len(x), min(500, len(x)), replace=False)
-    n_cells = int(2*len(x)**.5)
-    cells = faiss.IndexIVFFlat(flat, x.shape[1], n_cells)
-    cells.cp.niter,cells.cp.min_points_per_centroid = 10,1
-    cells.train(x[rng.choice(len(x), min(len(x), 50*n_cells), replace=False)])
-    cells.add(x)
-    true = faiss.knn(x[some], x, k+1)[1]
-    cells.nprobe = 4
-    while True:
-        found = cells.search(x[some], k+1)[1]
-        share = np.mean([np.isin(a, b).mean() for a,b in zip(true, found)])
-        if share >= recall and (found >= 0).all() or cells.nprobe >= n_cells: break
-        cells.nprobe *= 2
-    squares,rows = cells.search(x, k+1)
-    short = np.flatnonzero((rows < 0).any(1)) # in cells with less than k synapses
-    if len(short): squares[short],rows[short] = faiss.knn(x[short], x, k+1)
-    return squares,rows,float(share)
+    away = np.argsort(near, 1)[cell[some, None], cell[faiss.knn(x[some], x, k+1)[1][:, 1:]]]
+    enough = int(np.quantile(away, recall+.1*(1-recall), method='higher'))+1
+    squares,rows = np.empty((len(x), k+1), np.float32),np.empty((len(x), k+1), np.int64)
+    for c in np.flatnonzero(np.diff(ends)):
+        sizes = np.diff(ends)[near[c]].cumsum()
+        others = near[c, :max(enough, np.searchsorted(sizes, k+1)+1)]
+        candidates = np.concatenate([np.arange(ends[o], ends[o+1]) for o in np.sort(others)])
+        own = order[ends[c]:ends[c+1]]
+        squares[own],found = faiss.knn(sorted_x[ends[c]:ends[c+1]], sorted_x[candidates], k+1)
+        rows[own] = order[candidates[found]]
+    return squares,rows,float((away < enough).mean())
 
 def _without_self(rows: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Each row without its own number; without the last where twins have crowded it out"

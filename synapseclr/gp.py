@@ -194,15 +194,17 @@ def left_out(
 def platt(
     score: np.ndarray, # `(N,)`
     y: np.ndarray, # `(N,)` bool
+    groups: np.ndarray, # `(N,)` neurons
 ) -> tuple[float, float]: # Slope, not negative, and offset
-    "The logistic curve from scores to probabilities; targets are moved inwards a little, as in Platt (1999), so that perfect scores do not make it a step"
+    "The logistic curve from scores to probabilities; targets are moved inwards a little, as in Platt (1999), so that perfect scores do not make it a step, and the slope is drawn a little to that of a regression"
     target = np.where(y, (y.sum()+1)/(y.sum()+2), 1/((~y).sum()+2))
+    neurons = 2*min(len(np.unique(groups[y])), len(np.unique(groups[~y]))) # the evidence there is
+    start = 1/y.std()
     def loss(ab):
         odds = ab[0]*score+ab[1]
-        slope = expit(odds)-target
-        return (np.logaddexp(0, odds)-target*odds).sum(),np.array([slope@score, slope.sum()])
-    prior = logit(target.mean())
-    return tuple(minimize(loss, (1., prior), jac=True, method='L-BFGS-B', bounds=((0, None), (None, None))).x)
+        slope,off = expit(odds)-target,ab[0]/start-1
+        return neurons*(np.logaddexp(0, odds)-target*odds).mean()+off**2/2,np.array([neurons*(slope@score)/len(y)+off/start, neurons*slope.mean()])
+    return tuple(minimize(loss, (start, logit(target.mean())), jac=True, method='L-BFGS-B', bounds=((0, None), (None, None))).x)
 
 def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> np.ndarray:
     "Parameters with which groups that are left out are typed best"
@@ -210,7 +212,7 @@ def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> n
     params = lambda o: np.array([0, *np.clip(o, *np.transpose(bounds[1:3])), -np.inf])
     def loss(o):
         score = left_out(Exact(x, y, kernel, params(o), groups), groups)[0]
-        slope,offset = platt(score, yes)
+        slope,offset = platt(score, yes, groups)
         return (np.logaddexp(0, slope*score+offset) - yes*(slope*score+offset)).mean()
     return params(minimize(loss, start[1:3], method='Nelder-Mead', options=dict(maxfev=40, xatol=.2, fatol=2e-3, initial_simplex=[(0, -1), (1, -1), (0, 1)])).x)
 
@@ -423,7 +425,7 @@ class GPClassifier(ClassifierMixin, _GP):
         "Posterior, and the curve from its scores to log-odds"
         if self.method == 'vsgp': return self._posterior(x, torch.from_numpy(y).double(), groups, types=True),None
         posterior = self._posterior(x, torch.from_numpy((y-y.mean())/y.std()), groups, types=True)
-        return posterior,platt(left_out(posterior, groups)[0], y)
+        return posterior,platt(left_out(posterior, groups)[0], y, groups)
 
     def decision_function(self, X) -> np.ndarray:
         "Log-odds of the second class"

@@ -12,13 +12,14 @@ from .query import SimilarityIndex
 from .store import CLEFT, MITO, POST, PRE, Chunk, ChunkStore
 
 # %% auto #0
-__all__ = ['colours', 'model_colours', 'category_colours', 'type_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet',
+__all__ = ['colours', 'model_colours', 'type_colours', 'category_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet',
            'distance_histogram', 'draw_map', 'tell_figure', 'axis_figure', 'grid_sheet', 'training_curve',
            'reliability_diagram', 'risk_coverage_curve']
 
 # %% ../nbs/17_plot.ipynb #640dc07d
 colours = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
 model_colours = {'trained': '#0072B2', 'shipped': '#56B4E9', 'untrained': '#999999', 'morphometrics': '#D55E00'} # Of features; others take what is left
+type_colours = {'excitatory': '#0072B2', 'inhibitory': '#E69F00'} # One dark and one light, also in print without colour
 category_colours = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000']
 
 # %% ../nbs/17_plot.ipynb #10759603
@@ -27,15 +28,17 @@ def draw_chunk(
     chunk: Chunk,
     voxel_nm, # `(z, y, x)`
     title: str = '',
+    masked: bool = False, # Only the EM of the synapse itself
 ):
     "Draw the middle section of a chunk, or the nearest one that is not blank, with outlines of its parts and, at its left, a bar of 250 nm"
     there = np.flatnonzero(chunk.em.any((1, 2)))
     middle = min(there, key=lambda z: abs(z-chunk.em.shape[0]//2), default=0)
     em,mask = chunk.em[middle],chunk.mask[middle]
+    if masked: em = np.where(mask & (PRE|POST|CLEFT), em, 0)
     ax.imshow(em, cmap='gray', vmin=0, vmax=255, rasterized=True)
     for bit in (PRE, POST, CLEFT):
         part = (mask & bit) > 0
-        if part.any() and not part.all(): ax.contour(part, [.5], colors=colours[bit], linewidths=1)
+        if part.any() and not part.all(): ax.contour(part, [.5], colors=colours[bit], linewidths=.6 if masked else 1)
     ax.plot([3, 3+250/voxel_nm[2]], [em.shape[0]-4]*2, c='w', lw=2)
     ax.set_title(title, fontsize=7, pad=2); ax.axis('off')
 
@@ -108,7 +111,7 @@ def draw_map(
         lo,hi = number.quantile([.02, .98])
         drawn = ax.scatter(*xy[known].T, s=size, c=number, vmin=lo, vmax=hi, cmap='tab20' if kinds else 'cividis', lw=0, rasterized=True)
         if not kinds: ax.figure.colorbar(drawn, ax=ax, fraction=.04, pad=.02).ax.tick_params(labelsize=5)
-    ax.set_title(title, fontsize=7); ax.set_xticks([]); ax.set_yticks([]); ax.set_aspect('equal', 'datalim')
+    ax.set_title(title, fontsize=7); ax.set(xticks=[], yticks=[], frame_on=False); ax.set_aspect('equal', 'datalim')
 
 # %% ../nbs/17_plot.ipynb #9c970d7e
 def tell_figure(
@@ -188,8 +191,6 @@ def training_curve(
     return fig
 
 # %% ../nbs/17_plot.ipynb #2c6a15ca
-type_colours = {'excitatory': '#0072B2', 'inhibitory': '#D55E00'}
-
 def reliability_diagram(
     ax: plt.Axes,
     y: np.ndarray, # `(N,)` bool

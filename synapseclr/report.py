@@ -17,16 +17,40 @@ from .tables import read_table
 from .train import read_log
 
 # %% auto #0
-__all__ = ['notebook_of', 'run_notebook', 'write_index']
+__all__ = ['notebook_of', 'execute_notebook', 'run_notebook', 'page', 'write_index']
 
 # %% ../nbs/18h_report.ipynb #aa17a155
 _headless = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') # Whatever the user's is, figures go into the notebook
 
-def notebook_of(stage: str) -> Path:
-    "The notebook of a stage"
-    path = Path(synapseclr.__file__).parent.parent/'nbs/runs'/f'{stage}.ipynb'
-    if not path.exists(): raise SynapseCLRError(f"{path}: the run notebooks come with the repository, not with the package; use --no-notebook")
+def notebook_of(
+    name: str, # Of a stage, or of a figure
+    folder: str = 'runs', # Or `figures`
+) -> Path:
+    "A notebook that comes with the repository"
+    path = Path(synapseclr.__file__).parent.parent/'nbs'/folder/f'{name}.ipynb'
+    if not path.exists(): raise SynapseCLRError(f"{path}: the {folder} notebooks come with the repository, not with the package" + ('; use --no-notebook' if folder == 'runs' else ''))
     return path
+
+def execute_notebook(
+    source: Path, # Notebook with a cell of parameters
+    out: Path, # Executed one; its page is written beside it
+    **parameters, # To put in
+):
+    "Execute a notebook with papermill, without a screen. Raises `SynapseCLRError` with the message of the one it met"
+    import papermill
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _talk()
+    before = {k: os.environ.get(k) for k in _headless}
+    os.environ.update(_headless)
+    try: papermill.execute_notebook(source, out, parameters, kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
+    except papermill.PapermillExecutionError as e:
+        if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
+        if e.ename in _known_errors(): raise SynapseCLRError(e.evalue) from None
+        raise
+    finally:
+        for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
+    _tidy(out)
+    _to_html(out)
 
 def run_notebook(
     stage: str, # Which
@@ -34,25 +58,9 @@ def run_notebook(
     overrides: list[str], # `section.key=value`
     **parameters, # More of the notebook's
 ):
-    "Execute the notebook of a stage with papermill, and write its report. Raises `SynapseCLRError` with the message of the one it met"
-    import papermill
-    c,source = open_run(config, overrides),notebook_of(stage)
-    report = c.folder/'report'
-    report.mkdir(parents=True, exist_ok=True)
-    _talk()
-    before = {k: os.environ.get(k) for k in _headless}
-    os.environ.update(_headless)
-    try:
-        papermill.execute_notebook(source, report/f'{stage}.ipynb', dict(config=str(Path(config).resolve()), overrides=list(overrides), **parameters),
-            kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
-    except papermill.PapermillExecutionError as e:
-        if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
-        if e.ename in _known_errors(): raise SynapseCLRError(e.evalue) from None
-        raise
-    finally:
-        for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
-    _tidy(report/f'{stage}.ipynb')
-    _to_html(report/f'{stage}.ipynb')
+    "Execute the notebook of a stage, and write its report"
+    c = open_run(config, overrides)
+    execute_notebook(notebook_of(stage), c.folder/f'report/{stage}.ipynb', config=str(Path(config).resolve()), overrides=list(overrides), **parameters)
     write_index(c)
 
 def _known_errors(base=SynapseCLRError) -> set[str]:
@@ -84,8 +92,8 @@ def _tidy(notebook: Path):
 _style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52em;margin:2em auto;padding:0 1em} img{max-width:100%} small,blockquote{color:#555} blockquote{margin:0}
 table{border-collapse:collapse;display:block;overflow:auto;border:0;font-size:.85em;margin:1em 0} td,th{padding:.2em .8em;text-align:right;border:0;border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.6em 1em;overflow:auto;font-size:.8em} .anchor-link{display:none}"""
 
-def _page(title: str, body: str) -> str:
-    "A whole HTML page"
+def page(title: str, body: str) -> str:
+    "A whole HTML page, which loads nothing"
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>synapseclr: {html.escape(title)}</title><style>{_style}</style><body>{body}</body></html>'
 
 def _to_html(notebook: Path):
@@ -93,7 +101,7 @@ def _to_html(notebook: Path):
     from nbconvert import HTMLExporter
     exporter = HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True)
     body,_ = exporter.from_filename(str(notebook))
-    notebook.with_suffix('.html').write_text(_page(notebook.stem, f'<p><a href="index.html">all stages</a></p>{body}'))
+    notebook.with_suffix('.html').write_text(page(notebook.stem, f'<p><a href="index.html">all stages</a></p>{body}'))
 
 # %% ../nbs/18h_report.ipynb #dde36165
 def _picture(fig: plt.Figure) -> str:
@@ -164,7 +172,7 @@ def _neurites(c: RunConfig) -> str:
     return f'<h2>Neurites</h2><p>Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
 
 _parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'told.parquet': _told, 'defects.parquet': _defects, 'imputation.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs
-_files = {'table.parquet': 'one row per synapse, all that is known', 'synapses.h5ad': 'AnnData for scanpy', 'annotations': 'annotation layer for neuroglancer', 'synapses.parquet': 'synapses with measurements', 'imputed.parquet': 'imputed traits', 'neurites.parquet': 'types of neurites', 'features': 'features of the trained network', 'train/weights.safetensors': 'the network'}
+_files = {'figures/index.html': "the paper's figures, drawn from this run", 'table.parquet': 'one row per synapse, all that is known', 'synapses.h5ad': 'AnnData for scanpy', 'annotations': 'annotation layer for neuroglancer', 'synapses.parquet': 'synapses with measurements', 'imputed.parquet': 'imputed traits', 'neurites.parquet': 'types of neurites', 'features': 'features of the trained network', 'train/weights.safetensors': 'the network'}
 
 def write_index(c: RunConfig) -> Path:
     "Write the first page of the report"
@@ -176,5 +184,5 @@ def write_index(c: RunConfig) -> Path:
     body = f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}.</p>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><pre>{html.escape((c.folder/"config.toml").read_text())}</pre>'
     path = c.folder/'report/index.html'
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as f: f.write_text(_page(c.folder.resolve().name, body))
+    with atomic(path) as f: f.write_text(page(c.folder.resolve().name, body))
     return path

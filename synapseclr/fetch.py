@@ -69,7 +69,7 @@ def cleft_of(
 ) -> int: # Its id; 0 if there is none
     "Which cleft of a window belongs to the synapse at its centre"
     if wanted is not None: return wanted if (cleft == wanted).any() else 0
-    at = np.argwhere(cleft)
+    at = np.stack(np.unravel_index(np.flatnonzero(cleft != 0), cleft.shape), 1)
     if not len(at): return 0
     nearest = (((at - np.array(cleft.shape)//2)*voxel_nm)**2).sum(1).argmin()
     return int(cleft[tuple(at[nearest])])
@@ -81,34 +81,45 @@ def visible(
     reach_nm: float, # How far from the mask
 ) -> np.ndarray: # `(z, y, x)` bool
     "Where EM can matter to a network that sees only the inflated mask"
-    return _within((mask & (PRE|CLEFT|POST)) > 0, tuple(map(float, voxel_nm)), reach_nm + np.linalg.norm(voxel_nm)/2)
+    limit = reach_nm + np.linalg.norm(voxel_nm)/2
+    far = np.float32(4*limit**2)
+    square,(vz,vy,vx) = np.full((2, *mask.shape), far, np.float32),map(float, voxel_nm)
+    _along_rows((mask & (PRE|CLEFT|POST)) > 0, vx, far, square[0])
+    _over_rows(square[0], vy, limit, square[1])
+    sections = np.full((1, len(mask), mask[0].size), far, np.float32)
+    _over_rows(square[1].reshape(sections.shape), vz, limit, sections)
+    return (sections <= np.float32(limit**2)).reshape(mask.shape)
 
-@numba.njit(cache=True)
-def _within(inside, voxel_nm, limit):
-    "Which voxels have one within `limit` of the `inside` among their neighbours: nearest along x, then over the rows in reach, then over the sections in reach, all one voxel nearer than they are"
+@numba.njit(cache=True, fastmath=True)
+def _along_rows(inside, voxel_nm, far, square):
+    "Squared distance to the nearest `inside` of the same row, one voxel nearer than it is"
     Z,Y,X = inside.shape
-    vz,vy,vx = voxel_nm
-    rows,sections,far = int(limit/vy)+1,int(limit/vz)+1,np.float32(4*limit**2)
-    line,plane,near = np.empty((Y, X), np.float32),np.full((Z, Y, X), far, np.float32),np.zeros((Z, Y, X), np.bool_)
+    step = np.float32(voxel_nm)
     for z in range(Z):
         for y in range(Y):
-            left = right = 2*limit
+            d = np.float32(1e6)
             for x in range(X):
-                left = -vx if inside[z, y, x] else left+vx
-                line[y, x] = min(far, max(0., left)**2)
+                d = -step if inside[z, y, x] else d+step
+                square[z, y, x] = d
+            d = np.float32(1e6)
             for x in range(X-1, -1, -1):
-                right = -vx if inside[z, y, x] else right+vx
-                line[y, x] = min(line[y, x], max(0., right)**2)
-        for y in range(Y):
-            for j in range(max(0, y-rows), min(Y, y+rows+1)):
-                add = np.float32((max(0, abs(j-y)-1)*vy)**2)
-                for x in range(X): plane[z, y, x] = min(plane[z, y, x], line[j, x]+add)
-    for z in range(Z):
-        for k in range(max(0, z-sections), min(Z, z+sections+1)):
-            most = np.float32(limit**2 - (max(0, abs(k-z)-1)*vz)**2)
-            for y in range(Y):
-                for x in range(X): near[z, y, x] |= plane[k, y, x] <= most
-    return near
+                d = -step if inside[z, y, x] else d+step
+                square[z, y, x] = min(d, square[z, y, x])
+            for x in range(X): square[z, y, x] = min(far, max(np.float32(0), square[z, y, x])**2)
+
+@numba.njit(cache=True, fastmath=True)
+def _over_rows(square, voxel_nm, limit, out):
+    "The least over all rows of a plane within `limit` of the squared distance there plus that between the rows, one voxel nearer than they are"
+    far,reach = np.float32(4*limit**2),int(limit/voxel_nm)+1
+    for z in range(square.shape[0]):
+        for j in range(square.shape[1]):
+            row = square[z, j]
+            if row.min() >= far: continue
+            for y in range(max(0, j-reach), min(square.shape[1], j+reach+1)):
+                between,least = np.float32((max(0, abs(j-y)-1)*voxel_nm)**2),out[z, y]
+                for x in range(square.shape[2]):
+                    total = row[x]+between
+                    least[x] = total if total < least[x] else least[x]
 
 # %% ../nbs/04_fetch.ipynb #7e5cc1be
 roles = ['em', 'cleft', 'seg', 'mito'] # Layers, in the order in which they are read
@@ -185,7 +196,7 @@ def _fetch_read(layers, needs: list[Need], rows: pd.DataFrame, part: np.ndarray,
         if records[i]['reject_reason']: continue
         seen = visible(mask[i], voxel_nm, config.reach_nm)
         records[i]['visible_fraction'] = float(seen.mean())
-        if config.context == 'masked': em[i][~seen] = 0
+        if config.context == 'masked': em[i] *= seen
 
 # %% ../nbs/04_fetch.ipynb #08746982
 def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> dict:

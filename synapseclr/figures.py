@@ -109,8 +109,8 @@ def draw_figures(
     c,done = FigureRun(run).config,{}
     for name in only or names:
         try: execute_notebook(notebook_of(name, 'figures'), out/f'{name}.ipynb', run=str(Path(run).resolve()))
-        except FigureError as e:
-            if only: raise
+        except SynapseCLRError as e:
+            if only: raise FigureError(f'{name}: {e}') from None
             done[name] = str(e)
         else: done[name] = ''
     drawn = [n for n in names if (out/f'{n}.html').exists()]

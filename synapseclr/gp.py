@@ -194,17 +194,18 @@ def left_out(
 def platt(
     score: np.ndarray, # `(N,)`
     y: np.ndarray, # `(N,)` bool
-    groups: np.ndarray, # `(N,)` neurons
+    groups: np.ndarray|None = None, # `(N,)` neurons; the slope is drawn towards that of a regression, as strongly as one of them pulls
 ) -> tuple[float, float]: # Slope, not negative, and offset
-    "The logistic curve from scores to probabilities; targets are moved inwards a little, as in Platt (1999), so that perfect scores do not make it a step, and the slope is drawn a little to that of a regression"
+    "The logistic curve from scores to probabilities; targets are moved inwards a little, as in Platt (1999), so that perfect scores do not make it a step"
     target = np.where(y, (y.sum()+1)/(y.sum()+2), 1/((~y).sum()+2))
-    neurons = 2*min(len(np.unique(groups[y])), len(np.unique(groups[~y]))) # the evidence there is
     start = 1/y.std()
+    evidence = len(y) if groups is None else 2*min(len(np.unique(groups[y])), len(np.unique(groups[~y])))
+    pull = groups is not None
     def loss(ab):
         odds = ab[0]*score+ab[1]
-        slope,off = expit(odds)-target,ab[0]/start-1
-        return neurons*(np.logaddexp(0, odds)-target*odds).mean()+off**2/2,np.array([neurons*(slope@score)/len(y)+off/start, neurons*slope.mean()])
-    return tuple(minimize(loss, (start, logit(target.mean())), jac=True, method='L-BFGS-B', bounds=((0, None), (None, None))).x)
+        slope,off = expit(odds)-target,pull*(ab[0]/start-1)
+        return evidence*(np.logaddexp(0, odds)-target*odds).mean()+off**2/2,np.array([evidence*(slope@score)/len(y)+off/start, evidence*slope.mean()])
+    return tuple(minimize(loss, (1., logit(target.mean())), jac=True, method='L-BFGS-B', bounds=((0, None), (None, None))).x)
 
 def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> np.ndarray:
     "Parameters with which groups that are left out are typed best"
@@ -212,7 +213,7 @@ def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> n
     params = lambda o: np.array([0, *np.clip(o, *np.transpose(bounds[1:3])), -np.inf])
     def loss(o):
         score = left_out(Exact(x, y, kernel, params(o), groups), groups)[0]
-        slope,offset = platt(score, yes, groups)
+        slope,offset = platt(score, yes)
         return (np.logaddexp(0, slope*score+offset) - yes*(slope*score+offset)).mean()
     return params(minimize(loss, start[1:3], method='Nelder-Mead', options=dict(maxfev=40, xatol=.2, fatol=2e-3, initial_simplex=[(0, -1), (1, -1), (0, 1)])).x)
 

@@ -1,7 +1,7 @@
 "The paper's figures, drawn from a small run: every notebook, the command, and what is missing said by name."
 import shutil
 import numpy as np, pandas as pd, pytest
-from conftest import root, say, synapseclr
+from conftest import say
 from PIL import Image
 from test_line import Links
 from synapseclr.figures import FigureError, FigureRun, draw_figures, figure_names

@@ -101,7 +101,7 @@ def _to_html(notebook: Path):
     from nbconvert import HTMLExporter
     exporter = HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True)
     body,_ = exporter.from_filename(str(notebook))
-    notebook.with_suffix('.html').write_text(page(notebook.stem, f'<p><a href="index.html">all stages</a></p>{body}'))
+    notebook.with_suffix('.html').write_text(page(notebook.stem, f'<p><a href="index.html">overview</a></p>{body}'))
 
 # %% ../nbs/18h_report.ipynb #dde36165
 def _picture(fig: plt.Figure) -> str:

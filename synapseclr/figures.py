@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 import synapseclr
 from .core import SynapseCLRError, atomic, read_config
+from .embed import layout, memberships, nearest_neighbours
 from .joined import run_table
 from .plot import draw_chunk
 from .report import execute_notebook, notebook_of, page, write_index
@@ -73,6 +74,11 @@ class FigureRun:
         "Features of the sound synapses, `(N, d)`: of the kind that the map is drawn of, or another"
         name = name or self.config.embed.features
         return feature_sets(self.folder, layer, [name])[1][name]
+
+    def map_of(self, x: np.ndarray) -> np.ndarray:
+        "A map of other features, `(N, 2)`, drawn as the run's own"
+        c = self.config.embed
+        return layout(memberships(nearest_neighbours(x, c.neighbours, c.metric), c.umap_neighbours), x, 2, c.min_dist, c.epochs or None, c.seed)
 
     @cached_property
     def feature_names(self) -> list[str]:

@@ -277,12 +277,13 @@ def blur(
     x: Tensor, # `(B, D, D, D)`
     sigma: np.ndarray, # `(B,)` in voxels; 0 for none
 ) -> Tensor:
-    "Gaussian of 3 x 3 x 3 voxels, normalised"
+    "Gaussian of 3 x 3 x 3 voxels, normalised; the outermost voxels are repeated, so that the faces of a cube do not get darker"
     side = np.where(sigma > 0, np.exp(-.5/np.square(np.maximum(sigma, 1e-3))), 0)
     kernel = torch.tensor(np.stack([side, np.ones_like(side), side], 1)/(1+2*side)[:, None], dtype=x.dtype, device=x.device)
     for axis in range(3):
-        y = F.pad(x, [0, 0]*(2-axis) + [1, 1] + [0, 0]*axis)
-        left,middle,right = (y.narrow(axis+1, i, x.shape[axis+1]) for i in range(3))
+        n = x.shape[axis+1]
+        y = torch.cat([x.narrow(axis+1, 0, 1), x, x.narrow(axis+1, n-1, 1)], axis+1)
+        left,middle,right = (y.narrow(axis+1, i, n) for i in range(3))
         a,b,c = kernel.T.reshape(3, -1, 1, 1, 1)
         x = a*left + b*middle + c*right
     return x

@@ -61,7 +61,7 @@ def reference_views(
     if v.blur_sigma:
         d = torch.arange(-1, 2)**2
         kernel = torch.exp(-(d[:, None, None] + d[:, None] + d)/(2*v.blur_sigma**2))
-        x = F.conv3d(x, (kernel/kernel.sum())[None, None], padding=1)
+        x = F.conv3d(F.pad(x, [1]*6, mode='replicate'), (kernel/kernel.sum())[None, None])
     kept = _reference_kept(v, roles[:, 1] > 0, out_size)
     r = v.inflation
     inflated = F.conv3d((roles*kept[:, None]).flatten(0, 1)[:, None], torch.ones(1, 1, 2*r+1, 2*r+1, 2*r+1), padding=r).view(roles.shape) > .5

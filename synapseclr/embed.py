@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 from .core import Strict, SynapseCLRError, made_by
-from .sets import feature_sets, standardised
+from .sets import feature_sets, kind_of, standardised
 from .tables import read_arrow, read_table, read_tag, write_table
 
 # %% auto #0
@@ -157,7 +157,7 @@ def islands(
 # %% ../nbs/11_embed.ipynb #8641b4d9
 class EmbedConfig(Strict):
     "How to draw the map"
-    features: str = 'trained' # Which kind, as of `feature_sets`
+    features: str = 'trained' # Which kind, as of `feature_sets`; such as `trained without angle`
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
     metric: Literal['cosine', 'euclidean'] = 'cosine'
     neighbours: int = pydantic.Field(100, ge=2) # Of each synapse in the graph
@@ -188,7 +188,8 @@ def embed(
     table,sets = feature_sets(run, config.layer, [config.features], removed=True)
     x = sets[config.features]
     if config.features == 'morphometrics': x = standardised(x)
-    source = dict(morphometrics='synapses.parquet', trained='features/*.parquet').get(config.features, f'features_{config.features}/*.parquet')
+    name = kind_of(config.features)[0]
+    source = dict(morphometrics='synapses.parquet', trained='features/*.parquet').get(name, f'features_{name}/*.parquet')
     origin = made_by(config, source=read_tag(sorted(run.glob(source))[0])['made_by'], n_synapses=len(table))
     done = run/'map.parquet'
     if done.exists() and read_tag(done).get('made_by') == origin: return read_table(done, 'map')

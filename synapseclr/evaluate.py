@@ -15,6 +15,7 @@ from .annotate import baseline
 from .core import made_by
 from .extract import read_features
 from .phantom import latents
+from .sets import known_nuisances, kind_of, without
 from .store import CLEFT, POST, PRE, ChunkStore
 from .tables import read_table, write_table
 from .monitor import rank_me
@@ -51,7 +52,7 @@ def intensity_statistics(
 # %% ../nbs/16a_evaluate.ipynb #bf86cb5a
 def known_synapses(
     runs: list[tuple[str|Path, str|Path]], # Run folder, annotated, and the folder of its phantom; neurons of different runs are different
-    networks: dict[str, str], # Names, and folders of features in each run folder
+    networks: dict[str, str], # Names, as of `kind_of`, and folders of features in each run folder
     layer: str = 'backbone',
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Kept synapses, and the features of each kind
     "Table, truth and all kinds of features of some runs, joined"
@@ -70,7 +71,8 @@ def known_synapses(
         parts['hand-made'] = np.hstack([parts['morphometrics'], parts['intensity']])
         for name,folder in networks.items():
             ids,x = read_features(Path(run)/folder, layer)
-            parts[name] = x[pd.Index(ids).get_indexer(table.id)]
+            x,nuisance = x[pd.Index(ids).get_indexer(table.id)],kind_of(name)[1]
+            parts[name] = without(x, table[known_nuisances[nuisance]].to_numpy(float)) if nuisance else x
         tables.append(table)
         for name,x in parts.items(): sets.setdefault(name, []).append(x)
     order = [*networks, 'morphometrics', 'intensity', 'hand-made', 'latents']
@@ -205,7 +207,7 @@ def evaluate(
     everything,sets = known_synapses(runs, networks)
     sound = (everything.defect == '').to_numpy()
     table,kept = everything[sound].reset_index(drop=True),{k: x[sound] for k,x in sets.items()}
-    leaders = [o for o in networks if o != 'untrained']
+    leaders = [o for o in networks if o != 'untrained' and not kind_of(o)[1]]
     pre,post,y = table.pre_neuron.to_numpy(),table.post_neuron.to_numpy(),(table.pre_type == 'inhibitory').to_numpy()
     neurites = [neurite_scores(table, out_of_fold(x, y, pre, post)).assign(features=k) for k,x in kept.items()]
     found = dict(targets=score_targets(table, kept, leaders), neurites=pd.concat(neurites), defects=score_defects(everything, sets), nuisances=score_nuisances(table, kept))

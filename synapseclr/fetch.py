@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_fetch.ipynb #d4c4e1b0
 from __future__ import annotations
-import hashlib, json, shutil
+import ctypes, hashlib, json, shutil, sys
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -296,6 +296,8 @@ def _fetch_block(run: Path, block: int, last: bool):
     *chunks,records,grey = fetch_rows(layers, rows[~rows.plan_dropped], config, salvage=last)
     store.write_shard(block, *chunks)
     with atomic(run/'fetch'/f'{block:06d}.json') as f: f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
+    del chunks,records
+    if trim := sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'malloc_trim', None): trim(0) # glibc would keep up to a GB of it
 
 @lru_cache(1)
 def _job(run: Path, stamp: int) -> tuple[dict[str, Layer], FetchConfig, ChunkStore]:

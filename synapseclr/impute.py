@@ -171,8 +171,7 @@ def impute(
 ) -> tuple[pd.DataFrame, list[str]]: # All scores, and which traits are not there and why
     "Judge and impute all traits: `run/imputation.parquet` has the scores, `imputed.parquet` every synapse, `out_of_fold.parquet` what is said of known synapses by models that have not seen their neurons"
     run,config = Path(run),config or ImputeConfig()
-    table,sets = feature_sets(run, config.layer)
-    if config.features not in sets: raise ImputeError(f"there are no features '{config.features}' in {run}; there are {', '.join(sets)}")
+    table,sets = feature_sets(run, config.layer, first=config.features)
     sets = {name: standardised(x) for name,x in sets.items()}
     known,skipped = known_values(table, labelled_neurons(neurons, config.labelled))
     if not len(known.columns): raise ImputeError('\n  '.join(['there is no trait to learn:'] + skipped))

@@ -74,9 +74,10 @@ def what_features_tell(
     layer: str = 'backbone',
     most: int = 4000, # Synapses that are asked about, at random
     seed: int = 0,
+    first: str|None = None, # As of `feature_sets`
 ) -> pd.DataFrame: # From `tell`
     "One call for a run: all kinds of features, the untrained network and the ruler among them"
-    table,sets = feature_sets(run, layer)
+    table,sets = feature_sets(run, layer, first=first)
     some = np.sort(np.random.default_rng(seed).permutation(len(table))[:most])
     table = table.iloc[some]
     brightness = brightness_of(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())

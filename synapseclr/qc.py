@@ -205,8 +205,7 @@ def judge_run(
 ) -> pd.DataFrame: # From `judge_detection`
     "How well defects of a phantom are found from one, three and five, by each kind of features"
     config = config or QCConfig()
-    table,sets = feature_sets(run, config.layer, removed=True)
-    sets = {config.features: sets.pop(config.features)} | sets
+    table,sets = feature_sets(run, config.layer, removed=True, first=config.features)
     truth = pd.read_parquet(Path(phantom)/'truth.parquet').set_index('id').loc[table.id]
     checked = pd.read_csv(Path(phantom)/'neurons.csv').set_index('root_id').proofread
     proofread = table.pre_root_id.map(checked).eq(True) & table.post_root_id.map(checked).eq(True)

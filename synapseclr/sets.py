@@ -11,7 +11,7 @@ from .extract import FeatureError, read_features
 from .tables import TableError, read_table
 
 # %% auto #0
-__all__ = ['kept_synapses', 'feature_sets', 'standardised']
+__all__ = ['known_nuisances', 'kept_synapses', 'kind_of', 'without', 'feature_sets', 'standardised']
 
 # %% ../nbs/10a_sets.ipynb #45e7cc2d
 def kept_synapses(
@@ -28,26 +28,51 @@ def kept_synapses(
         keep &= ~table.id.isin(defects.id[defects.removed])
     return table[keep].reset_index(drop=True)
 
+known_nuisances = dict(angle='cleft_cos_z', blanks='n_blank_sections', depth='ctr_z_nm') # What features can be asked for without, and the column that has it
+
+def kind_of(
+    features: str, # `NAME`, or `NAME without NUISANCE`
+) -> tuple[str, str]: # Which features, and the nuisance, if any
+    "Take the name of a kind of features apart. Raises `FeatureError` for an unknown nuisance"
+    name,_,nuisance = features.partition(' without ')
+    if nuisance and nuisance not in known_nuisances: raise FeatureError(f"features '{features}': they can be had without {', '.join(known_nuisances)}, not without '{nuisance}'")
+    return name,nuisance
+
+def without(
+    x: np.ndarray, # `(N, d)` features
+    nuisance: np.ndarray, # `(N,)` what is known of the imaging; where it is not, it counts as the mean
+) -> np.ndarray: # `(N, d)`
+    "Features less the quadratic in a nuisance that fits each of them best: no line or parabola tells the nuisance from what is left"
+    z = np.nan_to_num((nuisance-np.nanmean(nuisance))/max(np.nanstd(nuisance), 1e-12))
+    design = np.stack([np.ones_like(z), z, z**2], 1)
+    return (x - design@np.linalg.lstsq(design, x, rcond=None)[0]).astype(x.dtype)
+
 def feature_sets(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone', # Or `hidden`, `projection`
-    names: list[str]|None = None, # Which kinds; all if None
+    names: list[str]|None = None, # Which kinds; all that lie in the run folder if None
     removed: bool = False, # As of `kept_synapses`
+    first: str|None = None, # A kind that all others are put after
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses, and `(N, d)` float features of each kind
-    "Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms). Raises `FeatureError` naming the folder if one describes other synapses than the table"
-    run,table = Path(run),kept_synapses(run, removed)
+    """Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms); each also `without` one of `known_nuisances`, fitted to all synapses that fetch kept.
+    Raises `FeatureError` naming the folder if one describes other synapses than the table"""
+    run,every = Path(run),kept_synapses(run, removed=True)
+    table = kept_synapses(run, removed)
     folders = {'trained': run/'features'} | {p.name.removeprefix('features_'): p for p in sorted(run.glob('features_*'))}
     known = [*folders, 'morphometrics']
-    if absent := [n for n in names or [] if n not in known]: raise FeatureError(f"{run}: there are no features '{absent[0]}'; there are {', '.join(known)}")
-    sets = {}
-    for name in names or known:
-        if name == 'morphometrics':
-            sets[name] = np.log1p(table[baseline].fillna(0).to_numpy())
-            continue
+    names = list(dict.fromkeys([*([first] if first else []), *(names or known)]))
+    if absent := [n for n in names if kind_of(n)[0] not in known]: raise FeatureError(f"{run}: there are no features '{absent[0]}'; there are {', '.join(known)}")
+    def described(name):
+        if name == 'morphometrics': return np.log1p(every[baseline].fillna(0).to_numpy())
         ids,x = read_features(folders[name], layer)
-        rows = pd.Index(ids).get_indexer(table.id)
-        if len(lost := table.id[rows < 0]): raise FeatureError(f"{folders[name]}: nothing about {len(lost)} synapses of the table, such as {lost.iloc[0]}; extract again")
-        sets[name] = x[rows]
+        rows = pd.Index(ids).get_indexer(every.id)
+        if len(lost := every.id[rows < 0]): raise FeatureError(f"{folders[name]}: nothing about {len(lost)} synapses of the table, such as {lost.iloc[0]}; extract again")
+        return x[rows]
+    sets,rows = {},pd.Index(every.id).get_indexer(table.id)
+    for n in names:
+        name,nuisance = kind_of(n)
+        x = described(name)
+        sets[n] = (without(x, every[known_nuisances[nuisance]].to_numpy(float)) if nuisance else x)[rows]
     return table,sets
 
 def standardised(

@@ -25,6 +25,7 @@ from .nuisance import what_features_tell
 from .phantom import PhantomConfig, make_phantom
 from .qc import QCConfig, marked_by_eye, remove_defects
 from .query import QueryConfig, compare_retrieval
+from .sets import kind_of
 from .store import ChunkStore
 from .tables import read_neurons, write_table
 from .train import TrainConfig, TrainingError, measured, train
@@ -126,7 +127,7 @@ def shipped(
 
 def embed_stage(c: RunConfig):
     "Draw the map of all synapses, and ask what their features tell"
-    found,told = embed(c.folder, c.embed),what_features_tell(c.folder, _known_neurons(c), c.embed.layer)
+    found,told = embed(c.folder, c.embed),what_features_tell(c.folder, _known_neurons(c), c.embed.layer, first=c.embed.features)
     write_table(told, c.folder/'told.parquet', 'told', made_by(c.embed))
     return found,told
 
@@ -170,6 +171,8 @@ def evaluate_stage(c: RunConfig):
     if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
     networks = {'trained': 'features', 'untrained': 'features_untrained'}
     if c.extract.shipped: networks = {'shipped': 'features_shipped'} | networks
+    name,nuisance = kind_of(c.embed.features)
+    if nuisance and name in networks: networks[c.embed.features] = networks[name]
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
 
 stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, embed=embed_stage, qc=qc_stage,

@@ -12,7 +12,8 @@ from .core import Strict, read_config
 from .evaluate import known_synapses, score_nuisances, score_targets
 from .extract import extract
 from .model import SynapseNet, load_weights
-from .train import TrainConfig, train
+from .store import ChunkStore
+from .train import TrainConfig, measured, train
 
 # %% auto #0
 __all__ = ['TrialConfig', 'trial', 'score_trials']
@@ -29,28 +30,29 @@ def trial(
     name: str, # What to call it
     config: str|Path, # TOML file of a run
     overrides: list[str], # `section.key=value`: what is tried
-    learn_from: str|Path, # Run folder, annotated, whose synapses are trained on
+    learn_from: str|Path|None, # Run folder, annotated, whose synapses are trained on; without one the network stays untrained
     read_on: str|Path, # Run folder whose synapses are then described, into `features_NAME`
     out: str|Path, # Folder for the trial's own training
     views: int = 1, # See `extract`
 ):
     "Train with some changes, and describe another volume; what is done already is not done again"
     c,folder = read_config(TrialConfig, config, overrides),Path(out)/name
-    folder.mkdir(parents=True, exist_ok=True)
-    for o in ('chunks.zarr', 'synapses.parquet'):
-        if not (folder/o).exists(): os.symlink((Path(learn_from)/o).resolve(), folder/o)
-    net,about = load_weights(train(folder, c.train, c.augment, c.cube))
-    law = AugmentConfig(**about['augment'])
+    if learn_from:
+        folder.mkdir(parents=True, exist_ok=True)
+        for o in ('chunks.zarr', 'synapses.parquet'):
+            if not (folder/o).exists(): os.symlink((Path(learn_from)/o).resolve(), folder/o)
+        net,about = load_weights(train(folder, c.train, c.augment, c.cube))
+        law = AugmentConfig(**about['augment'])
+    else: net,law = SynapseNet(c.train.model, c.train.seed),measured(c.augment, ChunkStore.open(Path(read_on)/'chunks.zarr'))
     extract(read_on, net, law, c.cube, f'features_{name}', views=views)
-    extract(read_on, SynapseNet(net.preset, c.train.seed), law, c.cube, 'features_untrained_trial', views=views)
 
 def score_trials(
     names: list[str], # Trials that have described the volume
     read_on: str|Path, # Run folder
     phantom: str|Path, # Folder of its phantom
-) -> pd.DataFrame: # A row for each trial, and for the untrained network
+) -> pd.DataFrame: # A row for each trial, and for what is always compared: masks, intensities, the generator's own latents
     "What each description knows of biology and of imaging"
-    everything,sets = known_synapses([(read_on, phantom)], {n: f'features_{n}' for n in names} | {'untrained': 'features_untrained_trial'})
+    everything,sets = known_synapses([(read_on, phantom)], {n: f'features_{n}' for n in names})
     sound = (everything.defect == '').to_numpy()
     table,sets = everything[sound].reset_index(drop=True),{k: x[sound] for k,x in sets.items()}
     targets = score_targets(table, sets).set_index(['target', 'within', 'features']).value.sort_index()

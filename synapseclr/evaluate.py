@@ -8,9 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from scipy import ndimage
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from .annotate import baseline
 from .core import made_by
 from .extract import read_features
@@ -19,6 +16,7 @@ from .sets import known_nuisances, kind_of, without
 from .store import CLEFT, POST, PRE, ChunkStore
 from .tables import read_table, write_table
 from .monitor import rank_me
+from .qc import DefectDetector
 from .validate import auc, explained_variance, interval, neuron_bootstrap, out_of_fold, precision_at
 
 # %% auto #0
@@ -163,7 +161,7 @@ def score_defects(
     sets: dict[str, np.ndarray],
     n_prompts: int = 5, n_draws: int = 20, seed: int = 0,
 ) -> pd.DataFrame: # For each kind of defect and of features: how many there are, and average precision at their rate and at 10 %
-    "Average precision of finding defects of one kind among sound synapses"
+    "Average precision of `DefectDetector` for defects of one kind among sound synapses"
     rng,defect,rows = np.random.default_rng(seed),table.defect.to_numpy(),[]
     for kind in sorted(set(defect) - {''}):
         use = (defect == kind) | (defect == '')
@@ -179,7 +177,7 @@ def score_defects(
 def _average_precision(x: np.ndarray, prompts: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     "Of the positives that are not prompts"
     shown = np.isin(np.arange(len(x)), prompts)
-    score = make_pipeline(StandardScaler(), LogisticRegression(C=.01, class_weight='balanced', max_iter=2000)).fit(x, shown).decision_function(x)
+    score = DefectDetector(placebos=1).fit(x, prompts).score(x)
     return precision_at(y[~shown], score[~shown]),precision_at(y[~shown], score[~shown], .1)
 
 # %% ../nbs/16a_evaluate.ipynb #64f4d6b2

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import html
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 import matplotlib.pyplot as plt
@@ -15,7 +16,7 @@ from .core import SynapseCLRError, atomic, read_config
 from .embed import layout, memberships, nearest_neighbours
 from .joined import run_table
 from .plot import draw_chunk
-from .report import execute_notebook, notebook_of, page, write_index
+from .report import execute_notebook, headless, notebook_of, page, write_index
 from .sets import feature_sets
 from .stages import RunConfig, neurons_of
 from .store import ChunkStore
@@ -107,18 +108,21 @@ def figure_names() -> list[str]:
 def draw_figures(
     run: str|Path, # Run folder
     only: Iterable[str] = (), # Names of figures; all that the run has the data for if none
+    at_once: int = 2, # Notebooks that run side by side
 ) -> dict[str, str]: # For each figure, why it could not be drawn, or an empty text
     "Draw figures into `RUN/figures`. Raises `FigureError` for a name that there is not, and if one of `only` cannot be drawn"
     out,names,only = Path(run)/'figures',figure_names(),list(only)
     if not names: notebook_of('fig1', 'figures')
     if unknown := [o for o in only if o not in names]: raise FigureError(f"there is no figure '{unknown[0]}'; there are {', '.join(names)}")
-    c,done = FigureRun(run).config,{}
-    for name in only or names:
+    c = FigureRun(run).config
+    def draw(name):
         try: execute_notebook(notebook_of(name, 'figures'), out/f'{name}.ipynb', run=str(Path(run).resolve()))
         except SynapseCLRError as e:
             if only: raise FigureError(f'{name}: {e}') from None
-            done[name] = str(e)
-        else: done[name] = ''
+            return str(e)
+        return ''
+    order = (only or names)[::-1] # the table at the end takes longest
+    with headless(),ThreadPoolExecutor(at_once) as pool: done = dict(zip(order, pool.map(draw, order)))
     drawn = [n for n in names if (out/f'{n}.html').exists()]
     def shown(name): return f'<h2><a href="{name}.html">{name}</a></h2>' + (f'<p><a href="{name}.pdf"><img alt="{name}" src="{name}.png"></a></p>' if (out/f'{name}.png').exists() else '')
     missing = ''.join(f'<li>{n}: {html.escape(why)}</li>' for n,why in done.items() if why)

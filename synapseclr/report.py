@@ -5,6 +5,7 @@
 # %% ../nbs/18h_report.ipynb #826db5a5
 from __future__ import annotations
 import base64, datetime, html, io, logging, os, re, sys
+from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
@@ -17,10 +18,18 @@ from .tables import read_table
 from .train import read_log
 
 # %% auto #0
-__all__ = ['notebook_of', 'execute_notebook', 'run_notebook', 'page', 'write_index']
+__all__ = ['headless', 'notebook_of', 'execute_notebook', 'run_notebook', 'page', 'write_index']
 
 # %% ../nbs/18h_report.ipynb #aa17a155
-_headless = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') # Whatever the user's is, figures go into the notebook
+@contextmanager
+def headless():
+    "Kernels that are started inside draw into their notebooks, whatever the user's screen is"
+    ours = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline')
+    before = {k: os.environ.get(k) for k in ours}
+    os.environ.update(ours)
+    try: yield
+    finally:
+        for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
 
 def notebook_of(
     name: str, # Of a stage, or of a figure
@@ -40,15 +49,12 @@ def execute_notebook(
     import papermill
     out.parent.mkdir(parents=True, exist_ok=True)
     _talk()
-    before = {k: os.environ.get(k) for k in _headless}
-    os.environ.update(_headless)
-    try: papermill.execute_notebook(source, out, parameters, kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
+    try:
+        with headless(): papermill.execute_notebook(source, out, parameters, kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
     except papermill.PapermillExecutionError as e:
         if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
         if e.ename in _known_errors(): raise SynapseCLRError(e.evalue) from None
         raise
-    finally:
-        for k,v in before.items(): os.environ.pop(k) if v is None else os.environ.update({k: v})
     _tidy(out)
     _to_html(out)
 

@@ -67,14 +67,18 @@ class DefectDetector(BaseEstimator):
         covariance,_ = ledoit_wolf(sample, assume_centered=True)
         unit = sample/np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), 1e-12)
         alike = [some[np.argpartition(-(unit@unit[i]), len(prompts)-1)[:len(prompts)]] for i in rng.permutation(len(some))[:self.placebos]]
-        sets = [prompts, *alike, *(rng.choice(rest, len(prompts), replace=False) for _ in alike)]
-        directions = np.linalg.solve(covariance + 1e-9*np.eye(len(covariance)), np.stack([z(rows).mean(0) for rows in sets]).T)
+        sets = np.stack([prompts, *alike, *(rng.choice(rest, len(prompts), replace=False) for _ in alike)])
+        directions = np.linalg.solve(covariance + 1e-9*np.eye(len(covariance)), z(sets).mean(1).T)
         s = sample@directions
         middle = np.median(s, 0)
         spread = np.maximum(middle-np.quantile(s, norm.cdf(-1), axis=0), 1e-12)
         self.direction_,self.middle_,self.spread_ = directions[:, 0],middle[0],spread[0]
         chance = ((s-middle)/spread)[:, 1:]
-        other = ~np.stack([np.isin(some, rows) for rows in sets[1:]], 1)
+        place = np.full(len(x), len(some)) # in the sample; behind it for all that are not
+        place[some] = np.arange(len(some))
+        other = np.ones((len(sets), len(some)+1), bool)
+        np.put_along_axis(other, place[sets], False, 1)
+        other = other[1:, :-1].T
         self.chance_ = [np.sort(chance[:, which][other[:, which]]) for which in (slice(len(alike)), slice(len(alike), None))]
         judged = self.score(x[np.r_[prompts, clean]])
         self.prompts_,self.called_ = prompts,(np.sort(judged[:len(prompts)]), np.sort(judged[len(prompts):]))

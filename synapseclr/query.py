@@ -7,7 +7,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 import faiss, numpy as np, pandas as pd
-from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import normalize
 from .core import Strict, SynapseCLRError
 from .sets import feature_sets, standardised
@@ -83,7 +82,9 @@ def retrieval(
         hit = groups[others] == groups[i]
         if not hit.any(): continue
         distance = ((features[others]-f)**2).sum(1)
-        rows.append(dict(group=groups[i], n_hits=hit.sum(), average_precision=average_precision_score(hit, -distance), chance=chance_precision(len(hit), hit.sum())))
+        at = np.sort(distance[hit])
+        precision = np.searchsorted(at, at, side='right')/np.searchsorted(np.sort(distance), at, side='right') # of all that are as near as each hit
+        rows.append(dict(group=groups[i], n_hits=hit.sum(), average_precision=precision.mean(), chance=chance_precision(len(hit), hit.sum())))
     return pd.DataFrame(rows, columns=['group', 'n_hits', 'average_precision', 'chance'])
 
 def chance_precision(

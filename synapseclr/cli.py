@@ -166,10 +166,10 @@ def extract_command(config: ConfigOption, set: SetOption = [], notebook: Noteboo
 @app.command('run', help=f"Do all stages: {', '.join(stages)} (the first and the last with a phantom, impute and consensus with a table of neurons)")
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006
 
-@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 27 processor minutes')
+@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 42 processor minutes')
 def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
-    print('27 processor minutes; 19 by the clock on two cores: phantom and fetch 2, train 4, extract 2, embed 1, qc 1, impute 3, evaluate 2, all others 4', flush=True)
+    print('42 processor minutes; of 45 by the clock, on two cores beside other jobs: phantom and fetch 2, train 20, extract 7, impute 4, consensus 5, all others 7', flush=True)
     _do(list(stages), config, set, notebook)
 
 @app.command('explore', help='Show the map of all synapses in a browser: colours, slices, labels, lasso')

@@ -87,10 +87,13 @@ def whole(fetched, tmp_path_factory):
 made = ['train/*.safetensors', 'train/log.jsonl']
 
 def test_processes_train_alike(whole):
-    "To rounding: the sums are taken in another order"
+    "To rounding, as the sums are taken in another order: a hundred thousandth at first, which every step of Adam on this tiny volume makes some times larger"
     one,two = ([json.loads(line) for line in (whole[n]/'train/log.jsonl').read_text().splitlines()] for n in (1, 2))
     assert [o.get('step') for o in one] == [o.get('step') for o in two] and len(one) == 1+10+5
-    np.testing.assert_allclose([o['loss'] for o in two if 'loss' in o], [o['loss'] for o in one if 'loss' in o], rtol=.01)
+    one,two = ([o['loss'] for o in log if 'loss' in o] for log in (one, two))
+    np.testing.assert_allclose(two[:2], one[:2], rtol=1e-4)
+    np.testing.assert_allclose(two[:4], one[:4], rtol=1e-3)
+    np.testing.assert_allclose(np.mean(two), np.mean(one), rtol=.02)
 
 @pytest.mark.parametrize('n', [1, 2])
 def test_killed_three_times(n, whole, fetched, tmp_path):

@@ -57,7 +57,7 @@ def feature_sets(
     """Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms); each also `without` one of `known_nuisances`, fitted to all synapses that fetch kept.
     Raises `FeatureError` naming the folder if one describes other synapses than the table"""
     run,every = Path(run),kept_synapses(run, removed=True)
-    table = kept_synapses(run, removed)
+    table = every if removed else kept_synapses(run)
     folders = {'trained': run/'features'} | {p.name.removeprefix('features_'): p for p in sorted(run.glob('features_*'))}
     known = [*folders, 'morphometrics']
     names = list(dict.fromkeys([*([first] if first else []), *(names or known)]))

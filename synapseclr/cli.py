@@ -6,6 +6,7 @@
 from __future__ import annotations
 import os, sys, time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 import numpy as np, pandas as pd, typer
@@ -24,8 +25,8 @@ from .joined import similar
 from .phantom import PhantomConfig, make_phantom, sizes
 from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
 from .remap import remap, what_changed
-from .report import notebook_of, run_notebook
-from .stages import RunConfig, extract_stage, open_run, stages, stages_of, train_stage
+from .report import notebook_of, run_notebook, side_by_side, write_index
+from .stages import RunConfig, extract_stage, open_run, stages, stages_of, train_stage, turns
 from .store import ChunkStore, StoreError
 from .tables import read_synapses, read_table, write_table
 from .upkeep import append, drop, missing, refetch, verify
@@ -56,17 +57,21 @@ def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **
     if world > 1: # started by torchrun: for the stage that works in several processes
         if names != ['train']: raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
         return train_stage(c, **parameters)
-    for i,name in enumerate(names):
+    def done(name):
         start = time.perf_counter()
-        print(f'[{i+1}/{len(names)}] {name}: {stages[name].__doc__}', flush=True)
-        try:
-            if notebook: run_notebook(name, config, overrides, **parameters)
-            else: stages[name](c, **parameters)
-        except KeyboardInterrupt:
-            print('stopped; give the same command again to go on', file=sys.stderr)
-            raise typer.Exit(130) from None
-        if name == 'fetch': print(f"      {outcome(read_table(c.folder/'synapses.parquet', 'synapses'))}")
-        print(f'      done in {time.perf_counter()-start:.0f} s', flush=True)
+        print(f'[{names.index(name)+1}/{len(names)}] {name}: {stages[name].__doc__}', flush=True)
+        if notebook: run_notebook(name, config, overrides, **parameters)
+        else: stages[name](c, **parameters)
+        return time.perf_counter()-start
+    jobs = [{name: partial(done, name) for name in turn} for turn in turns(names)]
+    try:
+        for name,seconds in chain(*(side_by_side(o) if notebook and len(o) > 1 else ((name, job()) for name,job in o.items()) for o in jobs)):
+            if notebook: write_index(c)
+            if name == 'fetch': print(f"      {outcome(read_table(c.folder/'synapses.parquet', 'synapses'))}")
+            print(f'      {name} done in {seconds:.0f} s', flush=True)
+    except KeyboardInterrupt:
+        print('stopped; give the same command again to go on', file=sys.stderr)
+        raise typer.Exit(130) from None
     if notebook: print(f"report: {(c.folder/'report/index.html').resolve()}")
 
 def _add_stage(name: str):
@@ -163,7 +168,7 @@ def extract_command(config: ConfigOption, set: SetOption = [], notebook: Noteboo
     store = ChunkStore.open(c.folder/'chunks.zarr')
     _enqueue(queue, [partial(extract_shard, run=str(c.folder.absolute()), shard=int(k)) for k in np.unique(store.places//store.per_shard)])
 
-@app.command('run', help=f"Do all stages: {', '.join(stages)} (the first and the last with a phantom, impute and consensus with a table of neurons)")
+@app.command('run', help=f"Do all stages: {', '.join(stages)} (phantom and evaluate with a phantom, impute and consensus with a table of neurons)")
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006
 
 @app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 42 processor minutes')

@@ -6,8 +6,7 @@
 from __future__ import annotations
 import html
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
@@ -16,7 +15,7 @@ from .core import SynapseCLRError, atomic, read_config
 from .embed import layout, memberships, nearest_neighbours
 from .joined import run_table
 from .plot import draw_chunk
-from .report import execute_notebook, headless, notebook_of, page, write_index
+from .report import execute_notebook, notebook_of, page, side_by_side, write_index
 from .sets import feature_sets
 from .stages import RunConfig, neurons_of
 from .store import ChunkStore
@@ -122,7 +121,7 @@ def draw_figures(
             return str(e)
         return ''
     order = (only or names)[::-1] # the table at the end takes longest
-    with headless(),ThreadPoolExecutor(at_once) as pool: done = dict(zip(order, pool.map(draw, order)))
+    done = dict(side_by_side({name: partial(draw, name) for name in order}, at_once))
     drawn = [n for n in names if (out/f'{n}.html').exists()]
     def shown(name): return f'<h2><a href="{name}.html">{name}</a></h2>' + (f'<p><a href="{name}.pdf"><img alt="{name}" src="{name}.png"></a></p>' if (out/f'{name}.png').exists() else '')
     missing = ''.join(f'<li>{n}: {html.escape(why)}</li>' for n,why in done.items() if why)

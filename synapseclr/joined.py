@@ -4,6 +4,7 @@
 
 # %% ../nbs/15a_joined.ipynb #1babf258
 from __future__ import annotations
+from collections.abc import Iterable
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import SynapseCLRError
@@ -24,15 +25,16 @@ def run_table(
     run: str|Path, # Run folder, annotated
     neurons: pd.DataFrame|None = None, # From `read_neurons`
     removed: bool = True, # Also synapses that quality control removed; nothing is imputed for them
+    names: Iterable[str] = tuple(parts), # Which tables to join
 ) -> pd.DataFrame: # Rows in the order of the synapse table
     "All that is known of each synapse. Raises `JoinError` naming the file that has nothing about a synapse"
     run = Path(run)
     table = kept_synapses(run, removed)
     sound = set(kept_synapses(run).id)
-    for name,format in parts.items():
+    for name in names:
         path = run/f'{name}.parquet'
         if not path.exists(): continue
-        part = read_table(path, format)
+        part = read_table(path, parts[name])
         if name == 'defects': part = part.rename(columns=dict(score='defect_score', fdr='defect_fdr')).drop(columns='prompt')
         if name == 'synapse_types': part = part.drop(columns=['p_inhibitory_pre', 'p_inhibitory_post']).rename(columns=dict(call_pre='pre_call', call_post='post_call'))
         due = set(table.id) if name in ('map', 'defects') else sound

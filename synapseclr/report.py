@@ -4,11 +4,13 @@
 
 # %% ../nbs/18h_report.ipynb #826db5a5
 from __future__ import annotations
-import base64, datetime, html, io, logging, os, re, sys
+import base64, datetime, html, io, logging, os, re, signal, sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from pathlib import Path
 import matplotlib.pyplot as plt
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, psutil
 import synapseclr
 from .core import SynapseCLRError, atomic
 from .joined import run_table
@@ -18,13 +20,13 @@ from .tables import read_table
 from .train import read_log
 
 # %% auto #0
-__all__ = ['headless', 'notebook_of', 'execute_notebook', 'run_notebook', 'page', 'write_index']
+__all__ = ['headless', 'notebook_of', 'execute_notebook', 'run_notebook', 'page', 'side_by_side', 'write_index']
 
 # %% ../nbs/18h_report.ipynb #aa17a155
 @contextmanager
-def headless():
-    "Kernels that are started inside draw into their notebooks, whatever the user's screen is"
-    ours = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline')
+def headless(**more: str):
+    "Kernels that are started inside draw into their notebooks, whatever the user's screen is; `more` is set too"
+    ours = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') | more
     before = {k: os.environ.get(k) for k in ours}
     os.environ.update(ours)
     try: yield
@@ -64,10 +66,9 @@ def run_notebook(
     overrides: list[str], # `section.key=value`
     **parameters, # More of the notebook's
 ):
-    "Execute the notebook of a stage, and write its report"
-    c = open_run(config, overrides)
-    execute_notebook(notebook_of(stage), c.folder/f'report/{stage}.ipynb', config=str(Path(config).resolve()), overrides=list(overrides), **parameters)
-    write_index(c)
+    "Execute the notebook of a stage, into `RUN/report`"
+    out = open_run(config, overrides).folder/f'report/{stage}.ipynb'
+    execute_notebook(notebook_of(stage), out, config=str(Path(config).resolve()), overrides=list(overrides), **parameters)
 
 def _known_errors(base=SynapseCLRError) -> set[str]:
     "Names of our errors"
@@ -109,6 +110,23 @@ def _to_html(notebook: Path):
     body,_ = exporter.from_filename(str(notebook))
     notebook.with_suffix('.html').write_text(page(notebook.stem, f'<p><a href="index.html">overview</a></p>{body}'))
 
+# %% ../nbs/18h_report.ipynb #27f68703
+def side_by_side(
+    jobs: dict[str, Callable], # Each executes a notebook
+    at_once: int = 2,
+) -> Iterator[tuple[str, object]]: # Names and results, as they come
+    "Execute notebooks side by side"
+    cores = int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count())
+    with headless(OMP_NUM_THREADS=str(max(1, cores//at_once))),ThreadPoolExecutor(at_once) as pool:
+        running = {pool.submit(job): name for name,job in jobs.items()}
+        try:
+            for done in as_completed(running): yield running[done],done.result()
+        except BaseException:
+            for job in running: job.cancel()
+            while wait(running, .5).not_done:
+                for kernel in psutil.Process().children(): kernel.send_signal(signal.SIGINT)
+            raise
+
 # %% ../nbs/18h_report.ipynb #dde36165
 def _picture(fig: plt.Figure) -> str:
     "A figure, inside the page"
@@ -136,7 +154,7 @@ def _training(c: RunConfig) -> str:
 
 def _map(c: RunConfig) -> str:
     "The map, and what features tell"
-    table = run_table(c.folder, neurons_of(c) if c.source.neurons else None)
+    table = run_table(c.folder, neurons_of(c) if c.source.neurons else None, names=['map'])
     shown = {'cluster': table.cluster.astype(str), 'log cleft volume': np.log10(table.cleft_um3.where(table.cleft_um3 > 0))}
     if 'pre_inhibitory' in table: shown = {'presynaptic type, where known': table.pre_inhibitory.map({0.: 'excitatory', 1.: 'inhibitory'})} | shown
     fig,axes = plt.subplots(1, len(shown), figsize=(2.6*len(shown), 2.6), layout='constrained')

@@ -32,9 +32,9 @@ from .train import TrainConfig, TrainingError, measured, train
 from .volume import LayerSource
 
 # %% auto #0
-__all__ = ['stages', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage',
-           'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of', 'impute_stage', 'consensus_stage',
-           'manifold_stage', 'export_stage', 'evaluate_stage', 'stages_of']
+__all__ = ['stages', 'together', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage',
+           'extract_stage', 'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of', 'impute_stage',
+           'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage', 'stages_of', 'turns']
 
 # %% ../nbs/18g_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -159,7 +159,7 @@ def consensus_stage(c: RunConfig):
 
 def manifold_stage(c: RunConfig):
     "Find the axes along which synapses vary"
-    return manifold(c.folder, run_table(c.folder, _known_neurons(c), removed=False), c.manifold)
+    return manifold(c.folder, run_table(c.folder, _known_neurons(c), removed=False, names=('map', 'defects', 'imputed')), c.manifold)
 
 def export_stage(c: RunConfig):
     "Write what other programs read: a table with links, AnnData, an annotation layer for neuroglancer"
@@ -176,10 +176,18 @@ def evaluate_stage(c: RunConfig):
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
 
 stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, embed=embed_stage, qc=qc_stage,
-    query=query_stage, impute=impute_stage, consensus=consensus_stage, manifold=manifold_stage, export=export_stage, evaluate=evaluate_stage)
+    query=query_stage, impute=impute_stage, evaluate=evaluate_stage, consensus=consensus_stage, manifold=manifold_stage, export=export_stage)
+together = (('query', 'impute', 'evaluate'), ('consensus', 'manifold')) # Stages that do not read what the others write
 
 def stages_of(c: RunConfig) -> list[str]:
-    "The stages that a run has: the first and the last only with a phantom, quality control only if defects are marked, imputation and consensus only with a table of neurons"
+    "The stages that a run has: phantom and evaluation only with a phantom, quality control only if defects are marked, imputation and consensus only with a table of neurons"
     marked = c.qc.prompts or c.qc.play or (c.folder/'labels.csv').exists()
     has = dict(phantom=c.phantom, evaluate=c.phantom, qc=marked, impute=c.source.neurons, consensus=c.source.neurons)
     return [s for s in stages if has.get(s, True)]
+
+def turns(
+    names: list[str], # Stages
+) -> list[list[str]]: # The same
+    "In which order stages are done, and which of them need not wait for each other"
+    groups = dict.fromkeys(next((g for g in together if s in g), (s,)) for s in stages)
+    return [t for g in groups if (t := [s for s in g if s in names])]

@@ -20,7 +20,7 @@ from .tables import read_table
 from .train import read_log
 
 # %% auto #0
-__all__ = ['headless', 'notebook_of', 'execute_notebook', 'run_notebook', 'page', 'side_by_side', 'write_index']
+__all__ = ['headless', 'notebook_of', 'execute_notebook', 'run_notebook', 'page', 'write_index', 'side_by_side']
 
 # %% ../nbs/18h_report.ipynb #aa17a155
 @contextmanager
@@ -110,23 +110,6 @@ def _to_html(notebook: Path):
     body,_ = exporter.from_filename(str(notebook))
     notebook.with_suffix('.html').write_text(page(notebook.stem, f'<p><a href="index.html">overview</a></p>{body}'))
 
-# %% ../nbs/18h_report.ipynb #27f68703
-def side_by_side(
-    jobs: dict[str, Callable], # Each executes a notebook
-    at_once: int = 2,
-) -> Iterator[tuple[str, object]]: # Names and results, as they come
-    "Execute notebooks side by side"
-    cores = int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count())
-    with headless(OMP_NUM_THREADS=str(max(1, cores//at_once))),ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(job): name for name,job in jobs.items()}
-        try:
-            for done in as_completed(running): yield running[done],done.result()
-        except BaseException:
-            for job in running: job.cancel()
-            while wait(running, .5).not_done:
-                for kernel in psutil.Process().children(): kernel.send_signal(signal.SIGINT)
-            raise
-
 # %% ../nbs/18h_report.ipynb #dde36165
 def _picture(fig: plt.Figure) -> str:
     "A figure, inside the page"
@@ -210,3 +193,20 @@ def write_index(c: RunConfig) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as f: f.write_text(page(c.folder.resolve().name, body))
     return path
+
+# %% ../nbs/18h_report.ipynb #27f68703
+def side_by_side(
+    jobs: dict[str, Callable], # Each executes a notebook
+    at_once: int = 2,
+) -> Iterator[tuple[str, object]]: # Names and results, as they come
+    "Execute notebooks side by side"
+    cores = int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count())
+    with headless(OMP_NUM_THREADS=str(max(1, cores//at_once))),ThreadPoolExecutor(at_once) as pool:
+        running = {pool.submit(job): name for name,job in jobs.items()}
+        try:
+            for done in as_completed(running): yield running[done],done.result()
+        except BaseException:
+            for job in running: job.cancel()
+            while wait(running, .5).not_done:
+                for kernel in psutil.Process().children(): kernel.send_signal(signal.SIGINT)
+            raise

@@ -181,12 +181,17 @@ def _neurites(c: RunConfig) -> str:
 _parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'told.parquet': _told, 'defects.parquet': _defects, 'imputation.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs
 _files = {'figures/index.html': "the paper's figures, drawn from this run", 'table.parquet': 'one row per synapse, all that is known', 'synapses.h5ad': 'AnnData for scanpy', 'annotations': 'annotation layer for neuroglancer', 'synapses.parquet': 'synapses with measurements', 'imputed.parquet': 'imputed traits', 'neurites.parquet': 'types of neurites', 'features': 'features of the trained network', 'train/weights.safetensors': 'the network'}
 
+def _part(c: RunConfig, file: str) -> str:
+    "What one file says; or, if it does not fit what was done since, why it says nothing"
+    try: return _parts[file](c)
+    except SynapseCLRError as e: return f'<p>{file} is of an earlier state of the run: {html.escape(str(e))}</p>'
+
 def write_index(c: RunConfig) -> Path:
     "Write the first page of the report"
     pages = [(s, c.folder/'report'/f'{s}.html') for s in stages]
     rows = [f'<li><a href="{s}.html">{s}</a>: {html.escape(stages[s].__doc__)} <small>({datetime.datetime.fromtimestamp(p.stat().st_mtime):%Y-%m-%d %H:%M}; <a href="{s}.ipynb">notebook</a>)</small></li>'
         for s,p in pages if p.exists()]
-    body = ''.join(part(c) for file,part in _parts.items() if (c.folder/file).exists())
+    body = ''.join(_part(c, file) for file in _parts if (c.folder/file).exists())
     files = ''.join(f'<li><a href="../{o}">{o}</a>: {what}</li>' for o,what in _files.items() if (c.folder/o).exists())
     body = f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}.</p>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><pre>{html.escape((c.folder/"config.toml").read_text())}</pre>'
     path = c.folder/'report/index.html'

@@ -248,7 +248,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     augmenter = Augmenter(augment, store.voxel_nm, cube.size, cube.voxel_nm, device)
     about = load_checkpoint(folder, net, optimizer)
     if about and about['origin'] != origin:
-        raise TrainingError(f"{folder}: was trained with another configuration or other data; choose a new run folder, or train with --restart to begin again")
+        raise TrainingError(f"{folder}: was trained with another configuration or other data; choose a new run folder, begin again with `synapseclr train --restart`, or go on with this network from `synapseclr extract`")
     if not about:
         some = store.batch(training[:max(2, min(16, n_own, 2**22//cube.size**3))])
         mode,found = choose_mode(net, torch.cat([augmenter(*some, view) for view in (0, 1)]), 2*n_own*n_steps, config.precision, config.compile)

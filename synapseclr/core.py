@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #5dbd7333
 from __future__ import annotations
-import difflib, hashlib, importlib.metadata, json, os, struct, sys, tomllib
+import difflib, hashlib, importlib.metadata, json, os, struct, sys, tomllib, uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +126,7 @@ _umask = os.umask(0); os.umask(_umask)
 def atomic(path: str|Path):
     "Give a name to write to; at the end of the block the file takes the name `path`, or vanishes if the block failed"
     path = Path(path)
-    aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    aside = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp') # others may be writing the same file, on this machine or elsewhere
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside

@@ -26,7 +26,7 @@ from .phantom import PhantomConfig, make_phantom, sizes
 from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
 from .remap import remap, what_changed
 from .report import notebook_of, run_notebook, side_by_side, write_index
-from .stages import RunConfig, extract_stage, open_run, stages, stages_of, train_stage, turns
+from .stages import RunConfig, extract_stage, open_run, readers, stages, stages_of, train_stage
 from .store import ChunkStore, StoreError
 from .tables import read_synapses, read_table, write_table
 from .upkeep import append, drop, missing, refetch, verify
@@ -63,9 +63,10 @@ def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **
         if notebook: run_notebook(name, config, overrides, **parameters)
         else: stages[name](c, **parameters)
         return time.perf_counter()-start
-    jobs = [{name: partial(done, name) for name in turn} for turn in turns(names)]
+    shared = [o for o in names if o in readers] if notebook else []
+    if len(shared) == 1: shared = []
     try:
-        for name,seconds in chain(*(side_by_side(o) if notebook and len(o) > 1 else ((name, job()) for name,job in o.items()) for o in jobs)):
+        for name,seconds in chain(((o, done(o)) for o in names if o not in shared), side_by_side({o: partial(done, o) for o in shared}, readers)):
             if notebook: write_index(c)
             if name == 'fetch': print(f"      {outcome(read_table(c.folder/'synapses.parquet', 'synapses'))}")
             print(f'      {name} done in {seconds:.0f} s', flush=True)
@@ -171,10 +172,10 @@ def extract_command(config: ConfigOption, set: SetOption = [], notebook: Noteboo
 @app.command('run', help=f"Do all stages: {', '.join(stages)} (phantom and evaluate with a phantom, impute and consensus with a table of neurons)")
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006
 
-@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 42 processor minutes')
+@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 26 processor minutes')
 def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
-    print('42 processor minutes; of 45 by the clock, on two cores beside other jobs: phantom and fetch 2, train 20, extract 7, impute 4, consensus 5, all others 7', flush=True)
+    print('26 processor minutes; of 16 by the clock, on two cores: phantom and fetch 3, train 4, extract 2, what follows 7', flush=True)
     _do(list(stages), config, set, notebook)
 
 @app.command('explore', help='Show the map of all synapses in a browser: colours, slices, labels, lasso')

@@ -10,18 +10,18 @@ import numpy as np, pandas as pd, torch
 from scipy import ndimage
 from .annotate import baseline
 from .core import made_by
-from .extract import read_features
+from .extract import FeatureError, read_features
 from .phantom import latents
 from .sets import known_nuisances, kind_of, without
 from .store import CLEFT, POST, PRE, ChunkStore
-from .tables import read_table, write_table
+from .tables import read_table, read_tag, write_table
 from .monitor import rank_me
 from .qc import DefectDetector
 from .validate import auc, explained_variance, interval, neuron_bootstrap, out_of_fold, precision_at
 
 # %% auto #0
 __all__ = ['shells_nm', 'intensity_statistics', 'known_synapses', 'score_targets', 'auc_within', 'neurite_scores',
-           'score_defects', 'score_nuisances', 'evaluate']
+           'score_defects', 'score_nuisances', 'evaluate', 'mean_of_runs', 'evaluate_apart']
 
 # %% ../nbs/16a_evaluate.ipynb #e7016d6d
 shells_nm = (0, 40, 80, 160, 320) # Edges of the profile around the cleft
@@ -53,8 +53,8 @@ def known_synapses(
     networks: dict[str, str], # Names, as of `kind_of`, and folders of features in each run folder
     layer: str = 'backbone',
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Kept synapses, and the features of each kind
-    "Table, truth and all kinds of features of some runs, joined"
-    tables,sets = [],{}
+    "Table, truth and all kinds of features of some runs, joined. Raises `FeatureError` if a kind is of another network in another run: one probe cannot read both"
+    tables,sets,described = [],{},{}
     for k,(run,phantom) in enumerate(runs):
         store = ChunkStore.open(Path(run)/'chunks.zarr')
         table = read_table(Path(run)/'synapses.parquet', 'synapses').merge(pd.read_parquet(Path(phantom)/'truth.parquet'), on='id', validate='1:1')
@@ -69,6 +69,8 @@ def known_synapses(
         parts['hand-made'] = np.hstack([parts['morphometrics'], parts['intensity']])
         for name,folder in networks.items():
             ids,x = read_features(Path(run)/folder, layer)
+            how = {o: v for o,v in read_tag(next(Path(run, folder).glob('*.parquet')))['made_by'].items() if o in ('weights', 'views', 'cube')}
+            if how != described.setdefault(name, how): raise FeatureError(f"{Path(run)/folder}: described by another network, or in another way, than in {runs[0][0]}; use `evaluate_apart`")
             x,nuisance = x[pd.Index(ids).get_indexer(table.id)],kind_of(name)[1]
             parts[name] = without(x, table[known_nuisances[nuisance]].to_numpy(float)) if nuisance else x
         tables.append(table)
@@ -212,3 +214,24 @@ def evaluate(
     origin = made_by(networks=sorted(networks), n_synapses=len(everything))
     for name,t in found.items(): write_table(t, Path(out)/f'evaluation_{name}.parquet', f'evaluation {name}', origin)
     return found
+
+def mean_of_runs(
+    tables: list[pd.DataFrame], # One of those of `evaluate`, of each run
+) -> pd.DataFrame: # The same columns; the counts are of all runs together
+    "Means over runs that have nothing in common, with the intervals of such means"
+    t = pd.concat(tables, ignore_index=True)
+    key = [c for c in ('target', 'within', 'defect', 'synapses', 'features') if c in t]
+    ends = {c: c.removesuffix(c[-5:] if c[-5:-4] == '_' else c[-4:]) or 'value' for c in t if c.endswith(('lo95', 'hi95'))}
+    for end,value in ends.items(): t[end] = (t[end]-t[value])**2
+    groups = t.groupby(key, sort=False)
+    found = groups.mean().assign(**{c: groups[c].sum() for c in ('n', 'neurites', 'inhibitory') if c in t})
+    for end,value in ends.items(): found[end] = found[value] + (1 if end.endswith('hi95') else -1)*np.sqrt(found[end]/groups.size())
+    return found.reset_index()[list(tables[0])]
+
+def evaluate_apart(
+    runs: list[tuple[str|Path, str|Path]], # As of `evaluate`
+    networks: dict[str, str], # As of `evaluate`
+) -> dict[str, pd.DataFrame]: # As of `evaluate`
+    "Where each run has trained a network of its own: each is evaluated by itself, then their mean is taken"
+    apart = [evaluate([o], networks, o[0]) for o in runs]
+    return {name: mean_of_runs([o[name] for o in apart]) for name in apart[0]}

@@ -121,7 +121,7 @@ def draw_figures(
             return str(e)
         return ''
     order = (only or names)[::-1] # the table at the end takes longest
-    done = dict(side_by_side({name: partial(draw, name) for name in order}, at_once))
+    done = dict(side_by_side({name: partial(draw, name) for name in order}, at_once=at_once))
     drawn = [n for n in names if (out/f'{n}.html').exists()]
     def shown(name): return f'<h2><a href="{name}.html">{name}</a></h2>' + (f'<p><a href="{name}.pdf"><img alt="{name}" src="{name}.png"></a></p>' if (out/f'{name}.png').exists() else '')
     missing = ''.join(f'<li>{n}: {html.escape(why)}</li>' for n,why in done.items() if why)

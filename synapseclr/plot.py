@@ -119,7 +119,7 @@ def tell_figure(
 ) -> plt.Figure:
     "How much of biology and of imaging each kind of features tells"
     order = dict(biology='biology', both='biology', nuisance='nuisance')
-    fig,axes = plt.subplots(1, 2, figsize=(6, .32*told.groupby(told.about.map(order)).question.nunique().max()+1), layout='constrained')
+    fig,axes = plt.subplots(1, 2, figsize=(6, .32*told.groupby(told.about.map(order)).question.nunique().max()+1.2), layout='constrained')
     left = iter(category_colours)
     colour = {f: model_colours.get(f) or next(c for c in left if c not in model_colours.values()) for f in told.features.unique()}
     for ax,about in zip(axes, ('biology', 'nuisance')):
@@ -133,7 +133,7 @@ def tell_figure(
         first = some.drop_duplicates('question')
         ax.set_yticks(-np.arange(len(asked)), [f'{q} ({s})' for q,s in zip(first.question, first.score)], fontsize=6)
         ax.set_title(f'{about}: ' + ('the more the better' if about == 'biology' else 'the less the better'), fontsize=7); ax.tick_params(axis='x', labelsize=6); ax.set_xlim(-.15, 1.02)
-    axes[0].legend(fontsize=6, loc='lower right')
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc='outside lower center', ncols=len(colour))
     return fig
 
 # %% ../nbs/17_plot.ipynb #9f3b4cee
@@ -175,17 +175,18 @@ def training_curve(
 ) -> plt.Figure:
     "Loss per step, its mean per epoch, that of held-out synapses, start and floor (Fig. S1B); effective rank, and what probes read, below"
     probes = [o for o in ('type_auc', 'orientation_r2', 'blank_sections_r2') if o in epochs[-1]]
-    fig,axes = plt.subplots(2+bool(probes), 1, figsize=(5, 4+bool(probes)), sharex=True, height_ratios=[2, 1, 1][:2+bool(probes)])
+    fig,axes = plt.subplots(2+bool(probes), 1, figsize=(6, 3.4+bool(probes)), sharex=True, height_ratios=[2, 1, 1][:2+bool(probes)], layout='constrained')
+    beside = dict(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     def line(ax, name, **kwargs): ax.plot([r['step'] for r in epochs], [r.get(name, np.nan) for r in epochs], **kwargs)
     axes[0].plot([r['step'] for r in steps], [r['loss'] for r in steps], c='#999999', lw=.5)
     line(axes[0], 'mean_loss', c='k', label='mean of an epoch'); line(axes[0], 'held_out_loss', c='#009E73', label='held-out synapses')
     for name,style in (('start', ':'), ('floor', '--')):
         if name in epochs[0]: axes[0].axhline(epochs[0][name], ls=style, c='k', label=dict(start=r'$\log(2N-1)$', floor='floor')[name])
-    axes[0].set_ylabel('loss'); axes[0].legend(fontsize=7, loc='upper right', ncols=2)
+    axes[0].set_ylabel('loss'); axes[0].legend(**beside)
     for name,colour in (('rank_backbone', '#0072B2'), ('rank_projection', '#E69F00')): line(axes[1], name, c=colour, label=name.removeprefix('rank_'))
-    axes[1].set_ylabel('effective rank'); axes[1].legend(fontsize=7, loc='lower right'); axes[1].set_ylim(0)
+    axes[1].set_ylabel('effective rank'); axes[1].legend(**beside); axes[1].set_ylim(0)
     for name,colour in zip(probes, ('#CC79A7', '#D55E00', '#56B4E9')): line(axes[-1], name, c=colour, label=name.replace('_', ' '))
-    if probes: axes[-1].set_ylabel('probes'); axes[-1].set_ylim(-.3, 1); axes[-1].legend(fontsize=7, ncols=3)
+    if probes: axes[-1].set_ylabel('probes'); axes[-1].set_ylim(-.3, 1); axes[-1].legend(**beside)
     axes[-1].set_xlabel('step')
     fig.align_ylabels()
     return fig

@@ -5,10 +5,11 @@
 # %% ../nbs/18h_report.ipynb #826db5a5
 from __future__ import annotations
 import base64, datetime, html, io, logging, os, re, signal, sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, psutil
 import synapseclr
@@ -202,16 +203,19 @@ def write_index(c: RunConfig) -> Path:
 # %% ../nbs/18h_report.ipynb #27f68703
 def side_by_side(
     jobs: dict[str, Callable], # Each executes a notebook
+    after: dict[str, Iterable[str]] = MappingProxyType({}), # Which others a job waits for
     at_once: int = 2,
 ) -> Iterator[tuple[str, object]]: # Names and results, as they come
     "Execute notebooks side by side"
     cores = int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count())
     with headless(OMP_NUM_THREADS=str(max(1, cores//at_once))),ThreadPoolExecutor(at_once) as pool:
-        running = {pool.submit(job): name for name,job in jobs.items()}
+        waiting,running = dict(jobs),{}
         try:
-            for done in as_completed(running): yield running[done],done.result()
+            while waiting or running:
+                ready = [o for o in waiting if not {*after.get(o, ())} & {*waiting, *running.values()}]
+                running |= {pool.submit(waiting.pop(o)): o for o in ready[:at_once-len(running)]}
+                for done in wait(running, return_when=FIRST_COMPLETED).done: yield running.pop(done),done.result()
         except BaseException:
-            for job in running: job.cancel()
             while wait(running, .5).not_done:
                 for kernel in psutil.Process().children(): kernel.send_signal(signal.SIGINT)
             raise

@@ -32,9 +32,9 @@ from .train import TrainConfig, TrainingError, measured, train
 from .volume import LayerSource
 
 # %% auto #0
-__all__ = ['stages', 'together', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage',
+__all__ = ['stages', 'readers', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage',
            'extract_stage', 'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of', 'impute_stage',
-           'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage', 'stages_of', 'turns']
+           'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage', 'stages_of']
 
 # %% ../nbs/18g_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -176,18 +176,11 @@ def evaluate_stage(c: RunConfig):
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
 
 stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, embed=embed_stage, qc=qc_stage,
-    query=query_stage, impute=impute_stage, evaluate=evaluate_stage, consensus=consensus_stage, manifold=manifold_stage, export=export_stage)
-together = (('query', 'impute', 'evaluate'), ('consensus', 'manifold')) # Stages that do not read what the others write
+    query=query_stage, impute=impute_stage, consensus=consensus_stage, manifold=manifold_stage, export=export_stage, evaluate=evaluate_stage)
+readers = dict(embed=(), qc=('embed',), query=('qc',), impute=('qc',), consensus=('impute',), manifold=('embed', 'qc', 'impute'), export=('embed', 'qc', 'impute', 'consensus'), evaluate=()) # Stages that read features, and whose results each reads besides: they can share the cores, all others need them whole
 
 def stages_of(c: RunConfig) -> list[str]:
     "The stages that a run has: phantom and evaluation only with a phantom, quality control only if defects are marked, imputation and consensus only with a table of neurons"
     marked = c.qc.prompts or c.qc.play or (c.folder/'labels.csv').exists()
     has = dict(phantom=c.phantom, evaluate=c.phantom, qc=marked, impute=c.source.neurons, consensus=c.source.neurons)
     return [s for s in stages if has.get(s, True)]
-
-def turns(
-    names: list[str], # Stages
-) -> list[list[str]]: # The same
-    "In which order stages are done, and which of them need not wait for each other"
-    groups = dict.fromkeys(next((g for g in together if s in g), (s,)) for s in stages)
-    return [t for g in groups if (t := [s for s in g if s in names])]

@@ -4,7 +4,7 @@
 
 # %% ../nbs/19_cli.ipynb #bef9bd4c
 from __future__ import annotations
-import os, sys, time
+import os, re, sys, time
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -59,7 +59,7 @@ def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **
         return train_stage(c, **parameters)
     def done(name):
         start = time.perf_counter()
-        print(f'[{names.index(name)+1}/{len(names)}] {name}: {stages[name].__doc__}', flush=True)
+        print(f'[{names.index(name)+1}/{len(names)}] {name}: {stages[name].__doc__}\n', end='', flush=True) # in one piece, for another may be speaking
         if notebook: run_notebook(name, config, overrides, **parameters)
         else: stages[name](c, **parameters)
         return time.perf_counter()-start
@@ -210,7 +210,7 @@ def similar_command(
 ):
     found = similar(run, _ids(run, ids), k, where, features)
     if out: found.to_csv(out, index=False)
-    short = [c for c in ('id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster', 'neuroglancer') if c in found]
+    short = [c for c in found if c in ('id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster') or (where and re.search(rf'\b{c}\b', where))]
     print(f'{len(found)} synapses are in {out}' if out else found[short].round(4).to_string(index=False))
 
 @app.command('serve', help='Serve the local layers of a run to neuroglancer, on this machine alone, so that the links of `export` work')

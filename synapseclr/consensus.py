@@ -91,9 +91,9 @@ def write_back(
     out = pd.DataFrame(dict(id=table.id))
     for side in ('pre', 'post'):
         of = neurites[neurites.polarity == side].set_index('neurite_id')
-        at = of.index.get_indexer(table[f'{side}_root_id'])
-        out[f'call_{side}'] = pd.Categorical.from_codes(np.where(at < 0, 2, of.call.cat.codes.to_numpy()[at]), ['E', 'I', 'abstain'])
-        out[f'p_inhibitory_{side}'] = np.where(at < 0, np.nan, of.p_inhibitory.to_numpy()[at])
+        of = of[['call', 'p_inhibitory']].reindex(table[f'{side}_root_id'])
+        out[f'call_{side}'] = pd.Categorical(of.call.astype('object').fillna('abstain').to_numpy(), ['E', 'I', 'abstain'])
+        out[f'p_inhibitory_{side}'] = of.p_inhibitory.to_numpy(float)
     return out
 
 # %% ../nbs/15_consensus.ipynb #d66fabfb
@@ -172,5 +172,5 @@ def type_neurites(
     if not parts: raise ConsensusError(f"{run}: no types were imputed; see the report of `synapseclr impute` for the reason")
     neurites,origin = pd.concat(parts, ignore_index=True),made_by(config, n_synapses=len(imputed))
     write_table(neurites, run/'neurites.parquet', 'neurites', origin)
-    if len(parts) == 2: write_table(write_back(table.reset_index(), neurites), run/'synapse_types.parquet', 'synapse types', origin)
+    write_table(write_back(table.reset_index(), neurites), run/'synapse_types.parquet', 'synapse types', origin)
     return neurites,found

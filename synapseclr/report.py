@@ -164,10 +164,11 @@ def _imputed(c: RunConfig) -> str:
     scores = scores.assign(score=score, value=value)
     chosen = scores[scores.features == c.impute.features].set_index('trait')
     out = pd.DataFrame(dict(score=chosen.score, value=[f'{r.value:.3f} [{r.lo95:.2f}, {r.hi95:.2f}]' for r in chosen.itertuples()], known=chosen.n, neurons=chosen.neurons), index=chosen.index)
+    few = '; with fewer than 30 known neurons an interval is narrower than the truth, and chance can look like knowledge' if (chosen.neurons < 30).any() else ''
     for other in ('untrained', 'morphometrics'):
         o = scores[scores.features == other].set_index('trait').reindex(out.index)
         out[f'lead over {other}'] = [f'{r.lead:+.3f} [{r.lead_lo95:+.2f}, {r.lead_hi95:+.2f}]' for r in o.itertuples()]
-    return f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.features)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance.</p>{_rows(out.rename_axis(None))}'
+    return f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.features)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'
 
 def _neurites(c: RunConfig) -> str:
     "What neurites were called"
@@ -176,7 +177,8 @@ def _neurites(c: RunConfig) -> str:
     counts = found.assign(call=found.call.astype('object').replace({'E': 'excitatory', 'I': 'inhibitory', 'abstain': 'not called'})).groupby(['polarity', 'call']).size().unstack(fill_value=0)
     known = found[found.known.notna() & found.call.isin(['E', 'I'])]
     right = ((known.call == 'I') == (known.known > .5)).groupby(known.polarity).mean()
-    counts['right, where known'] = [f'{100*right[p]:.1f} %' if p in right else '' for p in counts.index]
+    n = known.groupby('polarity').size()
+    counts['right, where known'] = [f'{right[p]*n[p]:.0f} of {n[p]}' if p in right else '' for p in counts.index]
     return f'<h2>Neurites</h2><p>Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
 
 _parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'told.parquet': _told, 'defects.parquet': _defects, 'imputation.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs
@@ -194,7 +196,7 @@ def write_index(c: RunConfig) -> Path:
         for s,p in pages if p.exists()]
     body = ''.join(_part(c, file) for file in _parts if (c.folder/file).exists())
     files = ''.join(f'<li><a href="../{o}">{o}</a>: {what}</li>' for o,what in _files.items() if (c.folder/o).exists())
-    body = f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}.</p>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><pre>{html.escape((c.folder/"config.toml").read_text())}</pre>'
+    body = f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}.</p>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><details><summary>all options</summary><pre>{html.escape((c.folder/"config.toml").read_text())}</pre></details>'
     path = c.folder/'report/index.html'
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as f: f.write_text(page(c.folder.resolve().name, body))

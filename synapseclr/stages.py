@@ -16,7 +16,7 @@ from .embed import EmbedConfig, embed
 from .evaluate import evaluate
 from .export import ExportConfig, export
 from .extract import ExtractConfig, extract
-from .fetch import DataConfig, FetchConfig, fetch
+from .fetch import DataConfig, FetchConfig, fetch, outcome
 from .impute import ImputeConfig, impute
 from .joined import run_table
 from .manifold import ManifoldConfig, manifold
@@ -91,7 +91,9 @@ def phantom_stage(c: RunConfig):
 
 def fetch_stage(c: RunConfig, processes: int = 1):
     "Cut every synapse of the table out of the volume"
-    return fetch(c.source, c.fetch, c.folder, processes)
+    table = fetch(c.source, c.fetch, c.folder, processes)
+    if (table.reject_reason == '').any(): return table
+    raise ConfigError(f"{outcome(table)}; {table.blank_fraction.median():.0%} of the median window is blank or outside the volume. Make the window of [fetch] smaller (z, y, x), or raise its max_blank_fraction; configs/vnc.toml is for a thin stack")
 
 def annotate_stage(c: RunConfig):
     "Measure every synapse: volumes, contact area, cleft, missing sections, the way to the somata"

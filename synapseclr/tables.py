@@ -205,7 +205,9 @@ def read_neurons(
     if found['root_id'] and (unfit := _id_problem('root_id', table[found['root_id']])): problems.append(unfit)
     soma,wrong = _somata(table, voxel_nm)
     if not problems:
-        kind = table[found['cell_type']].astype('str').str.strip().str.lower().map(neuron_types).astype(float)
+        words = table[found['cell_type']].dropna().astype('str').str.strip().str.lower()
+        kind = words.map(neuron_types).reindex(table.index).astype(float)
+        if (words != '').any() and kind.isna().all(): problems.append(f"column {found['cell_type']}: none of its words is known, such as '{words[words != ''].iloc[0]}'; write excitatory or inhibitory, or leave it empty where the type is not known")
         kinds = kind.groupby(table[found['root_id']]).transform('nunique')
         if (kinds > 1).any(): problems.append(f"column {found['root_id']}: cells that are excitatory in one row and inhibitory in another, in {_examples(kinds > 1)}")
     problems += wrong

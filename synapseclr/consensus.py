@@ -91,9 +91,9 @@ def write_back(
     out = pd.DataFrame(dict(id=table.id))
     for side in ('pre', 'post'):
         of = neurites[neurites.polarity == side].set_index('neurite_id')
-        of = of[['call', 'p_inhibitory']].reindex(table[f'{side}_root_id'])
-        out[f'call_{side}'] = pd.Categorical(of.call.astype('object').fillna('abstain').to_numpy(), ['E', 'I', 'abstain'])
-        out[f'p_inhibitory_{side}'] = of.p_inhibitory.to_numpy(float)
+        at = of.index.get_indexer(table[f'{side}_root_id']) # -1, the last one, if it is not there
+        out[f'call_{side}'] = pd.Categorical.from_codes(np.append(of.call.cat.codes, 2)[at], ['E', 'I', 'abstain'])
+        out[f'p_inhibitory_{side}'] = np.append(of.p_inhibitory, np.nan)[at]
     return out
 
 # %% ../nbs/15_consensus.ipynb #d66fabfb

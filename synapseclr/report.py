@@ -134,7 +134,8 @@ def _training(c: RunConfig) -> str:
     steps,epochs = read_log(c.folder)
     last = epochs[-1]
     above = f", {last['mean_loss']-last['floor']:.3f} above its floor" if 'floor' in last else ''
-    return f"<h2>Training</h2><p>{len(steps)} steps of {c.train.batch_size} synapses, preset {c.train.model}; loss {last['mean_loss']:.3f}{above}; effective rank of the features {last['rank_backbone']:.0f}.</p>{_picture(training_curve(steps, epochs))}"
+    told = ' A few minutes of training do not make a good network: <a href="evaluate.html">evaluate</a> sets it beside an untrained one and the one that comes with the package.' if c.phantom else ''
+    return f"<h2>Training</h2><p>{len(steps)} steps of {c.train.batch_size} synapses, preset {c.train.model}; loss {last['mean_loss']:.3f}{above}; effective rank of the features {last['rank_backbone']:.0f}.{told}</p>{_picture(training_curve(steps, epochs))}"
 
 def _map(c: RunConfig) -> str:
     "The map, and what features tell"

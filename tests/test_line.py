@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import pandas as pd, pytest
 from conftest import files, python, synapseclr
 from synapseclr.stages import open_run, stages, stages_of
-from synapseclr.extract import read_features
+from synapseclr.extract import FeatureError, read_features
 from synapseclr.store import ChunkStore
 from synapseclr.tables import read_table
 
@@ -162,3 +162,15 @@ def test_phantom_line(tmp_path):
     assert set(targets.features) == {'trained', 'trained without angle', 'untrained', 'morphometrics', 'intensity', 'hand-made', 'latents'}
     latents = targets[(targets.target == 'presynaptic type') & (targets.within == 'all')].set_index('features').value
     assert latents['latents'] > .9
+    refuse_two_networks(tmp_path/'run', tmp_path/'other')
+
+def refuse_two_networks(run, other):
+    "One probe reads what one network describes, in several runs; not what two describe"
+    from synapseclr.evaluate import known_synapses
+    other.mkdir()
+    for o,there in {'chunks.zarr': 'chunks.zarr', 'synapses.parquet': 'synapses.parquet', 'features': 'features_untrained', 'features_same': 'features'}.items(): (other/o).symlink_to(run/there)
+    (run/'features_same').symlink_to(run/'features')
+    runs = [(run, run/'phantom'), (other, run/'phantom')]
+    with pytest.raises(FeatureError, match='described by another network, or in another way.*use `evaluate_apart`'): known_synapses(runs, {'trained': 'features'})
+    table,sets = known_synapses(runs, {'trained': 'features_same'})
+    assert len(table) == len(sets['trained']) == 2*table.id.nunique()

@@ -195,7 +195,8 @@ def write_index(c: RunConfig) -> Path:
     pages = [(s, c.folder/'report'/f'{s}.html') for s in stages]
     rows = [f'<li><a href="{s}.html">{s}</a>: {html.escape(stages[s].__doc__)} <small>({datetime.datetime.fromtimestamp(p.stat().st_mtime):%Y-%m-%d %H:%M}; <a href="{s}.ipynb">notebook</a>)</small></li>'
         for s,p in pages if p.exists()]
-    body = ''.join(_part(c, file) for file in _parts if (c.folder/file).exists())
+    with plt.style.context(['default', {'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False}]): # whoever draws
+        body = ''.join(_part(c, file) for file in _parts if (c.folder/file).exists())
     files = ''.join(f'<li><a href="../{o}">{o}</a>: {what}</li>' for o,what in _files.items() if (c.folder/o).exists())
     body = f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}.</p>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><details><summary>all options</summary><pre>{html.escape((c.folder/"config.toml").read_text())}</pre></details>'
     path = c.folder/'report/index.html'

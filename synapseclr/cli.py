@@ -63,8 +63,7 @@ def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **
         if notebook: run_notebook(name, config, overrides, **parameters)
         else: stages[name](c, **parameters)
         return time.perf_counter()-start
-    shared = [o for o in names if o in readers] if notebook else []
-    if len(shared) == 1: shared = []
+    shared = [o for o in names if o in readers] if notebook and len(names) > 1 else []
     try:
         for name,seconds in chain(((o, done(o)) for o in names if o not in shared), side_by_side({o: partial(done, o) for o in shared}, readers)):
             if notebook: write_index(c)

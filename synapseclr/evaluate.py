@@ -221,7 +221,7 @@ def mean_of_runs(
     "Means over runs that have nothing in common, with the intervals of such means"
     t = pd.concat(tables, ignore_index=True)
     key = [c for c in ('target', 'within', 'defect', 'synapses', 'features') if c in t]
-    ends = {c: c.removesuffix(c[-5:] if c[-5:-4] == '_' else c[-4:]) or 'value' for c in t if c.endswith(('lo95', 'hi95'))}
+    ends = {c: c[:-5] or 'value' for c in t if c.endswith(('lo95', 'hi95'))}
     for end,value in ends.items(): t[end] = (t[end]-t[value])**2
     groups = t.groupby(key, sort=False)
     found = groups.mean().assign(**{c: groups[c].sum() for c in ('n', 'neurites', 'inhibitory') if c in t})

@@ -295,8 +295,7 @@ class _GP(BaseEstimator):
         self.centre_ = X.mean(0)
         some = torch.from_numpy(X[np.random.default_rng(self.seed).permutation(len(X))[:1000]]-self.centre_)
         typical = some.square().sum(1) if self.kernel == 'linear' else closeness('rbf', some, some)[~torch.eye(len(some), dtype=bool)]
-        self.scale_ = float(typical.median())**.5 if len(typical) else 1.
-        if self.scale_ == 0: self.scale_ = 1.
+        self.scale_ = float(typical.median())**.5 or 1. if len(typical) else 1.
         return groups
 
     def _units(self, X: np.ndarray) -> Tensor:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, psutil
 import synapseclr
@@ -177,9 +176,8 @@ def _neurites(c: RunConfig) -> str:
     found = found[found.n_synapses > 0]
     counts = found.assign(call=found.call.astype('object').replace({'E': 'excitatory', 'I': 'inhibitory', 'abstain': 'not called'})).groupby(['polarity', 'call']).size().unstack(fill_value=0)
     known = found[found.known.notna() & found.call.isin(['E', 'I'])]
-    right = ((known.call == 'I') == (known.known > .5)).groupby(known.polarity).mean()
-    n = known.groupby('polarity').size()
-    counts['right, where known'] = [f'{right[p]*n[p]:.0f} of {n[p]}' if p in right else '' for p in counts.index]
+    right = ((known.call == 'I') == (known.known > .5)).groupby(known.polarity).agg(['sum', 'size'])
+    counts['right, where known'] = ['{} of {}'.format(*right.loc[p]) if p in right.index else '' for p in counts.index]
     return f'<h2>Neurites</h2><p>Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
 
 _parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'told.parquet': _told, 'defects.parquet': _defects, 'imputation.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs
@@ -207,7 +205,7 @@ def write_index(c: RunConfig) -> Path:
 # %% ../nbs/18h_report.ipynb #27f68703
 def side_by_side(
     jobs: dict[str, Callable], # Each executes a notebook
-    after: dict[str, Iterable[str]] = MappingProxyType({}), # Which others a job waits for
+    after: dict[str, Iterable[str]]|None = None, # Which others a job waits for
     at_once: int = 2,
 ) -> Iterator[tuple[str, object]]: # Names and results, as they come
     "Execute notebooks side by side"
@@ -216,7 +214,7 @@ def side_by_side(
         waiting,running = dict(jobs),{}
         try:
             while waiting or running:
-                ready = [o for o in waiting if not {*after.get(o, ())} & {*waiting, *running.values()}]
+                ready = [o for o in waiting if not {*(after or {}).get(o, ())} & {*waiting, *running.values()}]
                 running |= {pool.submit(waiting.pop(o)): o for o in ready[:at_once-len(running)]}
                 for done in wait(running, return_when=FIRST_COMPLETED).done: yield running.pop(done),done.result()
         except BaseException:

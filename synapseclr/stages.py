@@ -91,7 +91,7 @@ def phantom_stage(c: RunConfig):
 
 def fetch_stage(c: RunConfig, processes: int = 1):
     "Cut every synapse of the table out of the volume"
-    if c.source.neurons: neurons_of(c) # what is wrong with it is said now, not after hours
+    _known_neurons(c) # what is wrong with it is said now, not after hours
     table = fetch(c.source, c.fetch, c.folder, processes)
     if (table.reject_reason == '').any(): return table
     raise ConfigError(f"{outcome(table)}; {table.blank_fraction.median():.0%} of the median window is blank or outside the volume. Make the window of [fetch] smaller (z, y, x), or raise its max_blank_fraction; configs/vnc.toml is for a thin stack")

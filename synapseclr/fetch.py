@@ -274,9 +274,11 @@ def describe_plan(
     rows,voxel_nm = read_rows(data.table, data, layers),layers['em'].voxel_nm
     needs,centres = needs_of(layers, config),centres_vx(rows, voxel_nm)
     c = plan_costs(needs, centres, plan_blocks(needs, centres, config.capacity(voxel_nm)), config.memory_gb*1e9/2, 2*int(np.prod(config.shapes(voxel_nm)[1])))
+    outside = (1-needs[0].share_inside(centres) >= config.max_blank_fraction).sum()
+    lost = f"\n{outside} of them will be rejected: {config.max_blank_fraction:.0%} or more of their window is outside the volume" if outside else ''
     return f"""{c['synapses']} synapses in {c['blocks']} blocks, {c['reads']} reads of every layer
 {c['chunks']} storage chunks to decode, {c['gb_decoded']:.3g} GB: {c['times_needed']:.2g} times what is needed, {c['times_less']:.2g} times less than synapse by synapse ({c['gb_synapse_major']:.3g} GB)
-{c['task_gb']:.2g} GB of memory for the largest block"""
+{c['task_gb']:.2g} GB of memory for the largest block{lost}"""
 
 # %% ../nbs/04_fetch.ipynb #f08dbd79
 @queueable

@@ -365,8 +365,9 @@ class GPRegressor(RegressorMixin, _GP):
         "Mean and standard deviation in units of the target"
         mean,sd = self.y_mean_+self.y_sd_*mean,self.y_sd_*var**.5
         if self.log_offset is None: return mean,sd
-        middle = np.exp(mean+sd**2/2)
-        return middle-self.log_offset,middle*np.expm1(sd**2)**.5
+        with np.errstate(over='ignore'): # infinite for a row so far from all others that nothing is known of it
+            middle = np.exp(mean+sd**2/2)
+            return middle-self.log_offset,middle*np.expm1(sd**2)**.5
 
     def predict(self, X, return_std: bool = False):
         "Mean, and standard deviation, of the measurement"

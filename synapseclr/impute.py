@@ -151,9 +151,9 @@ def judge(
     return pd.DataFrame(rows),out,kept[config.features][1]
 
 def _apart(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray, groups: np.ndarray, folds) -> tuple[list, tuple|None]:
-    "`predicted_apart` with parameters tuned on everything, and these"
+    "`predicted_apart` with parameters tuned on everything, unless that is a few neurons, and these"
     params = clone(model).fit(x, y, groups).params_ if model.method != 'vsgp' else None
-    return predicted_apart(clone(model).set_params(params=params), x, y, groups, folds),params
+    return predicted_apart(clone(model).set_params(params=params if len(np.unique(groups)) >= 30 else None), x, y, groups, folds),params
 
 # %% ../nbs/14a_impute.ipynb #5240095e
 def labelled_neurons(

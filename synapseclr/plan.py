@@ -36,6 +36,13 @@ class Need:
         lo,hi = (np.clip(c - np.array(self.window)//2 + add, self.bounds.lo, self.bounds.hi) - self.bounds.lo for c,add in ((lowest, 0), (highest, self.window)))
         return np.where(hi > lo, -(-hi//self.chunk) - lo//self.chunk, 0).prod(-1)
 
+    def share_inside(self,
+        centres: np.ndarray, # `(n, 3)` voxels
+    ) -> np.ndarray: # `(n,)`, 0 to 1
+        "How much of each window lies in the layer"
+        lo = centres - np.array(self.window)//2
+        return (np.minimum(lo+self.window, self.bounds.hi) - np.maximum(lo, self.bounds.lo)).clip(0).prod(1)/np.prod(self.window)
+
     @property
     def chunk_bytes(self) -> int: return int(np.prod(self.chunk))*self.voxel_bytes
 

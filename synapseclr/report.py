@@ -75,12 +75,12 @@ def _known_errors(base=SynapseCLRError) -> set[str]:
     return {base.__name__}.union(*[_known_errors(o) for o in base.__subclasses__()])
 
 def _talk():
-    "Let papermill pass on the progress bars of a notebook, and nothing else: the rest is in the report"
+    "Let papermill pass on the progress bars and hints of a notebook, and nothing else: the rest is in the report"
     log = logging.getLogger('papermill')
     if log.handlers: return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter('  %(message)s'))
-    handler.addFilter(lambda r: '%|' in r.getMessage())
+    handler.addFilter(lambda r: '%|' in r.getMessage() or r.getMessage().startswith('hint:'))
     log.addHandler(handler); log.setLevel(logging.INFO); log.propagate = False
 
 # %% ../nbs/18h_report.ipynb #7801efa9
@@ -120,23 +120,24 @@ def _picture(fig: plt.Figure) -> str:
 
 def _rows(table: pd.DataFrame) -> str: return table.to_html(border=0, na_rep='')
 
-def _data(c: RunConfig) -> str:
+def _data(c: RunConfig) -> tuple[str, str]:
     "What went in"
     table = read_table(c.folder/'synapses.parquet', 'synapses')
     reason = table.reject_reason.where(table.reject_reason == '', table.reject_reason.str.split(':').str[0])
     counts = reason.replace('', 'kept').value_counts().rename('synapses').rename_axis(None).to_frame()
     source = f'a phantom (seed {c.phantom.seed}), of which everything is known' if c.phantom else f'table {c.data.table}, EM {c.data.em.path}'
-    return f'<h2>Synapses</h2><p>{html.escape(source)}.</p>{_rows(counts)}'
+    return f"{counts.synapses.get('kept', 0)} of {len(table)} synapses are kept.",f'<h2>Synapses</h2><p>{html.escape(source)}.</p>{_rows(counts)}'
 
-def _training(c: RunConfig) -> str:
+def _training(c: RunConfig) -> tuple[str, str]:
     "How the network learnt"
     steps,epochs = read_log(c.folder)
     last = epochs[-1]
     above = f", {last['mean_loss']-last['floor']:.3f} above its floor" if 'floor' in last else ''
     told = ' A few minutes of training do not make a good network: <a href="evaluate.html">evaluate</a> sets it beside an untrained one and the one that comes with the package.' if c.phantom else ''
-    return f"<h2>Training</h2><p>{len(steps)} steps of {c.train.batch_size} synapses, preset {c.train.model}; loss {last['mean_loss']:.3f}{above}; effective rank of the features {last['rank_backbone']:.0f}.{told}</p>{_picture(training_curve(steps, epochs))}"
+    short = f"The network was trained for {len(steps)} steps; its loss fell from {epochs[0]['mean_loss']:.2f} to {last['mean_loss']:.2f}." if len(epochs) > 1 else ''
+    return short,f"<h2>Training</h2><p>{len(steps)} steps of {c.train.batch_size} synapses, preset {c.train.model}; loss {last['mean_loss']:.3f}{above}; effective rank of the features {last['rank_backbone']:.0f}.{told}</p>{_picture(training_curve(steps, epochs))}"
 
-def _map(c: RunConfig) -> str:
+def _map(c: RunConfig) -> tuple[str, str]:
     "The map, and what features tell"
     table = run_table(c.folder, neurons_of(c) if c.source.neurons else None, names=['map'])
     shown = {'cluster': table.cluster.astype(str), 'log cleft volume': np.log10(table.cleft_um3.where(table.cleft_um3 > 0))}
@@ -144,18 +145,19 @@ def _map(c: RunConfig) -> str:
     fig,axes = plt.subplots(1, len(shown), figsize=(2.6*len(shown), 2.6), layout='constrained')
     for ax,(title,v) in zip(axes, shown.items()): draw_map(ax, table[['umap_1', 'umap_2']].to_numpy(), v, title)
     if table.cluster.nunique() > 8: axes[list(shown).index('cluster')].legend([], frameon=False)
-    return f'<h2>Map</h2><p>Each dot is a synapse; those that look alike are near each other. {table.cluster.nunique()} clusters, {table.island.max()+1} island{"s" if table.island.max() else ""}.</p>{_picture(fig)}'
+    return '',f'<h2>Map</h2><p>Each dot is a synapse; those that look alike are near each other. {table.cluster.nunique()} clusters, {table.island.max()+1} island{"s" if table.island.max() else ""}.</p>{_picture(fig)}'
 
-def _told(c: RunConfig) -> str:
+def _told(c: RunConfig) -> tuple[str, str]:
     told = read_table(c.folder/'told.parquet', 'told')
-    return f'<h2>What features tell</h2><p>To the left what they should tell, to the right what they should not, each about neurons that the probe has not seen.</p>{_picture(tell_figure(told))}'
+    return '',f'<h2>What features tell</h2><p>To the left what they should tell, to the right what they should not, each about neurons that the probe has not seen.</p>{_picture(tell_figure(told))}'
 
-def _defects(c: RunConfig) -> str:
+def _defects(c: RunConfig) -> tuple[str, str]:
     "What quality control removed"
     found = read_table(c.folder/'defects.parquet', 'defects')
-    return f'<h2>Defects</h2><p>From {found.prompt.sum()} marked ones: {found.removed.sum()} of {len(found)} synapses removed ({100*found.removed.mean():.1f} %), {(found.removed & ~found.prompt).sum()} of them found.</p>'
+    gone = f'{found.removed.sum()} of {len(found)} synapses'
+    return f'{gone} look like defects and are taken out.',f'<h2>Defects</h2><p>From {found.prompt.sum()} marked ones: {gone} removed ({100*found.removed.mean():.1f} %), {(found.removed & ~found.prompt).sum()} of them found.</p>'
 
-def _imputed(c: RunConfig) -> str:
+def _imputed(c: RunConfig) -> tuple[str, str]:
     "How well traits are imputed"
     scores = read_table(c.folder/'imputation.parquet', 'imputation')
     scores = scores[scores.split == 'neurons']
@@ -164,13 +166,16 @@ def _imputed(c: RunConfig) -> str:
     scores = scores.assign(score=score, value=value)
     chosen = scores[scores.features == c.impute.features].set_index('trait')
     out = pd.DataFrame(dict(score=chosen.score, value=[f'{r.value:.3f} [{r.lo95:.2f}, {r.hi95:.2f}]' for r in chosen.itertuples()], known=chosen.n, neurons=chosen.neurons), index=chosen.index)
-    few = '; with fewer than 30 known neurons an interval is narrower than the truth, and chance can look like knowledge' if (chosen.neurons < 30).any() else ''
-    for other in ('untrained', 'morphometrics'):
-        o = scores[scores.features == other].set_index('trait').reindex(out.index)
-        out[f'lead over {other}'] = [f'{r.lead:+.3f} [{r.lead_lo95:+.2f}, {r.lead_hi95:+.2f}]' for r in o.itertuples()]
-    return f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.features)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'
+    few = '; with fewer than 30 known neurons chance can look like knowledge' if (chosen.neurons < 30).any() else ''
+    leads = {o: scores[scores.features == o].set_index('trait').reindex(out.index) for o in ('untrained', 'morphometrics')}
+    for other,lead in leads.items(): out[f'lead over {other}'] = [f'{r.lead:+.3f} [{r.lead_lo95:+.2f}, {r.lead_hi95:+.2f}]' for r in lead.itertuples()]
+    told = chosen[chosen.lo95 > np.where(chosen.score == 'AUC', .5, 0)]
+    names = [f'{r.Index} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < 30 else '') + ')' for r in told.sort_values('value', ascending=False).itertuples()]
+    better = [t for t in told.index if leads['morphometrics'].lead_lo95.get(t, -1) > 0]
+    short = f"Of neurons it has not seen it tells {', '.join(names) or 'nothing'}; not told: {', '.join(chosen.index.drop(told.index)) or 'none'}. Plain measurements of the masks are clearly worse in {', '.join(better) or 'none of these'}."
+    return short,f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.features)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'
 
-def _neurites(c: RunConfig) -> str:
+def _neurites(c: RunConfig) -> tuple[str, str]:
     "What neurites were called"
     found = read_table(c.folder/'neurites.parquet', 'neurites')
     found = found[found.n_synapses > 0]
@@ -178,15 +183,17 @@ def _neurites(c: RunConfig) -> str:
     known = found[found.known.notna() & found.call.isin(['E', 'I'])]
     right = ((known.call == 'I') == (known.known > .5)).groupby(known.polarity).agg(['sum', 'size'])
     counts['right, where known'] = ['{} of {}'.format(*right.loc[p]) if p in right.index else '' for p in counts.index]
-    return f'<h2>Neurites</h2><p>Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
+    called = found[found.call.isin(['E', 'I'])].groupby('polarity').size()
+    short = 'Called excitatory or inhibitory: ' + ', '.join(f"{called.get(p, 0)} of {n} {dict(pre='axons', post='dendrites').get(p, p)}" + (', {} of {} right where known'.format(*right.loc[p]) if p in right.index else '') for p,n in found.groupby('polarity', sort=False).size().items()) + '.'
+    return short,f'<h2>Neurites</h2><p>Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
 
 _parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'told.parquet': _told, 'defects.parquet': _defects, 'imputation.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs
 _files = {'figures/index.html': "the paper's figures, drawn from this run", 'table.parquet': 'one row per synapse, all that is known', 'synapses.h5ad': 'AnnData for scanpy', 'annotations': 'annotation layer for neuroglancer', 'synapses.parquet': 'synapses with measurements', 'imputed.parquet': 'imputed traits', 'neurites.parquet': 'types of neurites', 'features': 'features of the trained network', 'train/weights.safetensors': 'the network'}
 
-def _part(c: RunConfig, file: str) -> str:
-    "What one file says; or, if it does not fit what was done since, why it says nothing"
+def _part(c: RunConfig, file: str) -> tuple[str, str]:
+    "What one file says, in a sentence and in full; or, if it does not fit what was done since, why it says nothing"
     try: return _parts[file](c)
-    except SynapseCLRError as e: return f'<p>{file} is of an earlier state of the run: {html.escape(str(e))}</p>'
+    except SynapseCLRError as e: return '',f'<p>{file} is of an earlier state of the run: {html.escape(str(e))}</p>'
 
 def write_index(c: RunConfig) -> Path:
     "Write the first page of the report"
@@ -194,9 +201,10 @@ def write_index(c: RunConfig) -> Path:
     rows = [f'<li><a href="{s}.html">{s}</a>: {html.escape(stages[s].__doc__)} <small>({datetime.datetime.fromtimestamp(p.stat().st_mtime):%Y-%m-%d %H:%M}; <a href="{s}.ipynb">notebook</a>)</small></li>'
         for s,p in pages if p.exists()]
     with plt.style.context(['default', {'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False}]): # whoever draws
-        body = ''.join(_part(c, file) for file in _parts if (c.folder/file).exists())
+        parts = [_part(c, file) for file in _parts if (c.folder/file).exists()]
+    short,body = (''.join(o) for o in zip(*[(f'<li>{html.escape(s)}</li>' if s else '', b) for s,b in parts])) if parts else ('', '')
     files = ''.join(f'<li><a href="../{o}">{o}</a>: {what}</li>' for o,what in _files.items() if (c.folder/o).exists())
-    body = f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}.</p>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><details><summary>all options</summary><pre>{html.escape((c.folder/"config.toml").read_text())}</pre></details>'
+    body = f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}. In short:</p><ul>{short}</ul>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><details><summary>all options</summary><pre>{html.escape((c.folder/"config.toml").read_text())}</pre></details>'
     path = c.folder/'report/index.html'
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as f: f.write_text(page(c.folder.resolve().name, body))

@@ -252,6 +252,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     if not about:
         some = store.batch(training[:max(2, min(16, n_own, 2**22//cube.size**3))])
         mode,found = choose_mode(net, torch.cat([augmenter(*some, view) for view in (0, 1)]), 2*n_own*n_steps, config.precision, config.compile)
+        if process_rank() == 0: _warn_of_days(found, 2*n_own*n_steps/2/len(some[0]), device)
         agreed = [dict(step=0, mode=mode, measured=found, origin=origin)]
         if world > 1: dist.broadcast_object_list(agreed)
         about = agreed[0]
@@ -317,6 +318,11 @@ def _epoch(log: TrainingLog, seen: dict, step: int, epoch: int, config: TrainCon
     if seen['uniformity'] > -4e-4: raise TrainingError(f"collapse: after epoch {epoch} all projections point the same way (uniformity {seen['uniformity']:.5f}); {_last_good(folder)}")
     if seen['held_out_loss'] < best: save_weights(net, folder/'best.safetensors', **said, steps=step+1)
     bar.set_postfix(loss=f"{mean:.3f}", rank=f"{seen['rank_backbone']:.1f}", refresh=False)
+
+def _warn_of_days(measured: list[dict], n_times: float, device: torch.device):
+    "Say beforehand if training will take longer than a person waits"
+    days = min((o['seconds'] for o in measured), default=0)*n_times/86400
+    if days > 2: print(f'hint: at the speed just measured this training takes {days:.0f} days on {device.type}' + ('; it is meant for a GPU. The network and the cubes of configs/demo.toml are for machines without one' if device.type == 'cpu' else ''), flush=True)
 
 def _last_good(folder: Path) -> str: return f"the last good checkpoint is {next(iter(_checkpoints(folder)), 'none')}"
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import numpy as np, pydantic
 from cloudfiles.interfaces import HttpInterface
 from cloudvolume import CloudVolume
+from cloudvolume.exceptions import InfoUnavailableError, ScaleUnavailableError
 from requests.adapters import HTTPAdapter
 from urllib3 import Retry
 from .core import Box, Source, Strict, SynapseCLRError
@@ -53,6 +54,8 @@ def open_layer(
     path = source.path if '://' in source.path else f'file://{source.path}'
     try: volume = CloudVolume(path, mip=source.mip, progress=False, bounded=True, fill_missing=source.absent == 'zero', lru_bytes=cache_bytes,
         agglomerate=path.startswith('graphene://'), timestamp=source.timestamp)
+    except InfoUnavailableError: raise VolumeError(f"layer {name}: there is no volume at {path} (no file `info`)") from None
+    except ScaleUnavailableError: raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has {', '.join(map(str, CloudVolume(path).available_mips))}") from None
     except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e)}") from e
     x,y,z = (float(o) for o in volume.resolution)
     box = Box(*(tuple(int(o) for o in c)[::-1] for c in (volume.bounds.minpt, volume.bounds.maxpt)))

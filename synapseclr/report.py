@@ -134,7 +134,7 @@ def _training(c: RunConfig) -> tuple[str, str]:
     last = epochs[-1]
     above = f", {last['mean_loss']-last['floor']:.3f} above its floor" if 'floor' in last else ''
     told = ' A few minutes of training do not make a good network: <a href="evaluate.html">evaluate</a> sets it beside an untrained one and the one that comes with the package.' if c.phantom else ''
-    short = f"The network was trained for {len(steps)} steps; its loss fell from {epochs[0]['mean_loss']:.2f} to {last['mean_loss']:.2f}." if len(epochs) > 1 else ''
+    short = f"The network was trained for {len(steps)} steps; its loss went from {epochs[0]['mean_loss']:.2f} to {last['mean_loss']:.2f}." if len(epochs) > 1 else ''
     return short,f"<h2>Training</h2><p>{len(steps)} steps of {c.train.batch_size} synapses, preset {c.train.model}; loss {last['mean_loss']:.3f}{above}; effective rank of the features {last['rank_backbone']:.0f}.{told}</p>{_picture(training_curve(steps, epochs))}"
 
 def _map(c: RunConfig) -> tuple[str, str]:
@@ -172,7 +172,7 @@ def _imputed(c: RunConfig) -> tuple[str, str]:
     told = chosen[chosen.lo95 > np.where(chosen.score == 'AUC', .5, 0)]
     names = [f'{r.Index} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < 30 else '') + ')' for r in told.sort_values('value', ascending=False).itertuples()]
     better = [t for t in told.index if leads['morphometrics'].lead_lo95.get(t, -1) > 0]
-    short = f"Of neurons it has not seen it tells {', '.join(names) or 'nothing'}; not told: {', '.join(chosen.index.drop(told.index)) or 'none'}. Plain measurements of the masks are clearly worse in {', '.join(better) or 'none of these'}."
+    short = f"Told of neurons that the model has not seen: {', '.join(names) or 'nothing'}; not told: {', '.join(chosen.index.drop(told.index)) or 'nothing'}; clearly better than by measuring the masks: {', '.join(better) or 'nothing'}."
     return short,f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.features)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'
 
 def _neurites(c: RunConfig) -> tuple[str, str]:
@@ -184,7 +184,7 @@ def _neurites(c: RunConfig) -> tuple[str, str]:
     right = ((known.call == 'I') == (known.known > .5)).groupby(known.polarity).agg(['sum', 'size'])
     counts['right, where known'] = ['{} of {}'.format(*right.loc[p]) if p in right.index else '' for p in counts.index]
     called = found[found.call.isin(['E', 'I'])].groupby('polarity').size()
-    short = 'Called excitatory or inhibitory: ' + ', '.join(f"{called.get(p, 0)} of {n} {dict(pre='axons', post='dendrites').get(p, p)}" + (', {} of {} right where known'.format(*right.loc[p]) if p in right.index else '') for p,n in found.groupby('polarity', sort=False).size().items()) + '.'
+    short = 'Called excitatory or inhibitory: ' + ', '.join(f"{called.get(p, 0)} of {n} {dict(pre='axons', post='dendrites').get(p, p)}" + (' ({} of {} right, where known)'.format(*right.loc[p]) if p in right.index else '') for p,n in found.groupby('polarity', sort=False).size().items()) + '.'
     return short,f'<h2>Neurites</h2><p>Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
 
 _parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'told.parquet': _told, 'defects.parquet': _defects, 'imputation.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs

@@ -173,10 +173,10 @@ def extract_command(config: ConfigOption, set: SetOption = [], notebook: Noteboo
 @app.command('run', help=f"Do all stages: {', '.join(stages)} (phantom and evaluate with a phantom, impute and consensus with a table of neurons)")
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006
 
-@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 26 processor minutes')
+@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 20 processor minutes')
 def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
-    print('26 processor minutes; of 16 by the clock, on two cores: phantom and fetch 3, train 4, extract 2, what follows 7', flush=True)
+    print('20 processor minutes; of 12 by the clock, on two cores: phantom and fetch 2.5, train 3.5, extract 1.5, what follows 5', flush=True)
     _do(list(stages), config, set, notebook)
 
 @app.command('explore', help='Show the map of all synapses in a browser: colours, slices, labels, lasso')

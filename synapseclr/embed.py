@@ -126,10 +126,8 @@ def leiden(
     seed: int = 42,
 ) -> np.ndarray: # `(N,)` int32, the largest cluster is 0
     "Leiden clusters by modularity: the same for the same seed"
-    n,k = near.rows.shape
-    a,b = np.repeat(np.arange(n, dtype=np.int64), k),near.rows.ravel().astype(np.int64)
-    pair = np.unique(np.minimum(a, b)*n + np.maximum(a, b))
-    graph = igraph.Graph(n=n, edges=np.stack([pair//n, pair%n], 1))
+    n,own = len(near.rows),np.arange(len(near.rows), dtype=np.int64)[:, None]
+    graph = igraph.Graph(n=n, edges=np.stack(np.divmod(np.unique(np.minimum(own, near.rows)*n + np.maximum(own, near.rows)), n), 1))
     igraph.set_random_number_generator(random.Random(seed))
     try: found = np.array(graph.community_leiden('modularity', resolution=resolution, n_iterations=10).membership)
     finally: igraph.set_random_number_generator(random)

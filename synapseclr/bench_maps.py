@@ -5,14 +5,16 @@
 # %% ../nbs/18e_bench_maps.ipynb #3b7090f8
 from __future__ import annotations
 import resource, time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 import numpy as np, pandas as pd, torch
 from .augment import AugmentConfig, Augmenter
 from .bench import example_batch, reference_views
 from .bench_train import in_turn, shapes
 from .embed import layout, leiden, memberships, nearest_neighbours
+from .extract import features_of, two_threads
 from .model import SynapseNet
-from .precision import autocast, choose_forward_mode, plain_mode
+from .precision import choose_forward_mode, plain_mode
 from .query import SimilarityIndex
 
 # %% auto #0
@@ -31,20 +33,23 @@ def time_extract(
     em,mask = (np.resize(o, (n, *o.shape[1:])) for o in example_batch(min(n, 4), shape, voxel_nm))
     law = AugmentConfig.extract(**dict(turn='so3', flip=True) if views > 1 else {})
     net,augmenter = SynapseNet(preset).eval(),Augmenter(law, voxel_nm, size, out_voxel_nm)
-    batch = 1 if plain else min(n, 16)
+    batch = 1 if plain else min(-(-n//2), 16)
     view = partial(reference_views, law, voxel_nm=voxel_nm, out_size=size, out_voxel_nm=out_voxel_nm) if plain else augmenter
     mode = plain_mode if plain else choose_forward_mode(net, augmenter(em[:batch], mask[:batch], 0))
-    seconds = []
-    for start in range(0, n, batch):
-        some = em[start:start+batch],mask[start:start+batch]
+    def describe(start):
+        some,of_views = (em[start:start+batch], mask[start:start+batch]),0.
         for v in range(views):
             begun = time.perf_counter()
             x = view(em=some[0], mask=some[1], k=v) if plain else view(*some, v)
-            seen = time.perf_counter()
-            with autocast(torch.device('cpu'), mode): net(x)
-            seconds.append([time.perf_counter()-begun, seen-begun, len(some[0])])
-    whole,of_views,count = np.array(seconds[1:] or seconds).T # the first one warms up
-    return dict(s_per_synapse=views*whole.sum()/count.sum(), views_s=views*of_views.sum()/count.sum(), bf16=float(mode['precision'] == 'bf16'))
+            of_views += time.perf_counter()-begun
+            features_of(net, x, mode)
+        return of_views
+    with ThreadPoolExecutor(1) if plain else two_threads() as pool:
+        list(pool.map(describe, [0, 0])) # warms up
+        begun = time.perf_counter()
+        of_views = sum(pool.map(describe, range(0, n, batch)))/(1 if plain else 2)
+        whole = time.perf_counter()-begun
+    return dict(s_per_synapse=whole/n, views_s=of_views/n, bf16=float(mode['precision'] == 'bf16'))
 
 def bench_extract(rounds: int = 3) -> pd.DataFrame:
     "Synapses per second and memory, beside the plain way"

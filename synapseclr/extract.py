@@ -6,7 +6,6 @@
 from __future__ import annotations
 import hashlib, json
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Literal
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pydantic, torch
@@ -18,7 +17,7 @@ from .store import ChunkStore
 from .tables import read_tag, write_table
 
 # %% auto #0
-__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'extract', 'read_features']
+__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'features_of', 'two_threads', 'extract', 'read_features']
 
 # %% ../nbs/10_extract.ipynb #cd4d9609
 class ExtractConfig(Strict):
@@ -44,9 +43,18 @@ def _feature_table(ids: np.ndarray, features: Features) -> pa.Table:
     return pa.table(dict(id=ids) | layers)
 
 @torch.inference_mode()
-def _look(net: SynapseNet, augmenter: Augmenter, mode: dict, chunks: tuple, view: int) -> Features:
-    "One view of some synapses"
-    with autocast(augmenter.device, mode): return Features(*(layer.float() for layer in net(augmenter(*chunks, view))))
+def features_of(
+    net: SynapseNet, # In evaluation mode
+    views: torch.Tensor, # `(B, 1, D, D, D)`
+    mode: dict, # As of `plain_mode`
+) -> Features: # fp32
+    "Describe views; on a processor as many at a time as suit its cache: one of 96 voxels a side, all of 28"
+    parts = views.split(len(views) if views.is_cuda else max(1, 2**20//views[0].numel()))
+    with autocast(views.device, mode): return Features(*(torch.cat(layer).float() for layer in zip(*map(net, parts))))
+
+def two_threads() -> ThreadPoolExecutor:
+    "A pool of two, which share the cores: small operations leave half of them idle"
+    return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[max(1, torch.get_num_threads()//2)])
 
 def extract(
     run: str|Path, # Run folder, fetched
@@ -66,20 +74,18 @@ def extract(
     augmenter = Augmenter(law, store.voxel_nm, cube.size, cube.voxel_nm, device)
     origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store))
     net = net.to(device).eval()
-    shard,at_once = store.places//store.per_shard,min(2, views)
-    mode = None
+    shard,mode = store.places//store.per_shard,None
+    def describe(batch):
+        chunks = store.batch(batch)
+        seen = [features_of(net, augmenter(*chunks, v), mode) for v in range(views)]
+        return Features(*(torch.stack(layer).mean(0) for layer in zip(*seen)))
     for k in progress(np.unique(shard) if shards is None else shards, desc='extract', unit='shard'):
         path,members = folder/f'{k:06d}.parquet',np.flatnonzero(shard == k)
         if path.exists() and read_tag(path).get('made_by') == origin: continue
         if mode is None:
             mode = choose_forward_mode(net, augmenter(*store.batch(members[:batch_size]), 0), precision)
             with atomic(folder/f'_precision_{k:06d}.json') as f: f.write_text(json.dumps(mode))
-        parts = []
-        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=[max(1, torch.get_num_threads()//at_once)]) as pool:
-            for batch in np.split(members, range(batch_size, len(members), batch_size)):
-                chunks = store.batch(batch)
-                seen = pool.map(partial(_look, net, augmenter, mode, chunks), range(views))
-                parts.append(Features(*(torch.stack(layer).mean(0) for layer in zip(*seen))))
+        with two_threads() as pool: parts = list(pool.map(describe, np.split(members, range(batch_size, len(members), batch_size))))
         features = Features(*(torch.cat(layer).cpu().numpy() for layer in zip(*parts)))
         write_table(_feature_table(store.ids[members], features), path, 'features', origin)
     if shards is not None: return folder

@@ -252,7 +252,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     if not about:
         some = store.batch(training[:max(2, min(16, n_own, 2**22//cube.size**3))])
         mode,found = choose_mode(net, torch.cat([augmenter(*some, view) for view in (0, 1)]), 2*n_own*n_steps, config.precision, config.compile)
-        if process_rank() == 0: _warn_of_days(found, 2*n_own*n_steps/2/len(some[0]), device)
+        if process_rank() == 0: _warn_of_days(found, n_own*n_steps/len(some[0]), device)
         agreed = [dict(step=0, mode=mode, measured=found, origin=origin)]
         if world > 1: dist.broadcast_object_list(agreed)
         about = agreed[0]

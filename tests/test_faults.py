@@ -113,7 +113,7 @@ def test_not_allowed(name, tiny, tmp_path):
     "403 reads like an empty volume; it is caught before the first block, and names the layer"
     with served(tiny.parent, latency_s=0, fault=lambda path, n: dict(status=403) if f'/{name}/' in path and 'info' not in path else None) as address:
         with pytest.raises(volume.VolumeError, match=f'layer {name}, .* at any of 8 synapses'): fetch(source(tiny, address), config, tmp_path)
-        with pytest.raises(volume.VolumeError, match='layer cleft, .*/nothing'): fetch(source(tiny, address, cleft=dict(path=f'precomputed://{address}/nothing')), config, tmp_path)
+        with pytest.raises(volume.VolumeError, match='layer cleft: there is no volume at .*/nothing'): fetch(source(tiny, address, cleft=dict(path=f'precomputed://{address}/nothing')), config, tmp_path)
     assert not (tmp_path/'fetch').exists() and not (tmp_path/'chunks.zarr').exists()
 
 def test_wrong_bytes_without_a_checksum(tiny, sound, tmp_path):

@@ -26,7 +26,7 @@ from .phantom import PhantomConfig, make_phantom, sizes
 from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
 from .remap import remap, what_changed
 from .report import notebook_of, run_notebook, side_by_side, write_index
-from .stages import RunConfig, extract_stage, neurons_of, open_run, readers, stages, stages_of, train_stage
+from .stages import RunConfig, extract_stage, known_neurons, open_run, readers, stages, stages_of, train_stage
 from .store import ChunkStore, StoreError
 from .tables import read_synapses, read_table, write_table
 from .upkeep import append, drop, missing, refetch, verify
@@ -133,7 +133,7 @@ def fetch_command(
         if len(problems): raise StoreError(f"{len(problems)} synapses are wrong ({problems.problem.iloc[0]}); {c.folder/'fetch/problems.csv'} lists them, `synapseclr fetch --again problems` fetches them again")
         return print('every chunk has its checksum, and the sample is what the volume says')
     if plan or queue:
-        if c.source.neurons: neurons_of(c) # what is wrong with it is said now
+        known_neurons(c) # what is wrong with it is said now
         plan_fetch(c.source, c.fetch, c.folder)
     if plan: return print(describe_plan(c.source, c.fetch))
     if queue: return _enqueue(queue, fetch_tasks(c.folder))

@@ -17,7 +17,7 @@ from .joined import run_table
 from .plot import draw_chunk
 from .report import execute_notebook, notebook_of, page, side_by_side, write_index
 from .sets import feature_sets
-from .stages import RunConfig, neurons_of
+from .stages import RunConfig, known_neurons
 from .store import ChunkStore
 from .tables import read_table
 
@@ -48,7 +48,7 @@ class FigureRun:
             if not (self.folder/f).exists(): raise FigureError(f"{self.folder/f} is not there; run `synapseclr {makers[f]}` first")
 
     @cached_property
-    def neurons(self) -> pd.DataFrame|None: return neurons_of(self.config) if self.config.source.neurons else None
+    def neurons(self) -> pd.DataFrame|None: return known_neurons(self.config)
     @cached_property
     def everything(self) -> pd.DataFrame:
         "All that is known of each synapse, also of those that quality control removed"

@@ -15,7 +15,7 @@ import synapseclr
 from .core import SynapseCLRError, atomic
 from .joined import run_table
 from .plot import draw_map, tell_figure, training_curve
-from .stages import RunConfig, neurons_of, open_run, stages
+from .stages import RunConfig, known_neurons, open_run, stages
 from .tables import read_table
 from .train import read_log
 
@@ -139,7 +139,7 @@ def _training(c: RunConfig) -> tuple[str, str]:
 
 def _map(c: RunConfig) -> tuple[str, str]:
     "The map, and what features tell"
-    table = run_table(c.folder, neurons_of(c) if c.source.neurons else None, names=['map'])
+    table = run_table(c.folder, known_neurons(c), names=['map'])
     shown = {'cluster': table.cluster.astype(str), 'log cleft volume': np.log10(table.cleft_um3.where(table.cleft_um3 > 0))}
     if 'pre_inhibitory' in table: shown = {'presynaptic type, where known': table.pre_inhibitory.map({0.: 'excitatory', 1.: 'inhibitory'})} | shown
     fig,axes = plt.subplots(1, len(shown), figsize=(2.6*len(shown), 2.6), layout='constrained')

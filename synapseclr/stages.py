@@ -33,8 +33,8 @@ from .volume import LayerSource
 
 # %% auto #0
 __all__ = ['stages', 'readers', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage',
-           'extract_stage', 'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of', 'impute_stage',
-           'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage', 'stages_of']
+           'extract_stage', 'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of', 'known_neurons',
+           'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage', 'stages_of']
 
 # %% ../nbs/18g_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -91,7 +91,7 @@ def phantom_stage(c: RunConfig):
 
 def fetch_stage(c: RunConfig, processes: int = 1):
     "Cut every synapse of the table out of the volume"
-    _known_neurons(c) # what is wrong with it is said now, not after hours
+    known_neurons(c) # what is wrong with it is said now, not after hours
     table = fetch(c.source, c.fetch, c.folder, processes)
     if (table.reject_reason == '').any(): return table
     raise ConfigError(f"{outcome(table)}; {table.blank_fraction.median():.0%} of the median window is blank or outside the volume. Make the window of [fetch] smaller (z, y, x), or raise its max_blank_fraction; configs/vnc.toml is for a thin stack")
@@ -102,8 +102,8 @@ def annotate_stage(c: RunConfig):
 
 def train_stage(c: RunConfig, restart: bool = False):
     "Train the network on the synapses, without labels"
-    types = neurons_of(c).set_index('root_id').inhibitory if c.source.neurons else None
-    return train(c.folder, c.train, c.augment, c.cube, restart, types=types)
+    neurons = known_neurons(c)
+    return train(c.folder, c.train, c.augment, c.cube, restart, types=None if neurons is None else neurons.set_index('root_id').inhibitory)
 
 def extract_stage(c: RunConfig, shards: list[int]|None = None):
     "Describe every synapse with the trained network, and with an untrained one for comparison"
@@ -130,7 +130,7 @@ def shipped(
 
 def embed_stage(c: RunConfig):
     "Draw the map of all synapses, and ask what their features tell"
-    found,told = embed(c.folder, c.embed),what_features_tell(c.folder, _known_neurons(c), c.embed.layer, first=c.embed.features)
+    found,told = embed(c.folder, c.embed),what_features_tell(c.folder, known_neurons(c), c.embed.layer, first=c.embed.features)
     write_table(told, c.folder/'told.parquet', 'told', made_by(c.embed))
     return found,told
 
@@ -150,7 +150,9 @@ def neurons_of(c: RunConfig) -> pd.DataFrame:
     if not c.source.neurons: raise ConfigError('this run has no table of neurons; name one in [data] neurons')
     return read_neurons(c.source.neurons, c.source.table_voxel_nm)
 
-def _known_neurons(c: RunConfig) -> pd.DataFrame|None: return neurons_of(c) if c.source.neurons else None
+def known_neurons(c: RunConfig) -> pd.DataFrame|None:
+    "As `neurons_of`; None if the run has no such table"
+    return neurons_of(c) if c.source.neurons else None
 
 def impute_stage(c: RunConfig):
     "Impute nine traits of every synapse from those that are known, and measure how well"
@@ -162,12 +164,12 @@ def consensus_stage(c: RunConfig):
 
 def manifold_stage(c: RunConfig):
     "Find the axes along which synapses vary"
-    return manifold(c.folder, run_table(c.folder, _known_neurons(c), removed=False, names=('map', 'defects', 'imputed')), c.manifold)
+    return manifold(c.folder, run_table(c.folder, known_neurons(c), removed=False, names=('map', 'defects', 'imputed')), c.manifold)
 
 def export_stage(c: RunConfig):
     "Write what other programs read: a table with links, AnnData, an annotation layer for neuroglancer"
     layers = {o: getattr(c.source, o) for o in ('em', 'seg', 'cleft')}
-    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.features, c.embed.umap_neighbours, c.embed.layer, _known_neurons(c), c.export)
+    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.features, c.embed.umap_neighbours, c.embed.layer, known_neurons(c), c.export)
 
 def evaluate_stage(c: RunConfig):
     "Compare what was learnt with the phantom's truth"

@@ -12,9 +12,9 @@ from .augment import AugmentConfig, Augmenter
 from .bench import example_batch, reference_views
 from .bench_train import in_turn, shapes
 from .embed import layout, leiden, memberships, nearest_neighbours
-from .extract import features_of, two_threads
+from .extract import two_threads
 from .model import SynapseNet
-from .precision import choose_forward_mode, plain_mode
+from .precision import choose_forward_mode, features_of, plain_mode
 from .query import SimilarityIndex
 
 # %% auto #0

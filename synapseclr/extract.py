@@ -12,12 +12,12 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pydantic, torch
 from .augment import AugmentConfig, Augmenter, CubeConfig
 from .core import Source, Strict, SynapseCLRError, atomic, digest, made_by, progress
 from .model import Features, SynapseNet
-from .precision import autocast, choose_forward_mode
+from .precision import choose_forward_mode, features_of
 from .store import ChunkStore
 from .tables import read_tag, write_table
 
 # %% auto #0
-__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'features_of', 'two_threads', 'extract', 'read_features']
+__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'two_threads', 'extract', 'read_features']
 
 # %% ../nbs/10_extract.ipynb #cd4d9609
 class ExtractConfig(Strict):
@@ -41,16 +41,6 @@ def _feature_table(ids: np.ndarray, features: Features) -> pa.Table:
     "One row per synapse; each layer a list of fixed length"
     layers = {k: pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1]) for k,v in features._asdict().items()}
     return pa.table(dict(id=ids) | layers)
-
-@torch.inference_mode()
-def features_of(
-    net: SynapseNet, # In evaluation mode
-    views: torch.Tensor, # `(B, 1, D, D, D)`
-    mode: dict, # As of `plain_mode`
-) -> Features: # fp32
-    "Describe views; on a processor as many at a time as suit its cache: one of 96 voxels a side, all of 28"
-    parts = views.split(len(views) if views.is_cuda else max(1, 2**20//views[0].numel()))
-    with autocast(views.device, mode): return Features(*(torch.cat(layer).float() for layer in zip(*map(net, parts))))
 
 def two_threads() -> ThreadPoolExecutor:
     "A pool of two, which share the cores: small operations leave half of them idle"
@@ -92,6 +82,8 @@ def extract(
     ids,_ = read_features(folder)
     if not np.array_equal(np.sort(ids), np.sort(store.ids)): raise FeatureError(f"{folder}: holds features of other synapses than {store.path}; delete it and extract again")
     return folder
+
+
 
 # %% ../nbs/10_extract.ipynb #7701db74
 def read_features(

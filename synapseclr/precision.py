@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .loss import nt_xent
-from .model import SynapseNet
+from .model import Features, SynapseNet
 
 # %% auto #0
-__all__ = ['plain_mode', 'autocast', 'measure_mode', 'compare_modes', 'emulates_bf16', 'choose_mode', 'choose_forward_mode']
+__all__ = ['plain_mode', 'autocast', 'measure_mode', 'compare_modes', 'emulates_bf16', 'choose_mode', 'features_of',
+           'choose_forward_mode']
 
 # %% ../nbs/08b_precision.ipynb #7039ec8d
 plain_mode = dict(precision='fp32', channels_last=False, compile=False)
@@ -95,6 +96,15 @@ def choose_mode(
 
 # %% ../nbs/08b_precision.ipynb #21b0b104
 @torch.inference_mode()
+def features_of(
+    net: SynapseNet, # In evaluation mode
+    views: Tensor, # `(B, 1, D, D, D)`
+    mode: dict, # As of `plain_mode`
+) -> Features: # fp32
+    "Describe views; on a processor as many at a time as suit its cache: one of 96 voxels a side, all of 28"
+    parts = views.split(len(views) if views.is_cuda else max(1, 2**20//views[0].numel()))
+    with autocast(views.device, mode): return Features(*(torch.cat(layer).float() for layer in zip(*map(net, parts))))
+
 def choose_forward_mode(
     net: SynapseNet, # In evaluation mode
     views: Tensor, # `(B, 1, D, D, D)` real input
@@ -104,9 +114,9 @@ def choose_forward_mode(
     if precision == 'fp32' or precision == 'auto' and emulates_bf16(views.device): return plain_mode
     def look(mode):
         start = time.perf_counter()
-        with autocast(views.device, mode): found = net(views)
+        found = features_of(net, views, mode)
         if views.is_cuda: torch.cuda.synchronize()
-        return [layer.float() for layer in found],time.perf_counter()-start
+        return found,time.perf_counter()-start
     half = plain_mode | dict(precision='bf16')
     for mode in (plain_mode, half): look(mode) # warms up
     (plain,slow),(found,fast) = look(plain_mode),look(half)

@@ -22,8 +22,8 @@ from .tables import write_table
 from .validate import auc, disjoint_folds, interval, neuron_bootstrap, number_scores, paper_ev, type_scores
 
 # %% auto #0
-__all__ = ['traits', 'Trait', 'ImputeError', 'known_values', 'model_for', 'predictions', 'predicted_apart', 'scores_of',
-           'ImputeConfig', 'judge', 'labelled_neurons', 'impute']
+__all__ = ['traits', 'few_neurons', 'Trait', 'ImputeError', 'known_values', 'model_for', 'predictions', 'predicted_apart',
+           'scores_of', 'ImputeConfig', 'judge', 'labelled_neurons', 'impute']
 
 # %% ../nbs/14a_impute.ipynb #4a8800f7
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ class ImputeConfig(Strict):
     @property
     def model(self) -> dict: return dict(kernel=self.kernel, method=self.method, n_inducing=self.n_inducing)
 
+few_neurons = 30 # Below, chance can look like knowledge
+
 def judge(
     trait: Trait,
     sets: dict[str, np.ndarray], # Kinds of features, each `(N, d)`
@@ -153,7 +155,7 @@ def judge(
 def _apart(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray, groups: np.ndarray, folds) -> tuple[list, tuple|None]:
     "`predicted_apart` with parameters tuned on everything, unless that is a few neurons, and these"
     params = clone(model).fit(x, y, groups).params_ if model.method != 'vsgp' else None
-    return predicted_apart(clone(model).set_params(params=params if len(np.unique(groups)) >= 30 else None), x, y, groups, folds),params
+    return predicted_apart(clone(model).set_params(params=params if len(np.unique(groups)) >= few_neurons else None), x, y, groups, folds),params
 
 # %% ../nbs/14a_impute.ipynb #5240095e
 def labelled_neurons(

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, psutil
 import synapseclr
 from .core import SynapseCLRError, atomic
+from .impute import few_neurons
 from .joined import run_table
 from .plot import draw_map, tell_figure, training_curve
 from .stages import RunConfig, known_neurons, open_run, stages
@@ -166,11 +167,11 @@ def _imputed(c: RunConfig) -> tuple[str, str]:
     scores = scores.assign(score=score, value=value)
     chosen = scores[scores.features == c.impute.features].set_index('trait')
     out = pd.DataFrame(dict(score=chosen.score, value=[f'{r.value:.3f} [{r.lo95:.2f}, {r.hi95:.2f}]' for r in chosen.itertuples()], known=chosen.n, neurons=chosen.neurons), index=chosen.index)
-    few = '; with fewer than 30 known neurons chance can look like knowledge' if (chosen.neurons < 30).any() else ''
+    few = f'; with fewer than {few_neurons} known neurons chance can look like knowledge' if (chosen.neurons < few_neurons).any() else ''
     leads = {o: scores[scores.features == o].set_index('trait').reindex(out.index) for o in ('untrained', 'morphometrics')}
     for other,lead in leads.items(): out[f'lead over {other}'] = [f'{r.lead:+.3f} [{r.lead_lo95:+.2f}, {r.lead_hi95:+.2f}]' for r in lead.itertuples()]
     told = chosen[chosen.lo95 > np.where(chosen.score == 'AUC', .5, 0)]
-    names = [f'{r.Index} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < 30 else '') + ')' for r in told.sort_values('value', ascending=False).itertuples()]
+    names = [f'{r.Index} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < few_neurons else '') + ')' for r in told.sort_values('value', ascending=False).itertuples()]
     better = [t for t in told.index if leads['morphometrics'].lead_lo95.get(t, -1) > 0]
     short = f"Told of neurons that the model has not seen: {', '.join(names) or 'nothing'}; not told: {', '.join(chosen.index.drop(told.index)) or 'nothing'}; clearly better than by measuring the masks: {', '.join(better) or 'nothing'}."
     return short,f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.features)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'

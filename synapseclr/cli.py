@@ -8,42 +8,22 @@ import os, re, sys, time
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
-import numpy as np, pandas as pd, typer
-from taskqueue import queueable
-from .bench import bench_augment
-from .bench_fetch import bench_fetch
-from .bench_maps import bench_extract, bench_maps
-from .bench_train import bench_loader, bench_loss, bench_parts, bench_steps
-from .bench_typing import bench_consensus, bench_gp
-from .core import ConfigError, SynapseCLRError, made_by, read_config
-from .explore import serve, write_static
-from .export import layer_server, layer_urls
-from .fetch import describe_plan, fetch_block, fetch_tasks, outcome, plan_fetch
-from .figures import draw_figures
-from .joined import similar
-from .phantom import PhantomConfig, make_phantom, sizes
-from .queue import QueueError, attempt, dead_letters, do_here, enqueue, work
-from .remap import remap, what_changed
-from .report import notebook_of, run_notebook, side_by_side, write_index
-from .stages import RunConfig, extract_stage, known_neurons, open_run, readers, stages, stages_of, train_stage
-from .store import ChunkStore, StoreError
-from .tables import read_synapses, read_table, write_table
-from .upkeep import append, drop, missing, refetch, verify
-from .volume import LayerSource, open_layer
+from typing import Annotated, Literal
+import typer
+from .core import ConfigError, SynapseCLRError, made_by, read_config, what_stages_do
 
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
-           'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'extract_shard',
-           'extract_command', 'run_all', 'demo', 'explore_command', 'figures_command', 'similar_command',
-           'serve_command', 'remap_command', 'bench_augment_command', 'bench_gp_command', 'bench_consensus_command',
-           'bench_fetch_command', 'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
+           'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'extract_command',
+           'run_all', 'demo', 'explore_command', 'figures_command', 'similar_command', 'serve_command', 'remap_command',
+           'bench_augment_command', 'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command',
+           'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
     help='Describe every synapse of an EM volume without labels, and find those that look alike.')
 
-ConfigOption = Annotated[Path, typer.Option('--config', help='TOML file that says where the data are and what to do; see configs/')]
+ConfigOption = Annotated[Path, typer.Option('--config', exists=True, dir_okay=False, help='TOML file that says where the data are and what to do; see configs/')]
 SetOption = Annotated[list[str], typer.Option('--set', help='Override an option: section.key=value; may be repeated. The config.toml of a run lists all options')]
 NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook', help='Execute the notebook of the stage, with a report, or only its function')]
 PrecisionOption = Annotated[str, typer.Option('--precision', help='fp32 or bf16; else the faster one that is right here')]
@@ -53,13 +33,17 @@ RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Throw a
 
 def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
     "Run some stages, and say how long they took"
+    from synapseclr.stages import open_run, readers, stages, train_stage
     c,world = open_run(config, overrides),int(os.environ.get('WORLD_SIZE', 1))
     if world > 1: # started by torchrun: for the stage that works in several processes
         if names != ['train']: raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
         return train_stage(c, **parameters)
+    from synapseclr.fetch import outcome
+    from synapseclr.report import run_notebook, side_by_side, write_index
+    from synapseclr.tables import read_table
     def done(name):
         start = time.perf_counter()
-        print(f'[{names.index(name)+1}/{len(names)}] {name}: {stages[name].__doc__}\n', end='', flush=True) # in one piece, for another may be speaking
+        print(f'[{names.index(name)+1}/{len(names)}] {name}: {what_stages_do[name]}\n', end='', flush=True) # in one piece, for another may be speaking
         if notebook: run_notebook(name, config, overrides, **parameters)
         else: stages[name](c, **parameters)
         return time.perf_counter()-start
@@ -82,28 +66,29 @@ def _add_stage(name: str):
             _do([name], config, set + forced, notebook, restart=restart)
     else:
         def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do([name], config, set, notebook) # noqa: B006
-    app.command(name, help=stages[name].__doc__)(command)
+    app.command(name, help=what_stages_do[name])(command)
 
-@app.command('phantom', help=stages['phantom'].__doc__)
+@app.command('phantom', help=what_stages_do['phantom'])
 def phantom_command(
     out: Annotated[Path, typer.Option(help='Folder to write it to')] = None,
     seed: Annotated[int, typer.Option(help='Another seed, another phantom', min=0)] = 0,
-    size: Annotated[str, typer.Option(help=f"One of {', '.join(sizes)}")] = 'demo',
-    config: Annotated[Path, typer.Option('--config', help='Instead: the stage of a run with a section [phantom]')] = None,
+    size: Annotated[Literal['small', 'demo', 'paper'], typer.Option(help='How large')] = 'demo',
+    config: Annotated[Path, typer.Option('--config', exists=True, dir_okay=False, help='Instead: the stage of a run with a section [phantom]')] = None,
     set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
 ):
     if (out is None) == (config is None): raise typer.BadParameter('give --out, or --config')
     if config: return _do(['phantom'], config, set, notebook)
-    if size not in sizes: raise typer.BadParameter(f"there is no size '{size}'; there are {', '.join(sizes)}")
+    import pandas as pd
+    from synapseclr.phantom import PhantomConfig, make_phantom, sizes
     folder = make_phantom(out, PhantomConfig(seed=seed, **sizes[size]))
     print(f"{folder}: {len(pd.read_parquet(folder/'synapses.parquet'))} synapses; layers em, seg, cleft, mito; truth.parquet is for evaluations alone")
 
-for name in stages:
+for name in what_stages_do:
     if name not in ('phantom', 'fetch', 'extract'): _add_stage(name)
 
 QueueOption = Annotated[str, typer.Option('--queue', help='Put the tasks into this queue, fq://FOLDER or sqs://NAME, for `synapseclr fetch --worker`')]
 
-@app.command('fetch', help=stages['fetch'].__doc__)
+@app.command('fetch', help=what_stages_do['fetch'])
 def fetch_command(
     config: ConfigOption = None, set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
     processes: Annotated[int, typer.Option(help='Blocks at once, each with the memory of a task', min=1)] = 1,
@@ -119,16 +104,23 @@ def fetch_command(
 ):
     if (config is None) == (worker is None): raise typer.BadParameter('give --config, or --worker')
     if worker:
+        import synapseclr.stages # noqa: F401 - what the tasks call
+        from synapseclr.queue import work
         counts = work(worker, lease)
         print(', '.join(f'{n} tasks {o}' for o,n in counts.items()))
         return
+    from synapseclr import upkeep
+    from synapseclr.fetch import describe_plan, fetch_block, fetch_tasks, plan_fetch
+    from synapseclr.queue import QueueError, dead_letters, do_here
+    from synapseclr.stages import known_neurons, open_run
+    from synapseclr.store import StoreError
     c = open_run(config, set)
     if block is not None:
         do_here([partial(fetch_block, run=str(c.folder.absolute()), block=block)], desc='fetch', unit='block')
         if error := dead_letters(c.folder/'fetch').get(f'{block:06d}'): raise QueueError(f'block {block}: {error}')
         return
     if check:
-        problems = verify(c.folder)
+        problems = upkeep.verify(c.folder)
         problems.to_csv(c.folder/'fetch/problems.csv', index=False)
         if len(problems): raise StoreError(f"{len(problems)} synapses are wrong ({problems.problem.iloc[0]}); {c.folder/'fetch/problems.csv'} lists them, `synapseclr fetch --again problems` fetches them again")
         return print('every chunk has its checksum, and the sample is what the volume says')
@@ -137,78 +129,83 @@ def fetch_command(
         plan_fetch(c.source, c.fetch, c.folder)
     if plan: return print(describe_plan(c.source, c.fetch))
     if queue: return _enqueue(queue, fetch_tasks(c.folder))
-    if more: print(f'{append(c.folder, more)} synapses are new')
-    if again: refetch(c.folder, _ids(c.folder, again))
-    if without: drop(c.folder, _ids(c.folder, without))
+    if more: print(f'{upkeep.append(c.folder, more)} synapses are new')
+    if again: upkeep.refetch(c.folder, _ids(c.folder, again))
+    if without: upkeep.drop(c.folder, _ids(c.folder, without))
     _do(['fetch'], config, set, notebook, processes=processes)
 
 def _ids(run: Path, text: str) -> list[int]:
     "The synapses that an option names"
-    if text == 'missing': return missing(run)
-    if text == 'problems': return pd.read_csv(run/'fetch/problems.csv').id.tolist()
+    if text == 'missing':
+        from synapseclr.upkeep import missing
+        return missing(run)
+    if text == 'problems':
+        import pandas as pd
+        return pd.read_csv(run/'fetch/problems.csv').id.tolist()
     try: return [int(i) for i in text.split(',')]
     except ValueError: raise typer.BadParameter(f"'{text}' is not ID,ID,...") from None
 
 def _enqueue(url: str, tasks: list[partial]):
+    from synapseclr.queue import enqueue
     enqueue(url, tasks)
     print(f'{len(tasks)} tasks are in {url}; start `synapseclr fetch --worker {url}` on any machines, and give this command again without --queue when they are done')
 
-@queueable
-def extract_shard(
-    run: str, # Run folder
-    shard: int, # Of its store
-) -> str: # As of `attempt`
-    "The task: describe the synapses of one shard"
-    c = read_config(RunConfig, Path(run)/'config.toml').model_copy(update=dict(run=run))
-    return attempt(Path(run)/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
-
-@app.command('extract', help=stages['extract'].__doc__)
+@app.command('extract', help=what_stages_do['extract'])
 def extract_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, queue: QueueOption = None, weights: WeightsOption = []): # noqa: B006
     if weights: set = set + [f'extract.weights={[str(w.absolute()) for w in weights]}']
     if not queue: return _do(['extract'], config, set, notebook)
+    import numpy as np
+    from synapseclr.stages import extract_shard, open_run
+    from synapseclr.store import ChunkStore
     c = open_run(config, set)
     store = ChunkStore.open(c.folder/'chunks.zarr')
     _enqueue(queue, [partial(extract_shard, run=str(c.folder.absolute()), shard=int(k)) for k in np.unique(store.places//store.per_shard)])
 
-@app.command('run', help=f"Do all stages: {', '.join(stages)} (phantom and evaluate with a phantom, impute and consensus with a table of neurons)")
-def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do(stages_of(open_run(config, set)), config, set, notebook) # noqa: B006
+@app.command('run', help=f"Do all stages: {', '.join(what_stages_do)} (phantom and evaluate with a phantom, impute and consensus with a table of neurons)")
+def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
+    from synapseclr.stages import open_run, stages_of
+    _do(stages_of(open_run(config, set)), config, set, notebook)
 
 @app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 20 processor minutes')
 def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
+    from synapseclr.report import notebook_of
     config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
     print('20 processor minutes; of 12 by the clock, on two cores: phantom and fetch 2.5, train 3.5, extract 1.5, what follows 5', flush=True)
-    _do(list(stages), config, set, notebook)
+    _do(list(what_stages_do), config, set, notebook)
 
 @app.command('explore', help='Show the map of all synapses in a browser: colours, slices, labels, lasso')
 def explore_command(
-    run: Annotated[Path, typer.Argument(help='Run folder, with a map')],
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder, with a map')],
     port: Annotated[int, typer.Option(help='Where the page is served on this machine', min=0, max=65535)] = 8765,
     colour: Annotated[str, typer.Option(help='Column to begin with; else the clusters')] = None,
     static: Annotated[Path, typer.Option(help='Instead: write the page to this folder, for any static file server')] = None,
     slices: Annotated[int, typer.Option(help='Synapses with pictures in a static copy, about 50 KB each', min=0)] = 500,
 ):
+    from synapseclr.explore import serve, write_static
     if not static: return serve(run, port, colour)
     write_static(run, static, slices, colour)
     print(f'{static}: give it to any static file server, such as `python -m http.server --directory {static}`; a browser does not open it from the disk')
 
 @app.command('figures', help="Draw the paper's figures from a run, into RUN/figures")
 def figures_command(
-    run: Annotated[Path, typer.Argument(help='Run folder, as far as it has come')],
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder, as far as it has come')],
     only: Annotated[str, typer.Option(help='NAME,NAME,...: fig4,figS2; else all that the run has the data for')] = '',
 ):
+    from synapseclr.figures import draw_figures
     for name,why in draw_figures(run, [o for o in only.split(',') if o]).items():
         if why: print(f'{name}: not drawn; {why}')
     print(run/'figures/index.html')
 
 @app.command('similar', help='List the synapses that look like some, with all that is known of them')
 def similar_command(
-    run: Annotated[Path, typer.Argument(help='Run folder, extracted')],
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder, extracted')],
     ids: Annotated[str, typer.Argument(help='ID,ID,...: one, or several whose mean is looked for')],
     k: Annotated[int, typer.Option(help='How many', min=1)] = 10,
     where: Annotated[str, typer.Option(help='Only synapses of which this is true: "p_inhibitory_pre > .5 and island == 0"')] = '',
     features: Annotated[str, typer.Option(help='Which kind')] = 'trained',
     out: Annotated[Path, typer.Option(help='Write all columns to this CSV file')] = None,
 ):
+    from synapseclr.joined import similar
     found = similar(run, _ids(run, ids), k, where, features)
     if out: found.to_csv(out, index=False)
     short = [c for c in found if c in ('id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster') or (where and re.search(rf'\b{c}\b', where))]
@@ -216,9 +213,11 @@ def similar_command(
 
 @app.command('serve', help='Serve the local layers of a run to neuroglancer, on this machine alone, so that the links of `export` work')
 def serve_command(
-    run: Annotated[Path, typer.Argument(help='Run folder')],
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
     port: Annotated[int, typer.Option(help='As in [export] local_url', min=0, max=65535)] = 9000,
 ):
+    from synapseclr.export import layer_server, layer_urls
+    from synapseclr.stages import RunConfig
     c = read_config(RunConfig, run/'config.toml')
     root = layer_urls({o: getattr(c.model_copy(update=dict(run=str(run))).source, o) for o in ('em', 'seg', 'cleft')}, '', (run,))[1]
     if not root: raise ConfigError(f'{run}: no layer lies in a local folder; neuroglancer reads them where they are')
@@ -235,12 +234,15 @@ def _tables(): "Keeps `remap` a word of the command line while it is the only on
 
 @tables.command('remap', help='Look up the partners of synapses in another version of the segmentation')
 def remap_command(
-    table: Annotated[Path, typer.Argument(help='Synapse table with points on both sides')],
+    table: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help='Synapse table with points on both sides')],
     seg: Annotated[str, typer.Option(help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
     out: Annotated[Path, typer.Option(help='Parquet file to write; what changed goes beside it')],
     mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
     voxel_nm: Annotated[str, typer.Option(help="Z,Y,X: size of the table's voxels, if it counts in voxels")] = None,
 ):
+    from synapseclr.remap import remap, what_changed
+    from synapseclr.tables import read_synapses, write_table
+    from synapseclr.volume import LayerSource, open_layer
     path,_,seconds = seg.rpartition('@')
     source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if path and seconds.isdigit() else LayerSource(path=seg, mip=mip)
     size = tuple(float(o) for o in voxel_nm.split(',')) if voxel_nm else None
@@ -257,36 +259,49 @@ def bench_augment_command(
     batch: Annotated[int, typer.Option(help='Synapses in a batch', min=1)] = 8,
     size: Annotated[int, typer.Option(help='Side of the cube, voxels', min=8)] = 96,
     repeats: Annotated[int, typer.Option(help='Batches that are timed in each of three turns', min=1)] = 9,
-): print(bench_augment(batch, size, repeats).round(1).to_string(index=False))
+):
+    from synapseclr.bench import bench_augment
+    print(bench_augment(batch, size, repeats).round(1).to_string(index=False))
 
 @bench.command('gp', help="Nine traits, five folds by exact Gaussian processes, beside the time that the paper's variational recipe takes")
 def bench_gp_command(
     n: Annotated[int, typer.Option(help='Synapses', min=100)] = 5000,
     d: Annotated[int, typer.Option(help='Features', min=2)] = 512,
     finish: Annotated[int, typer.Option(help='Steps of the recipe to do in earnest on one fold of the last number, for its scores; 20000 is all', min=0)] = 0,
-): print(bench_gp(n, d, finish=finish).round(3).T.to_string(header=False))
+):
+    from synapseclr.bench_typing import bench_gp
+    print(bench_gp(n, d, finish=finish).round(3).T.to_string(header=False))
 
 @bench.command('consensus', help='Seconds and memory to type all neurites of a volume, and to write the types back')
 def bench_consensus_command(
     synapses: Annotated[int, typer.Option(min=10)] = 3_200_000,
     neurites: Annotated[int, typer.Option(min=10)] = 1_270_000,
-): print(bench_consensus(synapses, neurites).round(2).to_string(index=False))
+):
+    from synapseclr.bench_typing import bench_consensus
+    print(bench_consensus(synapses, neurites).round(2).to_string(index=False))
 
 @bench.command('fetch', help='Requests, decoded bytes, synapses per second and memory: by blocks, and synapse by synapse, from a server with latency')
 def bench_fetch_command(
     n: Annotated[int, typer.Option('--synapses', help='How many, at least', min=1)] = 5000,
     latency: Annotated[float, typer.Option(help='Of the server, milliseconds', min=0)] = 5,
-): print(bench_fetch(n, latency).round(2).to_string(index=False))
+):
+    from synapseclr.bench_fetch import bench_fetch
+    print(bench_fetch(n, latency).round(2).to_string(index=False))
 
 @bench.command('train', help='A step, the loss, a batch in parts and the disk: seconds and memory, beside the plain way')
 def bench_train_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3):
+    from synapseclr.bench_train import bench_loader, bench_loss, bench_parts, bench_steps
     for table in (bench_steps, bench_loss, bench_parts, bench_loader): print(table(rounds=rounds).round(3).to_string(index=False), end='\n\n', flush=True)
 
 @bench.command('extract', help='Synapses described per second, and memory, beside the plain way')
-def bench_extract_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3): print(bench_extract(rounds).round(3).to_string(index=False))
+def bench_extract_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3):
+    from synapseclr.bench_maps import bench_extract
+    print(bench_extract(rounds).round(3).to_string(index=False))
 
 @bench.command('maps', help='Seconds and memory of neighbours, map, clusters and queries, for several numbers of synapses')
-def bench_maps_command(sizes: Annotated[str, typer.Option(help='N,N,...; a million takes an hour')] = '10000,100000'): print(bench_maps([int(o) for o in sizes.split(',')]).round(2).T.to_string())
+def bench_maps_command(sizes: Annotated[str, typer.Option(help='N,N,...; a million takes an hour')] = '10000,100000'):
+    from synapseclr.bench_maps import bench_maps
+    print(bench_maps([int(o) for o in sizes.split(',')]).round(2).T.to_string())
 
 def main():
     "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"

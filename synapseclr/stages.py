@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 import pandas as pd, pydantic
+from taskqueue import queueable
 import synapseclr
 from .annotate import annotate
 from .augment import AugmentConfig, CubeConfig
 from .consensus import ConsensusConfig, type_neurites
-from .core import ConfigError, Strict, made_by, read_config, write_toml
+from .core import ConfigError, Strict, made_by, read_config, what_stages_do, write_toml
 from .embed import EmbedConfig, embed
 from .evaluate import evaluate
 from .export import ExportConfig, export
@@ -25,6 +26,7 @@ from .nuisance import what_features_tell
 from .phantom import PhantomConfig, make_phantom
 from .qc import QCConfig, marked_by_eye, remove_defects
 from .query import QueryConfig, compare_retrieval
+from .queue import attempt
 from .sets import kind_of
 from .store import ChunkStore
 from .tables import read_neurons, write_table
@@ -33,8 +35,9 @@ from .volume import LayerSource
 
 # %% auto #0
 __all__ = ['stages', 'readers', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage',
-           'extract_stage', 'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of', 'known_neurons',
-           'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage', 'stages_of']
+           'extract_stage', 'extract_shard', 'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of',
+           'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage',
+           'stages_of']
 
 # %% ../nbs/18g_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -85,28 +88,23 @@ def open_run(
 
 # %% ../nbs/18g_stages.ipynb #12c326e0
 def phantom_stage(c: RunConfig):
-    "Make a volume of which everything is known"
     if not c.phantom: raise ConfigError('this run has no section [phantom]; its synapses come from [data]')
     return make_phantom(c.phantom_folder, c.phantom)
 
 def fetch_stage(c: RunConfig, processes: int = 1):
-    "Cut every synapse of the table out of the volume"
     known_neurons(c) # what is wrong with it is said now, not after hours
     table = fetch(c.source, c.fetch, c.folder, processes)
     if (table.reject_reason == '').any(): return table
     raise ConfigError(f"{outcome(table)}; {table.blank_fraction.median():.0%} of the median window is blank or outside the volume. Make the window of [fetch] smaller (z, y, x), or raise its max_blank_fraction; configs/vnc.toml is for a thin stack")
 
 def annotate_stage(c: RunConfig):
-    "Measure every synapse: volumes, contact area, cleft, missing sections, the way to the somata"
     return annotate(c.folder, c.source.skeletons)
 
 def train_stage(c: RunConfig, restart: bool = False):
-    "Train the network on the synapses, without labels"
     neurons = known_neurons(c)
     return train(c.folder, c.train, c.augment, c.cube, restart, types=None if neurons is None else neurons.set_index('root_id').inhibitory)
 
 def extract_stage(c: RunConfig, shards: list[int]|None = None):
-    "Describe every synapse with the trained network, and with an untrained one for comparison"
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
     how = dict(views=c.extract.views, shards=shards, precision=c.extract.precision)
@@ -120,6 +118,15 @@ def extract_stage(c: RunConfig, shards: list[int]|None = None):
     extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', **how)
     return extract(c.folder, net, augment, cube, **how)
 
+@queueable
+def extract_shard(
+    run: str, # Run folder
+    shard: int, # Of its store
+) -> str: # As of `attempt`
+    "The task: describe the synapses of one shard"
+    c = read_config(RunConfig, Path(run)/'config.toml').model_copy(update=dict(run=run))
+    return attempt(Path(run)/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
+
 def shipped(
     run: str|Path, # Run folder, fetched
 ) -> tuple[SynapseNet, AugmentConfig, CubeConfig]:
@@ -129,18 +136,15 @@ def shipped(
     return net,measured(law, ChunkStore.open(Path(run)/'chunks.zarr')),CubeConfig(**about['cube'])
 
 def embed_stage(c: RunConfig):
-    "Draw the map of all synapses, and ask what their features tell"
     found,told = embed(c.folder, c.embed),what_features_tell(c.folder, known_neurons(c), c.embed.layer, first=c.embed.features)
     write_table(told, c.folder/'told.parquet', 'told', made_by(c.embed))
     return found,told
 
 def qc_stage(c: RunConfig):
-    "Find defective synapses from a few that are marked, and take them out"
     if c.qc.play and not c.phantom: raise ConfigError('[qc] play needs a phantom, whose defects are known; here name some in [qc] prompts')
     return remove_defects(c.folder, c.qc, marked_by_eye(c.folder, c.phantom_folder, c.qc.play) if c.qc.play else ())
 
 def query_stage(c: RunConfig):
-    "Find synapses that look alike, and measure whether they belong together"
     table = compare_retrieval(c.folder, c.query.layer)
     write_table(table, c.folder/'retrieval.parquet', 'retrieval', made_by(c.query))
     return table
@@ -155,24 +159,19 @@ def known_neurons(c: RunConfig) -> pd.DataFrame|None:
     return neurons_of(c) if c.source.neurons else None
 
 def impute_stage(c: RunConfig):
-    "Impute nine traits of every synapse from those that are known, and measure how well"
     return impute(c.folder, neurons_of(c), c.impute)
 
 def consensus_stage(c: RunConfig):
-    "Type neurites by the consensus of their synapses"
     return type_neurites(c.folder, c.consensus)
 
 def manifold_stage(c: RunConfig):
-    "Find the axes along which synapses vary"
     return manifold(c.folder, run_table(c.folder, known_neurons(c), removed=False, names=('map', 'defects', 'imputed')), c.manifold)
 
 def export_stage(c: RunConfig):
-    "Write what other programs read: a table with links, AnnData, an annotation layer for neuroglancer"
     layers = {o: getattr(c.source, o) for o in ('em', 'seg', 'cleft')}
     return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.features, c.embed.umap_neighbours, c.embed.layer, known_neurons(c), c.export)
 
 def evaluate_stage(c: RunConfig):
-    "Compare what was learnt with the phantom's truth"
     if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
     networks = {'trained': 'features', 'untrained': 'features_untrained'}
     if c.extract.shipped: networks = {'shipped': 'features_shipped'} | networks
@@ -180,8 +179,8 @@ def evaluate_stage(c: RunConfig):
     if nuisance and name in networks: networks[c.embed.features] = networks[name]
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
 
-stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage, embed=embed_stage, qc=qc_stage,
-    query=query_stage, impute=impute_stage, consensus=consensus_stage, manifold=manifold_stage, export=export_stage, evaluate=evaluate_stage)
+stages: dict[str, Callable] = {name: globals()[f'{name}_stage'] for name in what_stages_do}
+for _name,_f in stages.items(): _f.__doc__ = what_stages_do[_name]
 readers = dict(embed=(), qc=('embed',), query=('qc',), impute=('qc',), consensus=('impute',), manifold=('embed', 'qc', 'impute'), export=('embed', 'qc', 'impute', 'consensus'), evaluate=()) # Stages that read features, and whose results each reads besides: they can share the cores, all others need them whole
 
 def stages_of(c: RunConfig) -> list[str]:

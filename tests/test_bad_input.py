@@ -18,10 +18,21 @@ def test_wrong_command_line(args, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, *args)
     assert code == 2 and 'Error: ' in text
 
-def test_error_exit():
-    "As a shell sees it: one line, no traceback"
-    done = synapseclr('fetch', '--config', 'nowhere.toml', cwd='.')
-    assert (done.returncode, done.stderr) == (1, 'error: nowhere.toml: there is no such file\n')
+def test_help_loads_nothing():
+    "What does the work takes seconds to import; neither help nor a wrong option waits for it"
+    loaded = python("import sys, synapseclr.cli; print(*{o.partition('.')[0] for o in sys.modules} & {'torch', 'numpy', 'pandas', 'scipy', 'cloudvolume', 'matplotlib'})", cwd='.')
+    assert (loaded.returncode, loaded.stdout) == (0, '\n')
+
+def test_error_exit(tmp_path):
+    "As a shell sees it: no traceback"
+    (tmp_path/'empty.toml').touch()
+    done = synapseclr('fetch', '--config', 'empty.toml', cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (1, 'error: empty.toml:\n  fetch: Field required\n')
+
+@pytest.mark.parametrize('args', [['train', '--config'], ['phantom', '--config'], ['similar'], ['explore'], ['figures'], ['serve']], ids=' '.join)
+def test_what_is_not_there(args, capsys, monkeypatch):
+    code,text = say(capsys, monkeypatch, *args, 'nowhere', *['1'][:args == ['similar']])
+    assert code == 2 and "'nowhere' does not exist" in text
 
 @pytest.mark.parametrize('override,said', [
     ('train.batchsize=4', "did you mean 'batch_size'?"), ('fetch.max_blank_fraction=2', 'less than or equal to 1'), ('fetch.window_vx=[1,2,3]', 'state the window once'),

@@ -14,14 +14,18 @@ from .core import ConfigError, SynapseCLRError, made_by, read_config, what_stage
 
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
-           'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'extract_command',
-           'run_all', 'demo', 'explore_command', 'figures_command', 'similar_command', 'serve_command', 'remap_command',
-           'bench_augment_command', 'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command',
-           'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
+           'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'train_command',
+           'extract_command', 'run_all', 'demo', 'explore_command', 'figures_command', 'similar_command',
+           'serve_command', 'remap_command', 'bench_augment_command', 'bench_gp_command', 'bench_consensus_command',
+           'bench_fetch_command', 'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
 
 # %% ../nbs/19_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help='Describe every synapse of an EM volume without labels, and find those that look alike.')
+    help='Describe every synapse of an EM volume without labels, and find those that look alike.', epilog='Begin with `synapseclr demo`, and then with a configuration of your own: `synapseclr run --config FILE`.')
+
+def _command(name: str, help: str, group: typer.Typer = app):
+    "Makes a function a command, whose help is said whole in the list of commands too"
+    return group.command(name, help=help, short_help=help)
 
 ConfigOption = Annotated[Path, typer.Option('--config', exists=True, dir_okay=False, help='TOML file that says where the data are and what to do; see configs/')]
 SetOption = Annotated[list[str], typer.Option('--set', help='Override an option: section.key=value; may be repeated. The config.toml of a run lists all options')]
@@ -31,6 +35,7 @@ CompileOption = Annotated[str, typer.Option('--compile', help='on or off; else t
 WeightsOption = Annotated[list[Path], typer.Option('--weights', help='Describe with this network too: ours (.safetensors), a published one of SynapseCLR, or MedicalNet; features go to features_NAME. May be repeated')]
 RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Throw away earlier training, or go on from its newest checkpoint')]
 
+# %% ../nbs/19_cli.ipynb #a6475d92
 def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
     "Run some stages, and say how long they took"
     from synapseclr.stages import open_run, readers, stages, train_stage
@@ -58,17 +63,7 @@ def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **
         raise typer.Exit(130) from None
     if notebook: print(f"report: {(c.folder/'report/index.html').resolve()}")
 
-def _add_stage(name: str):
-    "A command for the stage `name`"
-    if name == 'train':
-        def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, restart: RestartOption = False, precision: PrecisionOption = None, compile: CompileOption = None): # noqa: B006
-            forced = [f'train.{k}="{v}"' for k,v in dict(precision=precision, compile=compile).items() if v]
-            _do([name], config, set + forced, notebook, restart=restart)
-    else:
-        def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do([name], config, set, notebook) # noqa: B006
-    app.command(name, help=what_stages_do[name])(command)
-
-@app.command('phantom', help=what_stages_do['phantom'])
+# %% ../nbs/19_cli.ipynb #9ae5d867
 def phantom_command(
     out: Annotated[Path, typer.Option(help='Folder to write it to')] = None,
     seed: Annotated[int, typer.Option(help='Another seed, another phantom', min=0)] = 0,
@@ -83,12 +78,9 @@ def phantom_command(
     folder = make_phantom(out, PhantomConfig(seed=seed, **sizes[size]))
     print(f"{folder}: {len(pd.read_parquet(folder/'synapses.parquet'))} synapses; layers em, seg, cleft, mito; truth.parquet is for evaluations alone")
 
-for name in what_stages_do:
-    if name not in ('phantom', 'fetch', 'extract'): _add_stage(name)
-
+# %% ../nbs/19_cli.ipynb #e1322596
 QueueOption = Annotated[str, typer.Option('--queue', help='Put the tasks into this queue, fq://FOLDER or sqs://NAME, for `synapseclr fetch --worker`')]
 
-@app.command('fetch', help=what_stages_do['fetch'])
 def fetch_command(
     config: ConfigOption = None, set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
     processes: Annotated[int, typer.Option(help='Blocks at once, each with the memory of a task', min=1)] = 1,
@@ -150,7 +142,11 @@ def _enqueue(url: str, tasks: list[partial]):
     enqueue(url, tasks)
     print(f'{len(tasks)} tasks are in {url}; start `synapseclr fetch --worker {url}` on any machines, and give this command again without --queue when they are done')
 
-@app.command('extract', help=what_stages_do['extract'])
+# %% ../nbs/19_cli.ipynb #67ba7f2a
+def train_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, restart: RestartOption = False, precision: PrecisionOption = None, compile: CompileOption = None): # noqa: B006
+    forced = [f'train.{k}="{v}"' for k,v in dict(precision=precision, compile=compile).items() if v]
+    _do(['train'], config, set + forced, notebook, restart=restart)
+
 def extract_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, queue: QueueOption = None, weights: WeightsOption = []): # noqa: B006
     if weights: set = set + [f'extract.weights={[str(w.absolute()) for w in weights]}']
     if not queue: return _do(['extract'], config, set, notebook)
@@ -161,19 +157,28 @@ def extract_command(config: ConfigOption, set: SetOption = [], notebook: Noteboo
     store = ChunkStore.open(c.folder/'chunks.zarr')
     _enqueue(queue, [partial(extract_shard, run=str(c.folder.absolute()), shard=int(k)) for k in np.unique(store.places//store.per_shard)])
 
-@app.command('run', help=f"Do all stages: {', '.join(what_stages_do)} (phantom and evaluate with a phantom, impute and consensus with a table of neurons)")
+# %% ../nbs/19_cli.ipynb #6c35021c
+def _plain(name: str):
+    def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do([name], config, set, notebook) # noqa: B006
+    return command
+
+_own = dict(phantom=phantom_command, fetch=fetch_command, train=train_command, extract=extract_command)
+for name in what_stages_do: _command(name, what_stages_do[name])(_own.get(name) or _plain(name))
+
+@_command('run', 'Do all of these, as far as the data allow: phantom and evaluate with a phantom, qc with marked defects, impute and consensus with a table of neurons')
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     from synapseclr.stages import open_run, stages_of
     _do(stages_of(open_run(config, set)), config, set, notebook)
 
-@app.command('demo', help='Do all stages on a phantom, with nothing needed from outside: 20 processor minutes')
+@_command('demo', 'Do all stages on a phantom, with nothing needed from outside: 20 processor minutes')
 def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     from synapseclr.report import notebook_of
     config = notebook_of('phantom').parent.parent.parent/'configs/demo.toml'
     print('20 processor minutes; of 12 by the clock, on two cores: phantom and fetch 2.5, train 3.5, extract 1.5, what follows 5', flush=True)
     _do(list(what_stages_do), config, set, notebook)
 
-@app.command('explore', help='Show the map of all synapses in a browser: colours, slices, labels, lasso')
+# %% ../nbs/19_cli.ipynb #d5447170
+@_command('explore', 'Show the map of all synapses in a browser: colours, slices, labels, lasso')
 def explore_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder, with a map')],
     port: Annotated[int, typer.Option(help='Where the page is served on this machine', min=0, max=65535)] = 8765,
@@ -186,7 +191,7 @@ def explore_command(
     write_static(run, static, slices, colour)
     print(f'{static}: give it to any static file server, such as `python -m http.server --directory {static}`; a browser does not open it from the disk')
 
-@app.command('figures', help="Draw the paper's figures from a run, into RUN/figures")
+@_command('figures', "Draw the paper's figures from a run, into RUN/figures")
 def figures_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder, as far as it has come')],
     only: Annotated[str, typer.Option(help='NAME,NAME,...: fig4,figS2; else all that the run has the data for')] = '',
@@ -196,7 +201,7 @@ def figures_command(
         if why: print(f'{name}: not drawn; {why}')
     print(run/'figures/index.html')
 
-@app.command('similar', help='List the synapses that look like some, with all that is known of them')
+@_command('similar', 'List the synapses that look like some, with all that is known of them')
 def similar_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder, extracted')],
     ids: Annotated[str, typer.Argument(help='ID,ID,...: one, or several whose mean is looked for')],
@@ -211,7 +216,7 @@ def similar_command(
     short = [c for c in found if c in ('id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster') or (where and re.search(rf'\b{c}\b', where))]
     print(f'{len(found)} synapses are in {out}' if out else found[short].round(4).to_string(index=False))
 
-@app.command('serve', help='Serve the local layers of a run to neuroglancer, on this machine alone, so that the links of `export` work')
+@_command('serve', 'Serve the local layers of a run to neuroglancer, on this machine alone, so that the links of `export` work')
 def serve_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
     port: Annotated[int, typer.Option(help='As in [export] local_url', min=0, max=65535)] = 9000,
@@ -226,13 +231,14 @@ def serve_command(
         try: server.serve_forever()
         except KeyboardInterrupt: pass
 
+# %% ../nbs/19_cli.ipynb #8ce1d725
 tables = typer.Typer(no_args_is_help=True, help='Change synapse tables')
 app.add_typer(tables, name='tables')
 
 @tables.callback()
 def _tables(): "Keeps `remap` a word of the command line while it is the only one"
 
-@tables.command('remap', help='Look up the partners of synapses in another version of the segmentation')
+@_command('remap', 'Look up the partners of synapses in another version of the segmentation', tables)
 def remap_command(
     table: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help='Synapse table with points on both sides')],
     seg: Annotated[str, typer.Option(help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
@@ -254,7 +260,7 @@ def remap_command(
 bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory, beside something to compare with')
 app.add_typer(bench, name='bench')
 
-@bench.command('augment', help="Views per second of the paper's augmentation and of extraction, beside the straightforward way")
+@_command('augment', "Views per second of the paper's augmentation and of extraction, beside the straightforward way", bench)
 def bench_augment_command(
     batch: Annotated[int, typer.Option(help='Synapses in a batch', min=1)] = 8,
     size: Annotated[int, typer.Option(help='Side of the cube, voxels', min=8)] = 96,
@@ -263,7 +269,7 @@ def bench_augment_command(
     from synapseclr.bench import bench_augment
     print(bench_augment(batch, size, repeats).round(1).to_string(index=False))
 
-@bench.command('gp', help="Nine traits, five folds by exact Gaussian processes, beside the time that the paper's variational recipe takes")
+@_command('gp', "Nine traits, five folds by exact Gaussian processes, beside the time that the paper's variational recipe takes", bench)
 def bench_gp_command(
     n: Annotated[int, typer.Option(help='Synapses', min=100)] = 5000,
     d: Annotated[int, typer.Option(help='Features', min=2)] = 512,
@@ -272,7 +278,7 @@ def bench_gp_command(
     from synapseclr.bench_typing import bench_gp
     print(bench_gp(n, d, finish=finish).round(3).T.to_string(header=False))
 
-@bench.command('consensus', help='Seconds and memory to type all neurites of a volume, and to write the types back')
+@_command('consensus', 'Seconds and memory to type all neurites of a volume, and to write the types back', bench)
 def bench_consensus_command(
     synapses: Annotated[int, typer.Option(min=10)] = 3_200_000,
     neurites: Annotated[int, typer.Option(min=10)] = 1_270_000,
@@ -280,7 +286,7 @@ def bench_consensus_command(
     from synapseclr.bench_typing import bench_consensus
     print(bench_consensus(synapses, neurites).round(2).to_string(index=False))
 
-@bench.command('fetch', help='Requests, decoded bytes, synapses per second and memory: by blocks, and synapse by synapse, from a server with latency')
+@_command('fetch', 'Requests, decoded bytes, synapses per second and memory: by blocks, and synapse by synapse, from a server with latency', bench)
 def bench_fetch_command(
     n: Annotated[int, typer.Option('--synapses', help='How many, at least', min=1)] = 5000,
     latency: Annotated[float, typer.Option(help='Of the server, milliseconds', min=0)] = 5,
@@ -288,21 +294,22 @@ def bench_fetch_command(
     from synapseclr.bench_fetch import bench_fetch
     print(bench_fetch(n, latency).round(2).to_string(index=False))
 
-@bench.command('train', help='A step, the loss, a batch in parts and the disk: seconds and memory, beside the plain way')
+@_command('train', 'A step, the loss, a batch in parts and the disk: seconds and memory, beside the plain way', bench)
 def bench_train_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3):
     from synapseclr.bench_train import bench_loader, bench_loss, bench_parts, bench_steps
     for table in (bench_steps, bench_loss, bench_parts, bench_loader): print(table(rounds=rounds).round(3).to_string(index=False), end='\n\n', flush=True)
 
-@bench.command('extract', help='Synapses described per second, and memory, beside the plain way')
+@_command('extract', 'Synapses described per second, and memory, beside the plain way', bench)
 def bench_extract_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3):
     from synapseclr.bench_maps import bench_extract
     print(bench_extract(rounds).round(3).to_string(index=False))
 
-@bench.command('maps', help='Seconds and memory of neighbours, map, clusters and queries, for several numbers of synapses')
+@_command('maps', 'Seconds and memory of neighbours, map, clusters and queries, for several numbers of synapses', bench)
 def bench_maps_command(sizes: Annotated[str, typer.Option(help='N,N,...; a million takes an hour')] = '10000,100000'):
     from synapseclr.bench_maps import bench_maps
     print(bench_maps([int(o) for o in sizes.split(',')]).round(2).T.to_string())
 
+# %% ../nbs/19_cli.ipynb #6a150bb0
 def main():
     "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"
     try: app(prog_name='synapseclr')

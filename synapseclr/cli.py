@@ -27,8 +27,8 @@ def _command(name: str, help: str, group: typer.Typer = app):
     "Makes a function a command, whose help is said whole in the list of commands too"
     return group.command(name, help=help, short_help=help)
 
-ConfigOption = Annotated[Path, typer.Option('--config', exists=True, dir_okay=False, help='TOML file that says where the data are and what to do; see configs/')]
-SetOption = Annotated[list[str], typer.Option('--set', help='Override an option: section.key=value; may be repeated. The config.toml of a run lists all options')]
+ConfigOption = Annotated[Path, typer.Option('--config', metavar='FILE', exists=True, dir_okay=False, help='TOML file that says where the data are and what to do; see configs/')]
+SetOption = Annotated[list[str], typer.Option('--set', metavar='SECTION.KEY=VALUE', help='Override an option; may be repeated. The config.toml of a run lists all options')]
 NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook', help='Execute the notebook of the stage, with a report, or only its function')]
 PrecisionOption = Annotated[str, typer.Option('--precision', help='fp32 or bf16; else the faster one that is right here')]
 CompileOption = Annotated[str, typer.Option('--compile', help='on or off; else torch.compile is tried for runs of more than an hour')]

@@ -10,7 +10,7 @@ from scipy.special import expit, logit
 from scipy.stats import betabinom, binom
 from .core import Strict, SynapseCLRError, made_by
 from .gp import GPClassifier
-from .tables import read_table, write_table
+from .tables import read_table, read_tag, write_table
 
 # %% auto #0
 __all__ = ['ConsensusError', 'neurite_consensus', 'fit_rho', 'simulate_neurites', 'confident_errors', 'write_back',
@@ -155,20 +155,22 @@ class ConsensusConfig(Strict):
 def type_neurites(
     run: str|Path, # Run folder, imputed
     config: ConsensusConfig|None = None,
-) -> tuple[pd.DataFrame, dict]: # Neurites, with what is `known` of them; `prior` and `rho` of each polarity
+) -> tuple[pd.DataFrame, dict]: # Neurites, with what is `known` of them; `prior` and `rho` of each polarity, and whether its type is `told`
     "Consensus of all neurites: `run/neurites.parquet`, and written back to synapses, `synapse_types.parquet`"
     run,config = Path(run),config or ConsensusConfig()
     table = read_table(run/'synapses.parquet', 'synapses').set_index('id')
     imputed,apart = read_table(run/'imputed.parquet', 'imputed').set_index('id'),read_table(run/'out_of_fold.parquet', 'out of fold').set_index('id')
     table,apart,parts,found = table.loc[imputed.index],apart.loc[imputed.index],[],{}
+    told = read_tag(run/'imputed.parquet')['made_by'].get('told')
     for side in ('pre', 'post'):
         if (name := f'p_inhibitory_{side}') not in imputed: continue
         neurite,known = table[f'{side}_root_id'].to_numpy(),apart[f'inhibitory_{side}'].to_numpy()
         p = np.where(np.isfinite(known), apart[name], imputed[name])
         prior,rho = float(np.nanmean(known)),fit_rho(apart[name].to_numpy(), neurite, known)
         neurites = neurite_consensus(p, neurite, prior, rho, config.min_confidence)
+        if told is not None and f'inhibitory_{side}' not in told: neurites['call'] = pd.Categorical(['abstain']*len(neurites), neurites.call.cat.categories)
         neurites['known'] = pd.Series(known).groupby(neurite).first().loc[neurites.neurite_id].to_numpy()
-        parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho)
+        parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho, told=told is None or f'inhibitory_{side}' in told)
     if not parts: raise ConsensusError(f"{run}: no types were imputed; see the report of `synapseclr impute` for the reason")
     neurites,origin = pd.concat(parts, ignore_index=True),made_by(config, n_synapses=len(imputed))
     write_table(neurites, run/'neurites.parquet', 'neurites', origin)

@@ -8,7 +8,7 @@ import difflib, hashlib, importlib.metadata, json, os, struct, sys, tomllib, uui
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 import pydantic, tomli_w
 from tqdm.auto import tqdm
 
@@ -36,7 +36,7 @@ what_stages_do = dict(
     embed='Draw the map of all synapses, and ask what their features tell',
     qc='Find defective synapses from a few that are marked, and take them out',
     query='Find synapses that look alike, and measure whether they belong together',
-    impute='Impute nine traits of every synapse from those that are known, and measure how well',
+    impute='Impute up to nine traits of every synapse from those that are known, and measure how well',
     consensus='Type neurites by the consensus of their synapses',
     manifold='Find the axes along which synapses vary',
     export='Write what other programs read: a table with links, AnnData, an annotation layer for neuroglancer',
@@ -115,6 +115,7 @@ def _problem(model, error: dict) -> str:
     if error['type'] != 'extra_forbidden': return f"{where}: {error['msg'].removeprefix('Value error, ')}"
     for part in error['loc'][:-1]:
         model = getattr(model.model_fields.get(part), 'annotation', None) if hasattr(model, 'model_fields') else None
+        model = next((o for o in get_args(model) if hasattr(o, 'model_fields')), model) # of one that may be None
     known = list(getattr(model, 'model_fields', {}))
     near = difflib.get_close_matches(str(error['loc'][-1]), known, n=1)
     return f"{where}: no such option" + (f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(known)}")

@@ -25,7 +25,8 @@ __all__ = ['roles', 'DataConfig', 'FetchConfig', 'cleft_of', 'visible', 'open_la
 # %% ../nbs/04_fetch.ipynb #c225021b
 class DataConfig(Strict):
     "Where the synapses are"
-    table: Source # Synapse table: csv, parquet or feather
+    table: Source # Synapse table: csv, tsv, parquet or feather
+    columns: dict[str, str] = {} # What our columns are called in it, if it has names of its own: `{id = "syn_id", ctr_x_nm = "x"}`
     table_voxel_nm: tuple[float, float, float]|None = None # Size of the table's voxels, `(z, y, x)`, if its positions are in voxels
     em: LayerSource # Grey values, uint8; 0 where missing
     seg: LayerSource # Cells
@@ -188,7 +189,7 @@ def _fetch_read(layers, needs: list[Need], rows: pd.DataFrame, part: np.ndarray,
         else: records[i]['reject_reason'] = 'no cleft'
     for i,window in windows('seg'):
         for cell,bit,partner in ((pre[i], PRE, 'presynaptic'), (post[i], POST, 'postsynaptic')):
-            here = window == cell
+            here = (window == cell) & (cell != 0) # 0 is the background
             mask[i] |= here*np.uint8(bit)
             if not here.any(): records[i]['reject_reason'] = records[i]['reject_reason'] or f'no {partner} cell'
     for i,window in windows('mito') if 'mito' in layers else (): mask[i] |= ((window > 0) & ((mask[i] & (PRE|POST)) > 0))*np.uint8(MITO)
@@ -203,7 +204,7 @@ def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -
     "What a store is made from"
     with open(data.table, 'rb') as f: table = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
     infos = {name: [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp] for name,layer in sorted(layers.items())}
-    return made_by(config, table=table, layers=digest(infos), voxel_nm=list(layers['em'].voxel_nm))
+    return made_by(config, table=table, layers=digest(infos), voxel_nm=list(layers['em'].voxel_nm), **(dict(columns=data.columns) if data.columns else {}))
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
     "Look at `n` synapses"
@@ -220,7 +221,7 @@ def read_rows(
 ) -> pd.DataFrame: # From `read_synapses`
     "Read a table whose synapses all layers have to hold. Raises `TableError` or `VolumeError`"
     em = layers['em']
-    rows = read_synapses(table, data.table_voxel_nm, tuple(tuple(np.multiply(c, em.voxel_nm)) for c in (em.box.lo, em.box.hi)))
+    rows = read_synapses(table, data.table_voxel_nm, tuple(tuple(np.multiply(c, em.voxel_nm)) for c in (em.box.lo, em.box.hi)), data.columns)
     check_layers(layers, centres_vx(rows, em.voxel_nm))
     return rows
 
@@ -249,7 +250,11 @@ def plan_fetch(
     path,job = run/'fetch/plan.parquet',dict(data=data.model_dump(mode='json'), fetch=config.model_dump(mode='json'))
     if path.exists():
         before = read_tag(path)['made_by']
-        if {k: v for k,v in before.items() if k != 'job'} != origin: raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration; choose a new run folder, or delete this one")
+        if other := [k for k in {*before, *origin} - {'job'} if before.get(k) != origin.get(k)]:
+            if not _kept_none(run): raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration ({', '.join(sorted(_words.get(o, o) for o in other))}); choose a new run folder, or delete this one")
+            (run/'synapses.parquet').unlink() # nothing is lost
+            for o in ('chunks.zarr', 'fetch'): shutil.rmtree(run/o)
+            return plan_fetch(data, config, run)
         if before['job'] != job: write_table(read_table(path, 'fetch plan'), path, 'fetch plan', origin | dict(job=job)) # the same layers at another address
     elif (run/'chunks.zarr/id/zarr.json').exists(): raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be read, but not gone on with")
     else:
@@ -259,6 +264,12 @@ def plan_fetch(
     shutil.rmtree(run/'chunks.zarr', ignore_errors=True) # of a fetch that died while it made the store
     capacity = config.capacity(origin['voxel_nm'])
     ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(origin['voxel_nm'])[1], capacity, voxel_nm=origin['voxel_nm'], made_by=origin)
+
+_words = dict(config='[fetch] differs', table='the table differs', layers='the layers differ', voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
+
+def _kept_none(run: Path) -> bool:
+    "Whether a fetch was finished, and all synapses were rejected"
+    return (run/'synapses.parquet').exists() and not (read_table(run/'synapses.parquet', 'synapses').reject_reason == '').any()
 
 def n_blocks(run: str|Path) -> int:
     "Blocks in the plan of a run"

@@ -23,7 +23,7 @@ from .validate import auc, disjoint_folds, interval, neuron_bootstrap, number_sc
 
 # %% auto #0
 __all__ = ['traits', 'few_neurons', 'Trait', 'ImputeError', 'known_values', 'model_for', 'predictions', 'predicted_apart',
-           'scores_of', 'ImputeConfig', 'judge', 'labelled_neurons', 'impute']
+           'scores_of', 'ImputeConfig', 'judge', 'labelled_neurons', 'traits_told', 'impute']
 
 # %% ../nbs/14a_impute.ipynb #4a8800f7
 @dataclass(frozen=True)
@@ -166,6 +166,14 @@ def labelled_neurons(
     shown = neurons.groupby('inhibitory').sample(frac=share, random_state=seed).index
     return neurons.assign(inhibitory=neurons.inhibitory.where(neurons.index.isin(shown)))
 
+def traits_told(
+    scores: pd.DataFrame, # `imputation.parquet`
+    features: str, # Kind
+) -> pd.Series: # By trait, whether the 95 % interval for new neurons is above chance
+    "Which traits the features tell"
+    chosen = scores[(scores.split == 'neurons') & (scores.features == features)].set_index('trait')
+    return chosen.lo95 > np.where(chosen.AUC.notna() if 'AUC' in chosen else False, .5, 0)
+
 def impute(
     run: str|Path, # Run folder, extracted and annotated
     neurons: pd.DataFrame, # From `read_neurons`
@@ -194,5 +202,6 @@ def impute(
     judged,origin = pd.concat(judged, ignore_index=True),made_by(config, n_synapses=len(table), neurons=len(neurons))
     write_table(judged, run/'imputation.parquet', 'imputation', origin)
     write_table(pd.DataFrame(apart), run/'out_of_fold.parquet', 'out of fold', origin)
-    write_table(pd.DataFrame(imputed), run/'imputed.parquet', 'imputed', origin)
+    clear = traits_told(judged, config.features)
+    write_table(pd.DataFrame(imputed), run/'imputed.parquet', 'imputed', origin | dict(told=clear.index[clear].tolist()))
     return judged,skipped

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, psutil
 import synapseclr
 from .core import SynapseCLRError, atomic
-from .impute import few_neurons
+from .impute import few_neurons, traits_told
 from .joined import run_table
 from .plot import draw_map, tell_figure, training_curve
 from .stages import RunConfig, known_neurons, open_run, stages
@@ -158,6 +158,9 @@ def _defects(c: RunConfig) -> tuple[str, str]:
     gone = f'{found.removed.sum()} of {len(found)} synapses'
     return f'{gone} look like defects and are taken out.',f'<h2>Defects</h2><p>From {found.prompt.sum()} marked ones: {gone} removed ({100*found.removed.mean():.1f} %), {(found.removed & ~found.prompt).sum()} of them found.</p>'
 
+_words = dict(cleft_um3='the volume of the cleft', pre_soma_um='the distance to the presynaptic soma', post_soma_um='the distance to the postsynaptic soma', pre_mito_um3='the volume of presynaptic mitochondria',
+    post_mito_um3='the volume of postsynaptic mitochondria', inhibitory_pre='the presynaptic type', inhibitory_post='the postsynaptic type', mito_pre='whether there is a presynaptic mitochondrion', mito_post='whether there is a postsynaptic mitochondrion')
+
 def _imputed(c: RunConfig) -> tuple[str, str]:
     "How well traits are imputed"
     scores = read_table(c.folder/'imputation.parquet', 'imputation')
@@ -170,23 +173,28 @@ def _imputed(c: RunConfig) -> tuple[str, str]:
     few = f'; with fewer than {few_neurons} known neurons chance can look like knowledge' if (chosen.neurons < few_neurons).any() else ''
     leads = {o: scores[scores.features == o].set_index('trait').reindex(out.index) for o in ('untrained', 'morphometrics')}
     for other,lead in leads.items(): out[f'lead over {other}'] = [f'{r.lead:+.3f} [{r.lead_lo95:+.2f}, {r.lead_hi95:+.2f}]' for r in lead.itertuples()]
-    told = chosen[chosen.lo95 > np.where(chosen.score == 'AUC', .5, 0)]
-    names = [f'{r.Index} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < few_neurons else '') + ')' for r in told.sort_values('value', ascending=False).itertuples()]
-    better = [t for t in told.index if leads['morphometrics'].lead_lo95.get(t, -1) > 0]
-    short = f"Told of neurons that the model has not seen: {', '.join(names) or 'nothing'}; not told: {', '.join(chosen.index.drop(told.index)) or 'nothing'}; clearly better than by measuring the masks: {', '.join(better) or 'nothing'}."
+    clear = chosen[traits_told(scores, c.impute.features)]
+    for o in leads: out.loc[~out.index.isin(clear.index), f'lead over {o}'] = '' # nothing leads with nothing
+    names = [f'{_words[r.Index]} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < few_neurons else '') + ')' for r in clear.sort_values('value', ascending=False).itertuples()]
+    better = [_words[t] for t in clear.index if leads['morphometrics'].lead_lo95.get(t, -1) > 0]
+    short = f"For neurons that no model has seen, the features tell {', '.join(names) or 'nothing'}; they do not tell {', '.join(_words[t] for t in chosen.index.drop(clear.index)) or 'nothing'}. Clearly better than measuring the masks: {', '.join(better) or 'nothing'}."
     return short,f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.features)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'
 
 def _neurites(c: RunConfig) -> tuple[str, str]:
     "What neurites were called"
     found = read_table(c.folder/'neurites.parquet', 'neurites')
     found = found[found.n_synapses > 0]
+    scores = read_table(c.folder/'imputation.parquet', 'imputation')
+    clear = traits_told(scores, c.impute.features)
+    silent = [dict(pre='axons', post='dendrites')[o] for o in ('pre', 'post') if not clear.get(f'inhibitory_{o}', True)]
+    why = f"The features do not tell the type of {' and '.join(silent)} here, so none is called." if silent else ''
     counts = found.assign(call=found.call.astype('object').replace({'E': 'excitatory', 'I': 'inhibitory', 'abstain': 'not called'})).groupby(['polarity', 'call']).size().unstack(fill_value=0)
     known = found[found.known.notna() & found.call.isin(['E', 'I'])]
     right = ((known.call == 'I') == (known.known > .5)).groupby(known.polarity).agg(['sum', 'size'])
     counts['right, where known'] = ['{} of {}'.format(*right.loc[p]) if p in right.index else '' for p in counts.index]
     called = found[found.call.isin(['E', 'I'])].groupby('polarity').size()
-    short = 'Called excitatory or inhibitory: ' + ', '.join(f"{called.get(p, 0)} of {n} {dict(pre='axons', post='dendrites').get(p, p)}" + (' ({} of {} right, where known)'.format(*right.loc[p]) if p in right.index else '') for p,n in found.groupby('polarity', sort=False).size().items()) + '.'
-    return short,f'<h2>Neurites</h2><p>Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
+    short = 'Called excitatory or inhibitory: ' + ', '.join(f"{called.get(p, 0)} of {n} {dict(pre='axons', post='dendrites').get(p, p)}" + (' ({} of {} right, where known)'.format(*right.loc[p]) if p in right.index else '') for p,n in found.groupby('polarity', sort=False).size().items()) + f'. {why}'
+    return short,f'<h2>Neurites</h2><p>{why} Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
 
 _parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'told.parquet': _told, 'defects.parquet': _defects, 'imputation.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs
 _files = {'figures/index.html': "the paper's figures, drawn from this run", 'table.parquet': 'one row per synapse, all that is known', 'synapses.h5ad': 'AnnData for scanpy', 'annotations': 'annotation layer for neuroglancer', 'synapses.parquet': 'synapses with measurements', 'imputed.parquet': 'imputed traits', 'neurites.parquet': 'types of neurites', 'features': 'features of the trained network', 'train/weights.safetensors': 'the network'}

@@ -29,7 +29,7 @@ from .query import QueryConfig, compare_retrieval
 from .queue import attempt
 from .sets import kind_of
 from .store import ChunkStore
-from .tables import read_neurons, write_table
+from .tables import read_neurons, read_table, untyped_words, write_table
 from .train import TrainConfig, TrainingError, measured, train
 from .volume import LayerSource
 
@@ -93,9 +93,25 @@ def phantom_stage(c: RunConfig):
 
 def fetch_stage(c: RunConfig, processes: int = 1):
     known_neurons(c) # what is wrong with it is said now, not after hours
+    window = c.fetch.window_nm or c.fetch.window_vx
+    if window[1] != window[2]: print(f'hint: the window of [fetch] is z, y, x = {", ".join(f"{o:g}" for o in window)}: not as high as it is wide')
     table = fetch(c.source, c.fetch, c.folder, processes)
-    if (table.reject_reason == '').any(): return table
-    raise ConfigError(f"{outcome(table)}; {table.blank_fraction.median():.0%} of the median window is blank or outside the volume. Make the window of [fetch] smaller (z, y, x), or raise its max_blank_fraction; configs/vnc.toml is for a thin stack")
+    kept,why = (table.reject_reason == '').mean(),table.reject_reason[table.reject_reason != ''].mode()
+    if 0 < kept < .5: print(f'hint: most synapses are rejected, of {len(table)}: {why[0]}. {_advice(why[0])}')
+    if not kept: raise ConfigError(f"{outcome(table)}; {table.blank_fraction.median():.0%} of the median window is blank or outside the volume. {_advice(why[0])}")
+    if (neurons := known_neurons(c)) is not None: _say_of(neurons, table, c.source.neurons)
+    return table
+
+def _advice(reason: str) -> str:
+    "What to do if synapses are rejected for it"
+    if reason == 'blank EM': return 'Make the window of [fetch] smaller (z, y, x), or raise its max_blank_fraction; configs/vnc.toml is for a thin stack'
+    return "Look at a synapse's place in the layers: are x, y, z and voxel size of the table right, are the layers those that their names say and of the table's version, and is the window of [fetch] (z, y, x) large enough?"
+
+def _say_of(neurons: pd.DataFrame, table: pd.DataFrame, path: str):
+    "Say what of the table of neurons is not used; raise `ConfigError` if that is all of it"
+    if not neurons.root_id.isin(table.pre_root_id).any() and not neurons.root_id.isin(table.post_root_id).any():
+        raise ConfigError(f"{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, is a partner of any synapse; are its root_id and the synapse table of the same version of the segmentation?")
+    if len(words := untyped_words(neurons)): print(f"hint: {path}: {words.sum()} of {len(neurons)} cells are neither excitatory nor inhibitory by their words: {', '.join(f'{w} ({n})' for w,n in words.head(5).items())}")
 
 def annotate_stage(c: RunConfig):
     return annotate(c.folder, c.source.skeletons)
@@ -115,6 +131,9 @@ def extract_stage(c: RunConfig, shards: list[int]|None = None):
         extract(c.folder, net, augment, CubeConfig(**about['cube']) if about.get('cube') else c.cube, f'features_{Path(path).stem}', **how)
     net,about = load_weights(weights)
     cube,augment = CubeConfig(**about['cube']),AugmentConfig(**about['augment'])
+    other = [f'{name}.{k} = {asked} (trained with {getattr(was, k)})' for name,was in (('cube', cube), ('augment', augment)) for k,asked in getattr(c, name)
+        if k not in ('mean', 'sd') and asked != getattr(was, k)]
+    if other: raise ConfigError(f"{weights}: the network was trained on other views than are asked for: {', '.join(other)}; train again (`synapseclr train --restart`), or take that back")
     extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', **how)
     return extract(c.folder, net, augment, cube, **how)
 
@@ -159,7 +178,11 @@ def known_neurons(c: RunConfig) -> pd.DataFrame|None:
     return neurons_of(c) if c.source.neurons else None
 
 def impute_stage(c: RunConfig):
-    return impute(c.folder, neurons_of(c), c.impute)
+    neurons = neurons_of(c)
+    _say_of(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source.neurons)
+    scores,skipped = impute(c.folder, neurons, c.impute)
+    if skipped: print(f"hint: not imputed: {'; '.join(skipped)}")
+    return scores,skipped
 
 def consensus_stage(c: RunConfig):
     return type_neurites(c.folder, c.consensus)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import csv, io, json, os, threading
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd
 import pyarrow as pa, pyarrow.parquet as pq
@@ -13,7 +14,8 @@ from .core import SynapseCLRError, atomic
 
 # %% auto #0
 __all__ = ['names', 'centres_nm', 'centres_vx', 'ids', 'neuron_names', 'neuron_types', 'TableError', 'write_table', 'read_tag',
-           'read_table', 'read_arrow', 'read_synapses', 'append_labels', 'read_labels', 'read_ids', 'read_neurons']
+           'read_table', 'read_arrow', 'read_synapses', 'append_labels', 'read_labels', 'read_ids', 'read_neurons',
+           'untyped_words']
 
 # %% ../nbs/02_tables.ipynb #6469e68f
 class TableError(SynapseCLRError):
@@ -67,8 +69,8 @@ ids = ['id', 'pre_root_id', 'post_root_id']
 
 # %% ../nbs/02_tables.ipynb #be867fcf
 def _load(path: Path) -> pd.DataFrame:
-    "The rows of a csv, parquet or feather file, as they are"
-    readers = {'.csv': pd.read_csv, '.parquet': pd.read_parquet, '.feather': pd.read_feather}
+    "The rows of a csv, tsv, parquet or feather file, as they are"
+    readers = {'.csv': pd.read_csv, '.tsv': partial(pd.read_csv, sep='\t'), '.parquet': pd.read_parquet, '.feather': pd.read_feather}
     if not path.exists(): raise TableError(f"{path}: there is no such file")
     if path.suffix not in readers: raise TableError(f"{path}: cannot read '{path.suffix}'; a table is one of {', '.join(readers)}")
     try: return readers[path.suffix](path)
@@ -97,6 +99,8 @@ def _examples(rows) -> str:
 
 def _id_problem(name: str, column: pd.Series) -> str|None:
     "Why `column` cannot serve as ids"
+    if pd.api.types.is_object_dtype(column.dtype) or pd.api.types.is_string_dtype(column.dtype):
+        return f"column {column.name} is text, such as {column.iloc[0]!r}, and {name} has to be whole numbers"
     if not pd.api.types.is_integer_dtype(column.dtype):
         return f"column {column.name} is {column.dtype}, and {name} has to be whole numbers: ids above 2^53 lose digits as floating point; fill its gaps and save it as int64"
     if column.isna().any(): return f"column {column.name}: no id in {_examples(column.isna())}"
@@ -108,29 +112,51 @@ def read_synapses(
     path: str|Path, # csv, parquet or feather
     voxel_nm: tuple[float, float, float]|None = None, # Size of the table's voxels, `(z, y, x)`, if its positions are in voxels
     bounds_nm: tuple|None = None, # Lowest and highest position of the volume, each `(z, y, x)`
+    columns: dict[str, str]|None = None, # What our columns are called in this table, if it has names of its own
 ) -> pd.DataFrame: # One row per synapse, in the file's order, our columns first
     "Read a synapse table in our, Synaptor's or MICrONS' schema. Raises `TableError` listing everything that is wrong with it"
     path = Path(path)
-    table = _load(path)
+    table = _renamed(path, _load(path), columns or {})
+    if not len(table): raise TableError(f"{path}: no rows")
     found = {ours: next((c for c in theirs if c in table), None) for ours,theirs in names.items()}
     problems = [f"no column for {o} (one of {', '.join(names[o])})" for o in ids if found[o] is None]
     unfit = {o: _id_problem(o, table[found[o]]) for o in ids if found[o]}
     problems += [o for o in unfit.values() if o]
+    if (c := found['cleft_id']) and c != found['id'] and _whole(table[c]) is None: problems.append(_id_problem('cleft_id', table[c]))
     if found['id'] and not unfit['id'] and (twice := table[found['id']].duplicated()).any():
-        problems.append(f"column {found['id']}: ids that came before in {_examples(twice)}")
+        problems.append(f"column {found['id']}: ids that came before in {_examples(twice)}" + ('; give synapses that share a cleft ids of their own, in a column id' if found['id'] != 'id' else ''))
     if not any(unfit.get(o, True) for o in ids[1:]) and (self := table[found['pre_root_id']] == table[found['post_root_id']]).any():
         problems.append(f"pre and post are the same cell in {_examples(self)}")
-    columns,in_vx = _centre_columns(table)
-    centres = _centres(table, columns, voxel_nm if in_vx else (1, 1, 1))
+    at,in_vx = _centre_columns(table)
+    centres = _centres(table, at, voxel_nm if in_vx else (1, 1, 1))
     if isinstance(centres, str): problems.append(centres)
     else: problems += _position_problems(centres, bounds_nm)
-    if not len(table): problems.append("no rows")
+    if any(o.startswith('no column') for o in problems): problems.append(_has(table))
     if problems: raise TableError('\n  '.join([f"{path}: cannot be used:"] + problems))
-    ours = {o: table[c].to_numpy(np.uint64 if (table[c] > np.iinfo(np.int64).max).any() else np.int64)
-        for o,c in found.items() if c and pd.api.types.is_integer_dtype(table[c].dtype) and not table[c].isna().any()}
+    ours = {o: whole for o,c in found.items() if c and (whole := _whole(table[c])) is not None}
     ours |= {f'ctr_{a}_nm': centres[:, i] for i,a in enumerate('xyz')}
-    rest = table.drop(columns=[c for c in {*found.values(), *columns, *ours} if c in table])
+    rest = table.drop(columns=[c for c in {*(found.get(o) for o in ours), *at, *ours} if c in table])
     return pd.concat([pd.DataFrame(ours), rest], axis=1)
+
+def _renamed(path: Path, table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
+    "`table` with our names"
+    known = [*names, *(p.format(a) for p in centres_nm + centres_vx for a in 'xyz')]
+    wrong = [f"columns.{o}: is not one of {', '.join(known)}" for o in columns if o not in known]
+    wrong += [f"columns.{o}: the table has no column '{c}'" for o,c in columns.items() if c not in table]
+    if wrong: raise TableError('\n  '.join([f"{path}: cannot be used:"] + wrong + [_has(table)]))
+    return table.drop(columns=[o for o,c in columns.items() if o in table and o != c]).rename(columns={c: o for o,c in columns.items()})
+
+def _has(table: pd.DataFrame) -> str:
+    "What there is instead of a column that is missing"
+    if len(table.columns) == 1 and any(o in table.columns[0] for o in ';\t'): return f"it has one column, '{table.columns[0]}': separate them by commas"
+    return f"it has {', '.join(map(str, table.columns))}; [data] columns says which is which, as in columns = {{id = \"{table.columns[0]}\"}}"
+
+def _whole(column: pd.Series) -> np.ndarray|None:
+    "Whole numbers, 0 where there is none; None if they are not, or too large for the floating point that they are in"
+    if not pd.api.types.is_numeric_dtype(column.dtype): return None
+    column = column.fillna(0)
+    if pd.api.types.is_integer_dtype(column.dtype): return column.to_numpy(np.uint64 if (column > np.iinfo(np.int64).max).any() else np.int64)
+    return column.to_numpy(np.int64) if ((column%1 == 0) & (column.abs() < 2**53)).all() else None
 
 def _position_problems(centres, bounds_nm) -> list[str]:
     "What is wrong with centres `(n, 3)` as x, y, z"
@@ -191,7 +217,7 @@ def read_ids(
 
 # %% ../nbs/02_tables.ipynb #16cd011f
 neuron_names = dict(root_id=['root_id', 'pt_root_id', 'cell_segid'], cell_type=['cell_type', 'cell_type_x'])
-neuron_types = {'excitatory': 0, 'e': 0, 'pyramidal': 0, 'inhibitory': 1, 'i': 1} # All else is not known to be either
+neuron_types = {'excitatory': 0, 'exc': 0, 'e': 0, 'pyramidal': 0, 'inhibitory': 1, 'inh': 1, 'i': 1} # All else is not known to be either
 
 def read_neurons(
     path: str|Path, # csv, parquet or feather
@@ -218,6 +244,13 @@ def read_neurons(
     ours.loc[ours.n_somata > 1, list(soma)] = np.nan
     rest = table.drop(columns=[c for c in {found['root_id'], *soma} if c in table])
     return pd.concat([ours, rest], axis=1)[~root.duplicated()].reset_index(drop=True)
+
+def untyped_words(
+    neurons: pd.DataFrame, # From `read_neurons`
+) -> pd.Series: # How many cells have each
+    "What is said of cells in words that are not among `neuron_types`"
+    words = neurons[next(c for c in neuron_names['cell_type'] if c in neurons)].dropna().astype('str').str.strip()
+    return words[(words != '') & neurons.inhibitory.isna()].value_counts()
 
 def _somata(table: pd.DataFrame, voxel_nm) -> tuple[dict, list[str]]:
     "Columns with the positions of somata in nm, and what is wrong with them"

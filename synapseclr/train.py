@@ -235,11 +235,12 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     augment,table = measured(augment, store),_table(store, types)
     training,held_out,watched = held_out_and_watched(_allowed(config, table), config.watch, config.seed)
     n,world = len(training),n_processes()
-    if n < config.batch_size: raise TrainingError(f"{run}: {n} synapses to train on do not fill a batch of {config.batch_size}; lower train.batch_size")
+    if n < config.batch_size: raise TrainingError(f"{run}: {n} synapses to train on ({len(held_out)} are held out) do not fill a batch of {config.batch_size}; lower train.batch_size")
     if config.batch_size%world: raise TrainingError(f"train.batch_size = {config.batch_size} cannot be shared among {world} processes; choose a multiple of {world}")
     n_own,steps_per_epoch = config.batch_size//world,n//config.batch_size
     first,n_steps = process_rank()*n_own,config.epochs*steps_per_epoch
     origin = made_by(config.model_copy(update=dict(more=[], exclude=None)), seed=config.seed, augment=digest(augment), cube=digest(cube), chunks=digest(store.attrs['made_by']), training=digest(table.id[training].tolist()))
+    if process_rank() == 0: _warn_of_few(n_steps, steps_per_epoch, config.warmup_steps)
     if restart and process_rank() == 0: _forget(folder)
     if world > 1: dist.barrier()
 
@@ -323,6 +324,10 @@ def _warn_of_days(measured: list[dict], n_times: float, device: torch.device):
     "Say beforehand if training will take longer than a person waits"
     days = min((o['seconds'] for o in measured), default=0)*n_times/86400
     if days > 2: print(f'hint: at the speed just measured this training takes {days:.0f} days on {device.type}' + ('; it is meant for a GPU. The network and the cubes of configs/demo.toml are for machines without one' if device.type == 'cpu' else ''), flush=True)
+
+def _warn_of_few(n_steps: int, steps_per_epoch: int, warmup: int):
+    "Say beforehand if training will be over before it has begun in earnest"
+    if n_steps < 2*warmup: print(f'hint: training is {n_steps} steps, {steps_per_epoch} in an epoch, and for {warmup} of them the learning rate only rises; [train] epochs = {math.ceil(4*warmup/steps_per_epoch)} would be four times as many', flush=True)
 
 def _last_good(folder: Path) -> str: return f"the last good checkpoint is {next(iter(_checkpoints(folder)), 'none')}"
 

@@ -121,8 +121,10 @@ def check_layers(
     layers: dict[str, Layer], # Open layers, by name, `em` among them
     centres_vx: np.ndarray|None = None, # `(n, 3)` voxels that all of them have to have
 ):
-    "Raise `VolumeError` unless all layers have voxels of the EM's size, share some of its space, and hold all centres"
+    "Raise `VolumeError` unless the EM is uint8, and all layers have voxels of its size, share some of its space, and hold all centres"
     em,problems = layers['em'],[]
+    if (dtype := em.volume.dtype) != np.uint8: problems.append(f"layer em, {em.volume.cloudpath}, is {dtype}; EM has to be uint8" + (': is this the segmentation?' if np.dtype(dtype).itemsize > 2 else ''))
+    problems += [f"layer {o}, {l.volume.cloudpath}, is {l.volume.dtype}; it has to hold ids" for o,l in layers.items() if not np.issubdtype(l.volume.dtype, np.integer)]
     for name,layer in layers.items():
         a,b = (np.asarray(o.volume.resolution, float) for o in (layer, em))
         if not np.allclose(a, b, rtol=.01):

@@ -272,6 +272,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
         return training[batch[first:first+n_own]],training[pairs[first:first+n_own]]
 
     parts = [slice(i, min(i+(config.micro_batch or n_own), n_own)) for i in range(0, n_own, config.micro_batch or n_own)]
+    if parts[-1].stop-parts[-1].start < 2: raise TrainingError(f"train.micro_batch = {config.micro_batch} leaves a part of one synapse, which cannot be normalised; choose another")
     cells = torch.from_numpy(table[['pre', 'post']].to_numpy())
     pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[1])
     bar = progress(total=n_steps, initial=about['step'], desc=f"train ({mode['precision']})", unit='step', **dict(disable=True) if process_rank() else {})

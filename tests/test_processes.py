@@ -100,7 +100,7 @@ def test_killed_three_times(n, whole, fetched, tmp_path):
     "SIGKILL at three random steps, each time the same command again: weights, moments, log and best weights are the same to the bit"
     run = copy_of(fetched, tmp_path/'run')
     for deadly in sorted(random.Random(n).sample(range(10), 3)):
-        with pytest.raises(RuntimeError, match=f'ended with (-{signal.SIGKILL.value}|1)'): in_processes(n, go, run, deadly)
+        with pytest.raises(RuntimeError, match=f'ended with (-{signal.SIGKILL.value}{"|1" if n > 1 else ""})'): in_processes(n, go, run, deadly)
         assert not (run/'train/weights.safetensors').exists()
     assert in_processes(n, go, run, -1) == ['done']*n
     assert files(run, *made) == files(whole[n], *made)

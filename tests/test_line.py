@@ -72,9 +72,12 @@ def test_notebooks_change_nothing(whole, tiny, tmp_path):
     assert files(tmp_path/'_runs/tiny', *everything) == files(whole, *everything)
 
 def test_extract_knows_its_network(whole, tiny):
-    "The untrained network is that of the weights, whatever the configuration says now"
-    assert synapseclr('extract', '--config', tiny, '--set', 'train.model=paper', '--set', 'train.seed=5', '--set', 'cube.size=96', '--no-notebook', cwd=whole.parent.parent).returncode == 0
+    "The untrained network is that of the weights, whatever the configuration says now; other views than it was trained on are refused"
+    extract = ['extract', '--config', tiny, '--set', 'train.model=paper', '--set', 'train.seed=5', '--no-notebook']
+    assert synapseclr(*extract, cwd=whole.parent.parent).returncode == 0
     assert read_features(whole/'features_untrained')[1].shape[1] == 128
+    done = synapseclr(*extract, '--set', 'cube.size=96', cwd=whole.parent.parent)
+    assert done.returncode == 1 and 'trained on other views than are asked for: cube.size = 96' in done.stderr
 
 def test_other_networks(whole, tiny, tmp_path):
     "MedicalNet's weights describe the same synapses; weights that are nowhere are asked for"

@@ -24,8 +24,11 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
     help='Describe every synapse of an EM volume without labels, and find those that look alike.', epilog='Begin with `synapseclr demo`, and then with a configuration of your own: `synapseclr run --config FILE`.')
 
 def _command(name: str, help: str, group: typer.Typer = app):
-    "Makes a function a command, whose help is said whole in the list of commands too"
-    return group.command(name, help=help, short_help=help)
+    "Makes a function a command, whose help is its docstring, and is said whole in the list of commands too"
+    def added(f):
+        f.__doc__ = help
+        return group.command(name, help=help, short_help=help)(f)
+    return added
 
 ConfigOption = Annotated[Path, typer.Option('--config', metavar='FILE', exists=True, dir_okay=False, help='TOML file that says where the data are and what to do; see configs/')]
 SetOption = Annotated[list[str], typer.Option('--set', metavar='SECTION.KEY=VALUE', help='Override an option; may be repeated. The config.toml of a run lists all options')]

@@ -74,6 +74,7 @@ def phantom_command(
     config: Annotated[Path, typer.Option('--config', exists=True, dir_okay=False, help='Instead: the stage of a run with a section [phantom]')] = None,
     set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
 ):
+    "`synapseclr phantom`"
     if (out is None) == (config is None): raise typer.BadParameter('give --out, or --config')
     if config: return _do(['phantom'], config, set, notebook)
     import pandas as pd
@@ -97,6 +98,7 @@ def fetch_command(
     again: Annotated[str, typer.Option(help='Fetch these again: ID,ID,... or `problems`, those that --verify found')] = None,
     without: Annotated[str, typer.Option('--drop', help='Take these out: ID,ID,... or `missing`, those that could not be fetched')] = None,
 ):
+    "`synapseclr fetch`"
     if (config is None) == (worker is None): raise typer.BadParameter('give --config, or --worker')
     if worker:
         import synapseclr.stages # noqa: F401 - what the tasks call
@@ -147,10 +149,12 @@ def _enqueue(url: str, tasks: list[partial]):
 
 # %% ../nbs/19_cli.ipynb #67ba7f2a
 def train_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, restart: RestartOption = False, precision: PrecisionOption = None, compile: CompileOption = None): # noqa: B006
+    "`synapseclr train`"
     forced = [f'train.{k}="{v}"' for k,v in dict(precision=precision, compile=compile).items() if v]
     _do(['train'], config, set + forced, notebook, restart=restart)
 
 def extract_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, queue: QueueOption = None, weights: WeightsOption = []): # noqa: B006
+    "`synapseclr extract`"
     if weights: set = set + [f'extract.weights={[str(w.absolute()) for w in weights]}']
     if not queue: return _do(['extract'], config, set, notebook)
     import numpy as np

@@ -168,9 +168,10 @@ def type_neurites(
         p = np.where(np.isfinite(known), apart[name], imputed[name])
         prior,rho = float(np.nanmean(known)),fit_rho(apart[name].to_numpy(), neurite, known)
         neurites = neurite_consensus(p, neurite, prior, rho, config.min_confidence)
-        if told is not None and f'inhibitory_{side}' not in told: neurites['call'] = pd.Categorical(['abstain']*len(neurites), neurites.call.cat.categories)
+        clear = told is None or f'inhibitory_{side}' in told
+        if not clear: neurites['call'] = pd.Categorical(['abstain']*len(neurites), neurites.call.cat.categories)
         neurites['known'] = pd.Series(known).groupby(neurite).first().loc[neurites.neurite_id].to_numpy()
-        parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho, told=told is None or f'inhibitory_{side}' in told)
+        parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho, told=clear)
     if not parts: raise ConsensusError(f"{run}: no types were imputed; see the report of `synapseclr impute` for the reason")
     neurites,origin = pd.concat(parts, ignore_index=True),made_by(config, n_synapses=len(imputed))
     write_table(neurites, run/'neurites.parquet', 'neurites', origin)

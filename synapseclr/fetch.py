@@ -251,7 +251,7 @@ def plan_fetch(
     if path.exists():
         before = read_tag(path)['made_by']
         if other := [k for k in {*before, *origin} - {'job'} if before.get(k) != origin.get(k)]:
-            if not _kept_none(run): raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration ({', '.join(sorted(_words.get(o, o) for o in other))}); choose a new run folder, or delete this one")
+            if not _kept_none(run): raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration ({', '.join(sorted(_differs.get(o, o) for o in other))}); choose a new run folder, or delete this one")
             (run/'synapses.parquet').unlink() # nothing is lost
             for o in ('chunks.zarr', 'fetch'): shutil.rmtree(run/o)
             return plan_fetch(data, config, run)
@@ -265,7 +265,7 @@ def plan_fetch(
     capacity = config.capacity(origin['voxel_nm'])
     ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(origin['voxel_nm'])[1], capacity, voxel_nm=origin['voxel_nm'], made_by=origin)
 
-_words = dict(config='[fetch] differs', table='the table differs', layers='the layers differ', voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
+_differs = dict(config='[fetch] differs', table='the table differs', layers='the layers differ', voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
 
 def _kept_none(run: Path) -> bool:
     "Whether a fetch was finished, and all synapses were rejected"

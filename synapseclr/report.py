@@ -184,8 +184,7 @@ def _neurites(c: RunConfig) -> tuple[str, str]:
     "What neurites were called"
     found = read_table(c.folder/'neurites.parquet', 'neurites')
     found = found[found.n_synapses > 0]
-    scores = read_table(c.folder/'imputation.parquet', 'imputation')
-    clear = traits_told(scores, c.impute.features)
+    clear = traits_told(read_table(c.folder/'imputation.parquet', 'imputation'), c.impute.features)
     silent = [dict(pre='axons', post='dendrites')[o] for o in ('pre', 'post') if not clear.get(f'inhibitory_{o}', True)]
     why = f"The features do not tell the type of {' and '.join(silent)} here, so none is called." if silent else ''
     counts = found.assign(call=found.call.astype('object').replace({'E': 'excitatory', 'I': 'inhibitory', 'abstain': 'not called'})).groupby(['polarity', 'call']).size().unstack(fill_value=0)

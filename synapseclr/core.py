@@ -4,7 +4,8 @@
 
 # %% ../nbs/00_core.ipynb #5dbd7333
 from __future__ import annotations
-import difflib, hashlib, importlib.metadata, json, os, struct, sys, tomllib, uuid
+import difflib, hashlib, importlib.metadata, json, os, struct, sys, threading, tomllib, uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 
 # %% auto #0
 __all__ = ['what_stages_do', 'Source', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic',
-           'digest', 'made_by', 'write_toml', 'progress']
+           'write_once', 'digest', 'made_by', 'write_toml', 'n_cores', 'threads', 'worker_pool', 'progress']
 
 # %% ../nbs/00_core.ipynb #8b5f5395
 if 'rfc3987_syntax' not in sys.modules: sys.modules['rfc3987_syntax'] = None
@@ -152,6 +153,22 @@ def atomic(path: str|Path):
         os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
 
+# %% ../nbs/00_core.ipynb #173dcd90
+def write_once(
+    path: str|Path, # File; a file that is there stays as it is
+    text: str, # What to write
+) -> str: # What the file says now
+    "Write a small file unless another process has"
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
+    try:
+        aside.write_text(text)
+        os.link(aside, path)
+    except FileExistsError: pass
+    finally: aside.unlink(missing_ok=True)
+    return path.read_text()
+
 # %% ../nbs/00_core.ipynb #6ed5695e
 def digest(
     value, # A configuration, or anything JSON can hold
@@ -177,6 +194,42 @@ def write_toml(
     "Write all options of `config`, defaults included, so that the file alone says what was done"
     text = tomli_w.dumps(config.model_dump(mode='json', exclude_none=True))
     with atomic(path) as f: f.write_text(text)
+
+# %% ../nbs/00_core.ipynb #1e6de048
+def n_cores() -> int:
+    "How many processor cores this process may use: `OMP_NUM_THREADS` if it is set, else the physical cores that the system grants"
+    if limit := os.environ.get('OMP_NUM_THREADS'): return max(1, int(limit.split(',')[0]))
+    from joblib import cpu_count # knows affinity and the limits of containers
+    return cpu_count(only_physical_cores=True)
+
+@contextmanager
+def threads(
+    n: int, # Threads of each operation
+):
+    "Inside, or as a decorator: torch, BLAS and OpenMP compute with `n` threads"
+    import torch
+    from threadpoolctl import threadpool_limits
+    before = torch.get_num_threads()
+    try:
+        with threadpool_limits(n):
+            torch.set_num_threads(n) # torch brings a BLAS of its own, which `threadpool_limits` does not see
+            yield
+    finally: torch.set_num_threads(before)
+
+@contextmanager
+def worker_pool(
+    n: int, # Tasks at once
+):
+    "A pool of `n` workers; each computes its task with one thread, so that results do not depend on `n`"
+    import torch
+    from threadpoolctl import threadpool_limits
+    all_started = threading.Barrier(n)
+    def start():
+        torch.set_num_threads(1)
+        threadpool_limits(1, 'openmp') # OpenMP counts for each thread that calls it
+    with threads(1), ThreadPoolExecutor(n, initializer=start) as pool:
+        for _ in pool.map(lambda _: all_started.wait(), range(n)): pass # so that no worker starts later, and changes what the caller sets
+        yield pool
 
 # %% ../nbs/00_core.ipynb #e06ac2df
 def progress(

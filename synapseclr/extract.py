@@ -5,25 +5,24 @@
 # %% ../nbs/10_extract.ipynb #585c8524
 from __future__ import annotations
 import hashlib, json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pydantic, torch
 from .augment import AugmentConfig, Augmenter, CubeConfig
-from .core import Source, Strict, SynapseCLRError, atomic, digest, made_by, progress
+from .core import Source, Strict, SynapseCLRError, digest, made_by, n_cores, progress, worker_pool, write_once
 from .model import Features, SynapseNet
-from .precision import choose_forward_mode, features_of
+from .precision import Precision, choose_forward_mode, features_of, mode_of, say_if_emulated
 from .store import ChunkStore
 from .tables import read_tag, write_table
 
 # %% auto #0
-__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'two_threads', 'extract', 'read_features']
+__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'extract', 'read_features']
 
 # %% ../nbs/10_extract.ipynb #cd4d9609
 class ExtractConfig(Strict):
     "How to describe"
     views: pydantic.PositiveInt = 1 # Random turns of each synapse to average over; 1 for the synapse as it lies (the paper's way)
-    precision: Literal['auto', 'fp32', 'bf16'] = 'auto' # Of the network; bf16 only where features agree with those of fp32 to a cosine of .999, and it is faster
+    precision: Precision = 'fp32' # Of the network. `auto` takes bf16 if the device has units for it and features agree with those of fp32 to a cosine of .999; `fastest` if it is faster, too
     shipped: bool = False # Describe with the weights that come with the package, too
     weights: list[Source] = [] # Other networks to describe with: ours, published ones of SynapseCLR, MedicalNet's. The features of `x/NAME.pth` go to `features_NAME`
 
@@ -42,9 +41,16 @@ def _feature_table(ids: np.ndarray, features: Features) -> pa.Table:
     layers = {k: pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1]) for k,v in features._asdict().items()}
     return pa.table(dict(id=ids) | layers)
 
-def two_threads() -> ThreadPoolExecutor:
-    "A pool of two, which share the cores: small operations leave half of them idle"
-    return ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[max(1, torch.get_num_threads()//2)])
+def _agreed_mode(
+    folder: Path, # Of the features
+    origin: dict, # What they are made from
+    precision: Precision,
+    choose: Callable[[], dict], # Finds the mode on this machine
+) -> dict: # As of `plain_mode`
+    "The mode in which all processes compute these features"
+    if precision in ('fp32', 'bf16'): return choose()
+    note = folder/f"_precision_{digest(origin | dict(asked=precision))}.json"
+    return json.loads(note.read_text() if note.exists() else write_once(note, json.dumps(choose())))
 
 def extract(
     run: str|Path, # Run folder, fetched
@@ -55,35 +61,35 @@ def extract(
     batch_size: int = 32,
     views: int = 1, # Average over so many random turns of each synapse; 1 for none, as it lies
     shards: list[int]|None = None, # Only these, as a task of many; all if absent
-    precision: str = 'auto', # bf16 where it is right and faster, see `choose_forward_mode`; or `fp32`, `bf16`
+    precision: Precision = 'fp32', # As of `ExtractConfig`
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path: # The folder
-    "Write the features of all synapses of a run, shard by shard; goes on where it was stopped. Raises `FeatureError` unless every synapse is there once (or only some shards were asked for)"
+    """Write the features of all synapses of a run, shard by shard; a stopped extraction is resumed. The files do not depend on the number of cores, nor on which process made which shard.
+    Raises `FeatureError` unless every synapse is there once (or only some shards were asked for)"""
     folder,store = Path(run)/out,ChunkStore.open(Path(run)/'chunks.zarr')
     law = AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank, background=augment.background, **dict(turn='so3', flip=True) if views > 1 else {})
     augmenter = Augmenter(law, store.voxel_nm, cube.size, cube.voxel_nm, device)
-    origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store))
+    origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store), batch_size=batch_size)
     net = net.to(device).eval()
-    shard,mode = store.places//store.per_shard,None
-    def describe(batch):
-        chunks = store.batch(batch)
-        seen = [features_of(net, augmenter(*chunks, v), mode) for v in range(views)]
-        return Features(*(torch.stack(layer).mean(0) for layer in zip(*seen)))
-    for k in progress(np.unique(shard) if shards is None else shards, desc='extract', unit='shard'):
-        path,members = folder/f'{k:06d}.parquet',np.flatnonzero(shard == k)
-        if path.exists() and read_tag(path).get('made_by') == origin: continue
-        if mode is None:
-            mode = choose_forward_mode(net, augmenter(*store.batch(members[:batch_size]), 0), precision)
-            with atomic(folder/f'_precision_{k:06d}.json') as f: f.write_text(json.dumps(mode))
-        with two_threads() as pool: parts = list(pool.map(describe, np.split(members, range(batch_size, len(members), batch_size))))
-        features = Features(*(torch.cat(layer).cpu().numpy() for layer in zip(*parts)))
-        write_table(_feature_table(store.ids[members], features), path, 'features', origin)
+    with worker_pool(2 if augmenter.device.type == 'cuda' else n_cores()) as pool:
+        mode = _agreed_mode(folder, origin, precision, lambda: choose_forward_mode(net, augmenter(*store.batch(range(min(batch_size, len(store)))), 0), precision))
+        say_if_emulated(mode, augmenter.device)
+        origin['precision'],net.channels_last = mode['precision'],mode['channels_last']
+        def describe(batch):
+            chunks = store.batch(batch)
+            seen = [features_of(net, augmenter(*chunks, v), mode) for v in range(views)]
+            return Features(*(torch.stack(layer).mean(0) for layer in zip(*seen)))
+        shard = store.places//store.per_shard
+        for k in progress(np.unique(shard) if shards is None else shards, desc='extract', unit='shard'):
+            path,members = folder/f'{k:06d}.parquet',np.flatnonzero(shard == k)
+            if path.exists() and read_tag(path).get('made_by') == origin: continue
+            parts = list(pool.map(describe, np.split(members, range(batch_size, len(members), batch_size))))
+            features = Features(*(torch.cat(layer).cpu().numpy() for layer in zip(*parts)))
+            write_table(_feature_table(store.ids[members], features), path, 'features', origin)
     if shards is not None: return folder
     ids,_ = read_features(folder)
     if not np.array_equal(np.sort(ids), np.sort(store.ids)): raise FeatureError(f"{folder}: holds features of other synapses than {store.path}; delete it and extract again")
     return folder
-
-
 
 # %% ../nbs/10_extract.ipynb #7701db74
 def read_features(

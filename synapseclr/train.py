@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json, math, shutil, time, warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from .augment import AugmentConfig, Augmenter, CubeConfig
-from .core import Source, Strict, SynapseCLRError, atomic, digest, key, made_by, progress
-from .distributed import n_processes, normalise_together, process_rank, processes, sum_all, sum_gradients
+from .core import Source, Strict, SynapseCLRError, atomic, digest, key, made_by, n_cores, progress, worker_pool
+from .distributed import alone, n_processes, normalise_together, process_rank, processes, sum_all, sum_gradients
 from .loss import nt_xent, nt_xent_floor, nt_xent_start, vicreg
 from .model import SynapseNet, save_weights
 from .monitor import TrainingLog, Watch
-from .precision import autocast, choose_mode
+from .precision import Precision, autocast, choose_mode, measure_mode, say_if_emulated
 from .store import ChunkStore, JoinedStores
 from .tables import read_ids, read_table
 
@@ -50,8 +50,9 @@ class TrainConfig(Strict):
     same_axon: pydantic.confloat(ge=0, le=1) = 0 # Share of pairs whose second view shows another synapse of the same axon
     more: list[Source] = [] # Chunk stores of other runs to train on as well
     exclude: Source|None = None # Table with a column `id`, or text with an id in each line: synapses of this run that are never trained on
-    precision: Literal['auto', 'fp32', 'bf16'] = 'auto' # `auto` takes bf16 if it agrees with fp32 here and is faster
-    compile: Literal['auto', 'on', 'off'] = 'auto' # `auto` tries torch.compile if the run takes longer than an hour
+    precision: Precision = 'auto' # `auto` takes bf16 if the device where the run begins has units for it, and it agrees with fp32; `fastest` measures what is faster there
+    compile: bool = False # Use torch.compile: minutes to start, then faster on a GPU
+    threads: pydantic.NonNegativeInt = 0 # Among which a step on a CPU is shared, in each process; 0 for all cores where the run begins. Sums are rounded in an order that depends on it
     checkpoint_steps: pydantic.PositiveInt = 200 # Steps between checkpoints
     keep_checkpoints: pydantic.PositiveInt = 3 # How many of them to keep
     watch: pydantic.PositiveInt = 256 # Synapses that are looked at after each epoch; some of them, at most a twentieth of all, are held out of training
@@ -228,9 +229,9 @@ def train(
 ) -> Path: # The weights
     """Train on the synapses of a run into `run/train/`, with all processes that `torchrun` started; goes on from the newest checkpoint.
     Raises `TrainingError` if it cannot start, if the loss is not a number or the features have collapsed"""
-    with processes(device) as device: return _train(Path(run), config, augment or AugmentConfig(), cube or CubeConfig(), restart, device, types)
+    with processes(device) as device, worker_pool(2) as pool: return _train(Path(run), config, augment or AugmentConfig(), cube or CubeConfig(), restart, device, types, pool)
 
-def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeConfig, restart: bool, device: torch.device, types: pd.Series|None) -> Path:
+def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeConfig, restart: bool, device: torch.device, types: pd.Series|None, pool: Executor) -> Path:
     folder,store = run/'train',JoinedStores([ChunkStore.open(p) for p in (run/'chunks.zarr', *config.more)])
     augment,table = measured(augment, store),_table(store, types)
     training,held_out,watched = held_out_and_watched(_allowed(config, table), config.watch, config.seed)
@@ -244,20 +245,25 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     if restart and process_rank() == 0: _forget(folder)
     if world > 1: dist.barrier()
 
-    net = normalise_together(SynapseNet(config.model, config.seed).to(device))
+    net = SynapseNet(config.model, config.seed).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     augmenter = Augmenter(augment, store.voxel_nm, cube.size, cube.voxel_nm, device)
     about = load_checkpoint(folder, net, optimizer)
     if about and about['origin'] != origin:
         raise TrainingError(f"{folder}: was trained with another configuration or other data; choose a new run folder, begin again with `synapseclr train --restart`, or go on with this network from `synapseclr extract`")
     if not about:
-        some = store.batch(training[:max(2, min(16, n_own, 2**22//cube.size**3))])
-        mode,found = choose_mode(net, torch.cat([augmenter(*some, view) for view in (0, 1)]), 2*n_own*n_steps, config.precision, config.compile)
-        if process_rank() == 0: _warn_of_days(found, n_own*n_steps/len(some[0]), device)
-        agreed = [dict(step=0, mode=mode, measured=found, origin=origin)]
+        mode,compared = {},[]
+        if process_rank() == 0:
+            some = store.batch(training[:max(2, min(16, n_own, 2**22//cube.size**3))])
+            with alone(): mode,compared = _choose_mode(config, net, torch.cat([augmenter(*some, view) for view in (0, 1)]), n_own*n_steps)
+        agreed = [dict(step=0, mode=mode, measured=compared, origin=origin)]
         if world > 1: dist.broadcast_object_list(agreed)
         about = agreed[0]
-    mode,said = about['mode'],dict(cube=cube.model_dump(), augment=augment.model_dump(mode='json'), made_by=origin)
+    mode = about['mode']
+    said = dict(cube=cube.model_dump(), augment=augment.model_dump(mode='json'), made_by=origin, mode=mode)
+    torch.set_num_threads(mode['threads'])
+    if process_rank() == 0: say_if_emulated(mode, device)
+    net = normalise_together(net)
     net.channels_last = mode['channels_last']
     if mode['compile']: net.compile()
     def objective(z1, z2, neurites=None): return vicreg(z1, z2) if config.objective == 'vicreg' else nt_xent(z1, z2, config.temperature, neurites)
@@ -274,7 +280,6 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     parts = [slice(i, min(i+(config.micro_batch or n_own), n_own)) for i in range(0, n_own, config.micro_batch or n_own)]
     if parts[-1].stop-parts[-1].start < 2: raise TrainingError(f"train.micro_batch = {config.micro_batch} leaves a part of one synapse, which cannot be normalised; choose another")
     cells = torch.from_numpy(table[['pre', 'post']].to_numpy())
-    pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=[1])
     bar = progress(total=n_steps, initial=about['step'], desc=f"train ({mode['precision']})", unit='step', **dict(disable=True) if process_rank() else {})
     losses,norms,waited = [],[],0.
     for step,chunks,seconds in batches(store, range(about['step'], n_steps), indices):
@@ -304,7 +309,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
             if end_of_epoch: _epoch(log, watch(net, mode) | dict(lr=optimizer.param_groups[0]['lr']), step, epoch, config, net, folder, said, bar)
             if checkpoint: save_checkpoint(folder, net, optimizer, config.keep_checkpoints, step=step+1, mode=mode, origin=origin)
         losses,norms,waited = [],[],0.
-    bar.close(); pool.shutdown()
+    bar.close()
     if process_rank() == 0:
         log.close()
         save_weights(net.eval(), folder/'weights.safetensors', **said, steps=n_steps)
@@ -321,9 +326,18 @@ def _epoch(log: TrainingLog, seen: dict, step: int, epoch: int, config: TrainCon
     if seen['held_out_loss'] < best: save_weights(net, folder/'best.safetensors', **said, steps=step+1)
     bar.set_postfix(loss=f"{mean:.3f}", rank=f"{seen['rank_backbone']:.1f}", refresh=False)
 
-def _warn_of_days(measured: list[dict], n_times: float, device: torch.device):
+def _choose_mode(config: TrainConfig, net: SynapseNet, views: Tensor, n_synapses: int) -> tuple[dict, list[dict]]:
+    "How all steps will be computed, and what was compared to find it; `n_synapses` is how many this process will see"
+    threads = config.threads or n_cores()
+    torch.set_num_threads(threads)
+    mode,compared = choose_mode(net, views, config.precision, config.compile)
+    one_step,_,_ = measure_mode(net, views, mode | dict(compile=False), repeats=1)
+    _warn_of_days(2*one_step['seconds']/len(views)*n_synapses, views.device)
+    return mode | dict(threads=threads),compared
+
+def _warn_of_days(seconds: float, device: torch.device):
     "Say beforehand if training will take longer than a person waits"
-    days = min((o['seconds'] for o in measured), default=0)*n_times/86400
+    days = seconds/86400
     if days > 2: print(f'hint: at the speed just measured this training takes {days:.0f} days on {device.type}' + ('; it is meant for a GPU. The network and the cubes of configs/demo.toml are for machines without one' if device.type == 'cpu' else ''), flush=True)
 
 def _warn_of_few(n_steps: int, steps_per_epoch: int, warmup: int):

@@ -11,10 +11,10 @@ import numpy as np, pandas as pd, torch
 from .augment import AugmentConfig, Augmenter
 from .bench import example_batch, reference_views
 from .bench_train import in_turn, shapes
+from .core import n_cores, worker_pool
 from .embed import layout, leiden, memberships, nearest_neighbours
-from .extract import two_threads
 from .model import SynapseNet
-from .precision import choose_forward_mode, features_of, plain_mode
+from .precision import features_of, mode_of, plain_mode
 from .query import SimilarityIndex
 
 # %% auto #0
@@ -35,7 +35,8 @@ def time_extract(
     net,augmenter = SynapseNet(preset).eval(),Augmenter(law, voxel_nm, size, out_voxel_nm)
     batch = 1 if plain else min(-(-n//2), 16)
     view = partial(reference_views, law, voxel_nm=voxel_nm, out_size=size, out_voxel_nm=out_voxel_nm) if plain else augmenter
-    mode = plain_mode if plain else choose_forward_mode(net, augmenter(em[:batch], mask[:batch], 0))
+    mode = plain_mode if plain else mode_of('fp32', augmenter.device)
+    net.channels_last = mode['channels_last']
     def describe(start):
         some,of_views = (em[start:start+batch], mask[start:start+batch]),0.
         for v in range(views):
@@ -44,12 +45,13 @@ def time_extract(
             of_views += time.perf_counter()-begun
             features_of(net, x, mode)
         return of_views
-    with ThreadPoolExecutor(1) if plain else two_threads() as pool:
+    workers = 1 if plain else n_cores()
+    with ThreadPoolExecutor(1) if plain else worker_pool(workers) as pool:
         list(pool.map(describe, [0, 0])) # warms up
         begun = time.perf_counter()
-        of_views = sum(pool.map(describe, range(0, n, batch)))/(1 if plain else 2)
+        of_views = sum(pool.map(describe, range(0, n, batch)))/workers
         whole = time.perf_counter()-begun
-    return dict(s_per_synapse=whole/n, views_s=of_views/n, bf16=float(mode['precision'] == 'bf16'))
+    return dict(s_per_synapse=whole/n, views_s=of_views/n)
 
 def bench_extract(rounds: int = 3) -> pd.DataFrame:
     "Synapses per second and memory, beside the plain way"

@@ -54,7 +54,7 @@ def time_step(
     net,law = SynapseNet(preset),AugmentConfig.paper()
     optimizer,augmenter = torch.optim.AdamW(net.parameters()),Augmenter(law, voxel_nm, size, out_voxel_nm)
     view = partial(reference_views, law, em, mask, voxel_nm, size, out_voxel_nm) if plain else partial(augmenter, em, mask)
-    mode = plain_mode if plain else choose_mode(net, torch.cat([view(k)[:16] for k in (0, 1)]), 0)[0]
+    mode = plain_mode if plain else choose_mode(net, torch.cat([view(k)[:16] for k in (0, 1)]))[0]
     net.channels_last,seconds = mode['channels_last'],[]
     for k in range(1+repeats):
         start = time.perf_counter()

@@ -33,8 +33,8 @@ def _command(name: str, help: str, group: typer.Typer = app):
 ConfigOption = Annotated[Path, typer.Option('--config', metavar='FILE', exists=True, dir_okay=False, help='TOML file that says where the data are and what to do; see configs/')]
 SetOption = Annotated[list[str], typer.Option('--set', metavar='SECTION.KEY=VALUE', help='Override an option; may be repeated. The config.toml of a run lists all options')]
 NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook', help='Execute the notebook of the stage, with a report, or only its function')]
-PrecisionOption = Annotated[str, typer.Option('--precision', help='fp32 or bf16; else the faster one that is right here')]
-CompileOption = Annotated[str, typer.Option('--compile', help='on or off; else torch.compile is tried for runs of more than an hour')]
+PrecisionOption = Annotated[str, typer.Option('--precision', help='auto, fp32, bf16 or fastest; as [train] precision')]
+CompileOption = Annotated[bool, typer.Option('--compile/--no-compile', help='Whether to use torch.compile; as [train] compile')]
 WeightsOption = Annotated[list[Path], typer.Option('--weights', help='Describe with this network too: ours (.safetensors), a published one of SynapseCLR, or MedicalNet; features go to features_NAME. May be repeated')]
 RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Throw away earlier training, or go on from its newest checkpoint')]
 
@@ -150,7 +150,8 @@ def _enqueue(url: str, tasks: list[partial]):
 # %% ../nbs/19_cli.ipynb #67ba7f2a
 def train_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, restart: RestartOption = False, precision: PrecisionOption = None, compile: CompileOption = None): # noqa: B006
     "`synapseclr train`"
-    forced = [f'train.{k}="{v}"' for k,v in dict(precision=precision, compile=compile).items() if v]
+    forced = [f'train.precision="{precision}"'] if precision else []
+    if compile is not None: forced.append(f'train.compile={str(compile).lower()}')
     _do(['train'], config, set + forced, notebook, restart=restart)
 
 def extract_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, queue: QueueOption = None, weights: WeightsOption = []): # noqa: B006

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from scipy.special import expit, logit
 from scipy.stats import betabinom, binom
-from .core import Strict, SynapseCLRError, made_by
+from .core import Strict, SynapseCLRError, made_by, threads
 from .gp import GPClassifier
 from .tables import read_table, read_tag, write_table
 
@@ -152,6 +152,7 @@ class ConsensusConfig(Strict):
     bins: list[pydantic.PositiveInt] = [1, 2, 5, 10, 20, 50] # Least synapses per neurite in each bin of the report
     repeats: pydantic.PositiveInt = 10 # Of the censoring experiment
 
+@threads(1)
 def type_neurites(
     run: str|Path, # Run folder, imputed
     config: ConsensusConfig|None = None,

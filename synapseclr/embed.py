@@ -5,16 +5,16 @@
 # %% ../nbs/11_embed.ipynb #1b7aadd1
 from __future__ import annotations
 import random
-from contextlib import contextmanager
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Literal, NamedTuple
-import faiss, igraph, numpy as np, pandas as pd, pyarrow as pa, pydantic, torch
+import faiss, igraph, numpy as np, pandas as pd, pyarrow as pa, pydantic
 import scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
-from .core import Strict, SynapseCLRError, made_by
+from .core import Strict, SynapseCLRError, made_by, n_cores, threads, worker_pool
 from .sets import feature_sets, kind_of, standardised
 from .tables import read_arrow, read_table, read_tag, write_table
 
@@ -46,31 +46,39 @@ def nearest_neighbours(
     if not np.isfinite(x).all(): raise EmbedError(f'features of row {np.flatnonzero(~np.isfinite(x).all(1))[0]} are not finite')
     if metric == 'cosine': x = normalize(x)
     k = min(k, len(x)-1)
-    squares,rows,found = (*faiss.knn(x, x, k+1), 1.) if len(x) <= exact_up_to else _search_cells(x, k, recall, seed)
+    with worker_pool(n_cores()) as pool:
+        squares,rows,found = (*_knn(pool, x, x, k+1), 1.) if len(x) <= exact_up_to else _search_cells(pool, x, k, recall, seed)
     rows,squares = _without_self(rows, squares)
     return Neighbours(rows.astype(np.int32), (squares/2 if metric == 'cosine' else squares**.5), found)
 
-def _search_cells(x: np.ndarray, k: int, recall: float, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+def _knn(pool: Executor, queries: np.ndarray, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    "As `faiss.knn`, whose last digits depend on its number of threads: pieces of a fixed size, each in one thread"
+    pieces = pool.map(lambda start: faiss.knn(queries[start:start+1024], x, k), range(0, len(queries), 1024))
+    squares,rows = zip(*pieces)
+    return np.concatenate(squares),np.concatenate(rows)
+
+def _search_cells(pool: Executor, x: np.ndarray, k: int, recall: float, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
     "Squared distances, rows, and measured recall: synapses of one k-means cell are compared with those of the cells nearest to it"
     rng,n_cells = np.random.default_rng(seed),int(2*len(x)**.5)
     means = faiss.Kmeans(x.shape[1], n_cells, niter=10, min_points_per_centroid=1, seed=seed+1)
     means.train(x[rng.choice(len(x), min(len(x), 50*n_cells), replace=False)])
-    cell = means.index.search(x, 1)[1][:, 0]
+    cell = _knn(pool, x, means.centroids, 1)[1][:, 0]
     order = np.argsort(cell, kind='stable')
     sorted_x,ends = x[order],np.searchsorted(cell[order], np.arange(n_cells+1))
     near = np.argsort(faiss.pairwise_distances(means.centroids, means.centroids), 1)
     # How many cells away the true neighbours of some synapses lie says how many cells it takes
     some = rng.choice(len(x), min(500, len(x)), replace=False)
-    away = np.argsort(near, 1)[cell[some, None], cell[faiss.knn(x[some], x, k+1)[1][:, 1:]]]
+    away = np.argsort(near, 1)[cell[some, None], cell[_knn(pool, x[some], x, k+1)[1][:, 1:]]]
     enough = int(np.quantile(away, recall+.1*(1-recall), method='higher'))+1
     squares,rows = np.empty((len(x), k+1), np.float32),np.empty((len(x), k+1), np.int64)
-    for c in np.flatnonzero(np.diff(ends)):
+    def search(c):
         sizes = np.diff(ends)[near[c]].cumsum()
         others = near[c, :max(enough, np.searchsorted(sizes, k+1)+1)]
         candidates = np.concatenate([np.arange(ends[o], ends[o+1]) for o in np.sort(others)])
-        own = order[ends[c]:ends[c+1]]
-        squares[own],found = faiss.knn(sorted_x[ends[c]:ends[c+1]], sorted_x[candidates], k+1)
-        rows[own] = order[candidates[found]]
+        members = order[ends[c]:ends[c+1]]
+        squares[members],found = faiss.knn(sorted_x[ends[c]:ends[c+1]], sorted_x[candidates], k+1)
+        rows[members] = order[candidates[found]]
+    for _ in pool.map(search, np.flatnonzero(np.diff(ends))): pass
     return squares,rows,float((away < enough).mean())
 
 def _without_self(rows: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,14 +89,7 @@ def _without_self(rows: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np
     return rows[~own].reshape(shape),squares[~own].reshape(shape).clip(0)
 
 # %% ../nbs/11_embed.ipynb #7e94ce98
-@contextmanager
-def _threads_kept():
-    "numba sets the number of threads of the whole process, and with it the last digits of torch; this puts it back"
-    n = torch.get_num_threads()
-    try: yield
-    finally: torch.set_num_threads(n)
-
-@_threads_kept()
+@threads(1)
 def memberships(
     near: Neighbours, # All neighbours
     k: int = 30, # How many of them are used, the synapse itself counted
@@ -100,7 +101,7 @@ def memberships(
     distance = np.hstack([np.zeros((n, 1), np.float32), near.distance[:, :k-1]])
     return fuzzy_simplicial_set(np.empty((n, 0)), k, np.random.RandomState(0), 'precomputed', knn_indices=rows, knn_dists=distance)[0].tocsr()
 
-@_threads_kept()
+@threads(1)
 def layout(
     graph: sp.csr_matrix, # From `memberships`
     x: np.ndarray, # `(N, d)` features, whose main directions it starts from
@@ -177,6 +178,7 @@ def coordinates(dimensions: int) -> list[str]:
     "Names of the columns of a map: `umap_1`, `umap_2`; with more dimensions `umap3_1` ..."
     return [f"umap{dimensions if dimensions != 2 else ''}_{i+1}" for i in range(dimensions)]
 
+@threads(1)
 def embed(
     run: str|Path, # Run folder, extracted and annotated
     config: EmbedConfig|None = None,

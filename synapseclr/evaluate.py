@@ -4,12 +4,11 @@
 
 # %% ../nbs/16a_evaluate.ipynb #657379d4
 from __future__ import annotations
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from scipy import ndimage
 from .annotate import baseline
-from .core import made_by
+from .core import made_by, n_cores, threads, worker_pool
 from .extract import FeatureError, read_features
 from .phantom import latents
 from .sets import known_nuisances, kind_of, without
@@ -63,7 +62,7 @@ def known_synapses(
         def measured(i, store=store):
             c = store[i]
             return intensity_statistics(c.em, c.mask, store.voxel_nm)
-        with ThreadPoolExecutor(2) as pool: grey = pd.DataFrame(list(pool.map(measured, range(len(store)))))
+        with worker_pool(n_cores()) as pool: grey = pd.DataFrame(list(pool.map(measured, range(len(store)))))
         table['section_brightness'] = grey.pop('section_brightness')
         parts = dict(morphometrics=np.log1p(table[baseline].fillna(0).to_numpy()), intensity=grey.fillna(grey.median()).to_numpy(), latents=table[latents].fillna(0).to_numpy())
         parts['hand-made'] = np.hstack([parts['morphometrics'], parts['intensity']])
@@ -198,6 +197,7 @@ def score_nuisances(
     return pd.DataFrame(rows)
 
 # %% ../nbs/16a_evaluate.ipynb #3aea9d50
+@threads(1)
 def evaluate(
     runs: list[tuple[str|Path, str|Path]], # Run folder and phantom folder of each
     networks: dict[str, str], # Names, `trained` and `untrained` among them, and folders of features

@@ -5,7 +5,6 @@
 # %% ../nbs/14a_impute.ipynb #7f009ce0
 from __future__ import annotations
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +14,7 @@ from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
 from .annotate import baseline
-from .core import Strict, SynapseCLRError, made_by, progress
+from .core import Strict, SynapseCLRError, made_by, n_cores, progress, threads, worker_pool
 from .gp import GPClassifier, GPRegressor
 from .sets import feature_sets, standardised
 from .tables import write_table
@@ -174,6 +173,7 @@ def traits_told(
     chosen = scores[(scores.split == 'neurons') & (scores.features == features)].set_index('trait')
     return chosen.lo95 > np.where(chosen.AUC.notna() if 'AUC' in chosen else False, .5, 0)
 
+@threads(1)
 def impute(
     run: str|Path, # Run folder, extracted and annotated
     neurons: pd.DataFrame, # From `read_neurons`
@@ -195,7 +195,7 @@ def impute(
         names = [f'p_{t.name}'] if t.is_type else [f'{t.name}_{o}' for o in ('mean', 'sd', 'lo90', 'hi90')]
         return scores,dict(zip(names, predictions(model, x, y[at].mean()).T)),dict(zip(names, out.T)) | {t.name: y}
     learnt,imputed,apart,judged = [t for t in traits if t.name in known],dict(id=table.id.to_numpy()),dict(id=table.id.to_numpy()),[]
-    with ThreadPoolExecutor(1 if config.method == 'vsgp' else 2) as pool: # Pyro does not go into threads
+    with worker_pool(1 if config.method == 'vsgp' else min(n_cores(), len(learnt))) as pool: # Pyro does not go into threads
         for scores,every,out in progress(pool.map(one, learnt), total=len(learnt), desc='impute', unit='trait'):
             imputed |= every; apart |= out
             judged.append(scores)

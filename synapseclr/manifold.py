@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
-from .core import Strict, SynapseCLRError, made_by
+from .core import Strict, SynapseCLRError, made_by, threads
 from .embed import coordinates
 from .tables import write_table
 from .validate import interval, neuron_bootstrap
@@ -135,6 +135,7 @@ def axes_of(
             found.append(c.assign(island=island, dimensions=d, variance=share[c.axis-1]))
     return pd.concat(places, ignore_index=True),pd.concat(found, ignore_index=True)
 
+@threads(1)
 def manifold(
     run: str|Path, # Run folder, embedded
     table: pd.DataFrame, # From `run_table`, without defects

@@ -6,6 +6,7 @@
 from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd
+from .core import threads
 from .query import mean_average_precision, retrieval
 from .sets import feature_sets, standardised
 from .store import ChunkStore
@@ -68,6 +69,7 @@ def tell(
             **{o: found[m]-found['chance'] for o,m in dict(value='mean_average_precision', lo95='lo95', hi95='hi95').items()}))
     return pd.DataFrame(rows)
 
+@threads(1)
 def what_features_tell(
     run: str|Path, # Run folder, extracted and annotated
     neurons: pd.DataFrame|None = None, # From `read_neurons`

@@ -10,7 +10,7 @@ import numpy as np, pandas as pd, pydantic
 from scipy.stats import norm
 from sklearn.base import BaseEstimator
 from sklearn.covariance import ledoit_wolf
-from .core import Strict, SynapseCLRError, made_by
+from .core import Strict, SynapseCLRError, made_by, threads
 from .embed import Neighbours, read_neighbours
 from .sets import feature_sets, kept_synapses
 from .tables import read_labels, read_table, write_table
@@ -128,6 +128,7 @@ class QCConfig(Strict):
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
     play: pydantic.NonNegativeInt = 0 # With a phantom: so many of its defects are marked, as a person would
 
+@threads(1)
 def remove_defects(
     run: str|Path, # Run folder, embedded
     config: QCConfig|None = None,

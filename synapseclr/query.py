@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 import faiss, numpy as np, pandas as pd
 from sklearn.preprocessing import normalize
-from .core import Strict, SynapseCLRError
+from .core import Strict, SynapseCLRError, threads
 from .sets import feature_sets, standardised
 
 # %% auto #0
@@ -125,6 +125,7 @@ class QueryConfig(Strict):
     neighbours: int = 7 # Of each prompt
     prompts: list[int] = [] # Synapses to show; spread over the table if empty
 
+@threads(1)
 def compare_retrieval(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone',

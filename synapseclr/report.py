@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, psutil
 import synapseclr
-from .core import SynapseCLRError, atomic
+from .core import SynapseCLRError, atomic, n_cores
 from .impute import few_neurons, traits_told
 from .joined import run_table
 from .plot import draw_map, tell_figure, training_curve
@@ -225,8 +225,7 @@ def side_by_side(
     at_once: int = 2,
 ) -> Iterator[tuple[str, object]]: # Names and results, as they come
     "Execute notebooks side by side"
-    cores = int(os.environ.get('OMP_NUM_THREADS') or os.cpu_count())
-    with headless(OMP_NUM_THREADS=str(max(1, cores//at_once))),ThreadPoolExecutor(at_once) as pool:
+    with headless(OMP_NUM_THREADS=str(max(1, n_cores()//at_once))),ThreadPoolExecutor(at_once) as pool:
         waiting,running = dict(jobs),{}
         try:
             while waiting or running:

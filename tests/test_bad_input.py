@@ -68,7 +68,7 @@ def test_only_training_works_in_processes(tiny, tmp_path, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', f'run={tmp_path/"run"}')
     assert code == 1 and 'only `train` works in several processes' in text and not (tmp_path/'run/chunks.zarr').exists()
 
-@pytest.mark.parametrize('option,said', [('--precision=fp8', "'auto', 'fp32' or 'bf16'"), ('--compile=maybe', "'auto', 'on' or 'off'")], ids=str)
+@pytest.mark.parametrize('option,said', [('--precision=fp8', "'auto', 'fp32', 'bf16' or 'fastest'"), ('--set=train.compile=maybe', 'should be a valid boolean'), ('--set=train.threads=-1', 'greater than or equal to 0')], ids=str)
 def test_wrong_mode(option, said, tiny, tmp_path, capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, 'train', '--config', tiny, '--set', f'run={tmp_path/"run"}', option)
     assert code == 1 and said in text

@@ -14,13 +14,32 @@ def files(folder, *patterns):
     "Content of the files of a run that have to be the same in every run"
     return {p.relative_to(folder).as_posix(): p.read_bytes() for o in patterns for p in sorted(Path(folder).glob(o)) if p.is_file()}
 
-def python(code, *args, cwd):
-    "Run some Python in a process of its own, with the fewest threads"
-    return subprocess.run([sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg'))
+def python(code, *args, cwd, before=(), **env):
+    "Run some Python in a process of its own, with the fewest threads unless `env` says otherwise; `before` are words in front of the command"
+    changed = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg') | env
+    return subprocess.run([*before, sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, env={k: v for k,v in changed.items() if v is not None})
 
-def synapseclr(*args, cwd):
-    "Run the command"
-    return python('from synapseclr.cli import main; main()', *args, cwd=cwd)
+command = 'from synapseclr.cli import main; main()'
+
+def synapseclr(*args, **how):
+    "Run the command; `how` as of `python`"
+    return python(command, *args, **how)
+
+# Kills its own process with SIGKILL, at a call that is in the middle of a stage
+kill_at = """
+import os, signal, sys
+import {module} as module
+from synapseclr.cli import main
+owner, name, deadly, calls = {owner}, {name!r}, {deadly}, 0
+original = getattr(owner, name)
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == deadly: os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+setattr(owner, name, counted)
+main()
+"""
 
 def say(capsys, monkeypatch, *args):
     "Exit code and what the command printed"

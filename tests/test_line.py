@@ -2,7 +2,7 @@
 import json, shutil, signal
 from html.parser import HTMLParser
 import pandas as pd, pytest
-from conftest import files, python, synapseclr
+from conftest import files, kill_at, python, synapseclr
 from synapseclr.stages import open_run, stages, stages_of
 from synapseclr.extract import FeatureError, read_features
 from synapseclr.store import ChunkStore
@@ -100,21 +100,6 @@ def test_again_does_nothing(whole, tiny):
     assert synapseclr('run', '--config', tiny, '--no-notebook', cwd=whole.parent.parent).returncode == 0
     assert stamps() == before
 
-# Each kills its own process with SIGKILL, at a call that is in the middle of a stage
-kill_at = """
-import os, signal, sys
-import {module} as module
-from synapseclr.cli import main
-owner, name, deadly, calls = {owner}, {name!r}, {deadly}, 0
-original = getattr(owner, name)
-def counted(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == deadly: os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(owner, name, counted)
-main()
-"""
 kills = { # in the order of the line; `deadly` is counted from where the one before has left off
     'fetch, before the plan': dict(module='synapseclr.fetch', owner='module', name='write_table', deadly=1),
     'fetch, making the store': dict(module='zarr', owner='module.Group', name='create_array', deadly=3),

@@ -1,0 +1,95 @@
+"The files of a run are the same bytes on one core and on two, on a busy machine, shared out among workers, and killed and resumed."
+import os, shutil, signal, subprocess, sys
+from contextlib import contextmanager
+import pytest
+from conftest import command, files, kill_at, python, synapseclr
+from synapseclr.dev import tiny_phantom
+from synapseclr.tables import read_tag
+
+everything = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.safetensors', 'train/log.jsonl', 'features*/*.parquet', '*.parquet', 'synapses.h5ad', 'annotations/**/*']
+one_core = ['taskset', '--cpu-list', str(min(os.sched_getaffinity(0)))] if hasattr(os, 'sched_getaffinity') else []
+
+@contextmanager
+def load(n=2):
+    "Keep the cores busy with other work"
+    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(n)]
+    try: yield
+    finally:
+        for o in others: o.kill()
+
+class Run:
+    "A run on a small phantom, always at the same place: some files name it. Precision is left open, and the number of threads of training is stated"
+    def __init__(self, cwd):
+        self.cwd,self.folder = cwd,cwd/'run'
+        config,_ = tiny_phantom('phantom')
+        self.options = ['--config', config]
+        for option in ('run=run', 'cube.size=20', 'train.threads=2', 'train.precision="auto"', 'extract.precision="auto"'): self.options += ['--set', option]
+
+    def do(self, stage, *args, code=command, **how):
+        "A command on this run, with as many threads as there are cores unless `how` says otherwise"
+        args = args or ['--no-notebook']
+        return python(code, stage, *self.options, *args, cwd=self.cwd, **dict(OMP_NUM_THREADS=None) | how)
+
+    def succeed(self, stage, *args, **how):
+        done = self.do(stage, *args, **how)
+        assert done.returncode == 0, done.stderr
+
+    def made(self): return files(self.folder, *everything)
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory): return Run(tmp_path_factory.mktemp('same'))
+
+@pytest.fixture(scope='module')
+def quiet(run):
+    "What a run makes that nothing disturbs; afterwards only its phantom is there"
+    run.succeed('run')
+    made,phantom = run.made(),files(run.folder/'phantom', '**/*')
+    begin_anew(run)
+    return made | {f'phantom/{name}': content for name,content in phantom.items()}
+
+def begin_anew(run):
+    "Take away everything but the phantom"
+    for o in run.folder.iterdir():
+        if o.name == 'phantom': continue
+        shutil.rmtree(o) if o.is_dir() else o.unlink()
+
+def assert_same(run, quiet):
+    made = run.made() | {f'phantom/{name}': content for name,content in files(run.folder/'phantom', '**/*').items()}
+    assert sorted(made) == sorted(quiet)
+    assert [name for name in quiet if made[name] != quiet[name]] == []
+
+def test_there_is_something_to_compare(quiet):
+    "Of every stage"
+    assert {'synapses.parquet', 'map.parquet', 'defects.parquet', 'retrieval.parquet', 'imputed.parquet', 'neurites.parquet', 'axes.parquet', 'table.parquet', 'evaluation_targets.parquet', 'train/weights.safetensors', 'phantom/truth.parquet'} <= set(quiet)
+    assert len([name for name in quiet if name.startswith('features/')]) > 2
+
+@pytest.mark.skipif(not shutil.which('taskset'), reason='needs taskset')
+def test_one_core(run, quiet):
+    "All stages on a single core, the phantom too, and with another order of sets"
+    shutil.rmtree(run.folder)
+    run.succeed('run', before=one_core, PYTHONHASHSEED='1')
+    assert_same(run, quiet)
+
+@pytest.mark.skipif(not shutil.which('taskset'), reason='needs taskset')
+def test_busy_killed_and_shared_out(run, quiet):
+    "On a busy machine: training killed on two cores and resumed on one, features from two workers"
+    begin_anew(run)
+    queue = f'fq://{run.cwd}/queue'
+    with load():
+        killed = run.do('run', code=kill_at.format(module='synapseclr.train', owner='module', name='nt_xent', deadly=5))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        run.succeed('train', before=one_core)
+        run.succeed('extract', '--queue', queue)
+        workers = [subprocess.Popen([*before, sys.executable, '-c', command, 'fetch', '--worker', queue], cwd=run.cwd, env=os.environ | dict(OMP_NUM_THREADS=n), stderr=subprocess.PIPE, text=True)
+            for before,n in ((one_core, '3'), ([], '1'))]
+        for worker in workers:
+            _,error = worker.communicate()
+            assert worker.returncode == 0, error
+        run.succeed('run', OMP_NUM_THREADS='3')
+    assert_same(run, quiet)
+
+def test_precision_is_that_of_the_run(run, quiet):
+    "Features say in which precision they are; all of a folder in the same"
+    for folder in ('features', 'features_untrained'):
+        said = {read_tag(p)['made_by']['precision'] for p in (run.folder/folder).glob('*.parquet')}
+        assert len(said) == 1 and said <= {'fp32', 'bf16'}

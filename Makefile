@@ -20,7 +20,7 @@ demo: install
 	synapseclr demo
 
 test: install check notebooks site
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 python -m pytest -q -rs -n 2 --dist loadfile tests
 
 # Package, notebooks and README say the same; the code is tidy
 check: install

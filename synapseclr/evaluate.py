@@ -68,7 +68,7 @@ def known_synapses(
         parts['hand-made'] = np.hstack([parts['morphometrics'], parts['intensity']])
         for name,folder in networks.items():
             ids,x = read_features(Path(run)/folder, layer)
-            how = {o: v for o,v in read_tag(next(Path(run, folder).glob('*.parquet')))['made_by'].items() if o in ('weights', 'views', 'cube')}
+            how = {o: v for o,v in read_tag(next(Path(run, folder).glob('*.parquet')))['made_by'].items() if o in ('weights', 'views', 'cube', 'precision')}
             if how != described.setdefault(name, how): raise FeatureError(f"{Path(run)/folder}: described by another network, or in another way, than in {runs[0][0]}; use `evaluate_apart`")
             x,nuisance = x[pd.Index(ids).get_indexer(table.id)],kind_of(name)[1]
             parts[name] = without(x, table[known_nuisances[nuisance]].to_numpy(float)) if nuisance else x

@@ -4,7 +4,7 @@ import pandas as pd, pytest
 from synapseclr.tables import TableError, read_neurons, read_synapses
 
 data = Path(__file__).parent.parent.parent/'shared/data/pinky100_tables'
-pytestmark = pytest.mark.skipif(not data.exists(), reason='the tables are not here')
+pytestmark = pytest.mark.skipif(not data.exists(), reason='the tables of the paper are not at ../shared/data/pinky100_tables')
 
 def test_wrong_soma_column():
     with pytest.raises(TableError, match='y is 1 times x in every row'): read_neurons(data/'soma_valence_v185.csv')

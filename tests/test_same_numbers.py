@@ -2,7 +2,7 @@
 import os, shutil, signal, subprocess, sys
 from contextlib import contextmanager
 import pytest
-from conftest import command, files, kill_at, python, synapseclr
+from conftest import command, files, kill_at, python
 from synapseclr.dev import tiny_phantom
 from synapseclr.tables import read_tag
 

@@ -15,7 +15,7 @@ from .model import Features, SynapseNet
 
 # %% auto #0
 __all__ = ['Precision', 'plain_mode', 'PrecisionError', 'has_bf16_units', 'say_if_emulated', 'mode_of', 'autocast',
-           'measure_mode', 'compare_modes', 'choose_mode', 'features_of', 'choose_forward_mode']
+           'measure_mode', 'compare_modes', 'check_mode', 'choose_mode', 'features_of', 'choose_forward_mode']
 
 # %% ../nbs/08b_precision.ipynb #7039ec8d
 Precision = Literal['auto', 'fp32', 'bf16', 'fastest']
@@ -29,7 +29,7 @@ def has_bf16_units(device: torch.device) -> bool:
     if device.type != 'cpu': return False
     limit = os.environ.get('ONEDNN_MAX_CPU_ISA', 'ALL').upper()
     if not any(name in limit for name in ('ALL', 'DEFAULT', 'BF16', 'FP16', 'AMX', 'AVX10')): return False
-    found = torch.cpu.get_capabilities()
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else dict(avx512_bf16=torch.cpu._is_avx512_bf16_supported()) # older torch
     return any(found.get(name, False) for name in ('avx512_bf16', 'amx_bf16', 'bf16')) # the last is ARM's
 
 def say_if_emulated(mode: dict, device: torch.device):
@@ -93,6 +93,21 @@ def compare_modes(
     return compared
 
 # %% ../nbs/08b_precision.ipynb #21b0b104
+def _garbles_bf16(net: SynapseNet, size: int, device: torch.device) -> bool:
+    "Whether gradients of cubes of `size` voxels a side would be wrong in bf16"
+    return device.type == 'cpu' and math.ceil(size/net.reduction) < 3
+
+def check_mode(
+    mode: dict, # In which a training was begun, here or elsewhere
+    net: SynapseNet,
+    size: int, # Of the cubes, voxels
+    device: torch.device, # Where it is to be computed now
+):
+    "Raises `PrecisionError` if the device cannot compute steps in this mode; tells the user if it is slow"
+    if mode['precision'] == 'bf16' and _garbles_bf16(net, size, device):
+        raise PrecisionError(f'bf16 cannot be trained on a CPU with cubes of {size} voxels: oneDNN computes wrong gradients for the small maps at their end; take fp32, or cubes of at least {2*net.reduction+1} voxels, or resume on a GPU what was begun there')
+    say_if_emulated(mode, device)
+
 def _agrees(compared: dict) -> bool:
     "Whether a mode computes what plain fp32 does"
     return compared['projection_cosine'] > .98 and compared['gradient_cosine'] > .9
@@ -103,19 +118,17 @@ def choose_mode(
     precision: Precision = 'auto',
     compile: bool = False, # Whether to use `torch.compile`
 ) -> tuple[dict, list[dict]]: # The mode, and what was compared to find it
-    "How to compute a step. Raises `PrecisionError` for bf16 where its gradients are wrong"
+    "How to compute a step"
     device = views.device
-    garbled = device.type == 'cpu' and math.ceil(views.shape[-1]/net.reduction) < 3
-    if precision == 'bf16' and garbled:
-        raise PrecisionError(f'bf16 cannot be trained here: cubes of {views.shape[-1]} voxels end in a map of {math.ceil(views.shape[-1]/net.reduction)}, for which oneDNN computes wrong gradients on a CPU; take fp32, or cubes of at least {2*net.reduction+1} voxels')
     if precision in ('fp32', 'bf16'): return mode_of(precision, device, compile),[]
-    formats = ['fp32', 'bf16'] if has_bf16_units(device) and not garbled else ['fp32']
+    try_bf16 = has_bf16_units(device) and not _garbles_bf16(net, views.shape[-1], device)
     if precision == 'auto':
-        compared = compare_modes(net, views, [mode_of('bf16', device)]) if 'bf16' in formats else []
+        compared = compare_modes(net, views, [mode_of('bf16', device)]) if try_bf16 else []
         return mode_of('bf16' if compared and _agrees(compared[0]) else 'fp32', device, compile),compared
+    formats = ['fp32', 'bf16'] if try_bf16 else ['fp32']
     ways = [dict(precision=o, channels_last=layout, compile=compile) for o in formats for layout in (False, True)]
     compared = compare_modes(net, views, ways, repeats=2)
-    best = min((o for o in compared if _agrees(o)), key=lambda o: o['seconds'])
+    best = min((o for o in compared if _agrees(o)), key=lambda o: o['seconds'], default=plain_mode)
     return {k: best[k] for k in plain_mode},compared
 
 # %% ../nbs/08b_precision.ipynb #1777c9b0

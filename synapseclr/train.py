@@ -21,7 +21,7 @@ from .distributed import alone, n_processes, normalise_together, process_rank, p
 from .loss import nt_xent, nt_xent_floor, nt_xent_start, vicreg
 from .model import SynapseNet, save_weights
 from .monitor import TrainingLog, Watch
-from .precision import Precision, autocast, choose_mode, measure_mode, say_if_emulated
+from .precision import Precision, autocast, check_mode, choose_mode, measure_mode
 from .store import ChunkStore, JoinedStores
 from .tables import read_ids, read_table
 
@@ -262,7 +262,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     mode = about['mode']
     said = dict(cube=cube.model_dump(), augment=augment.model_dump(mode='json'), made_by=origin, mode=mode)
     torch.set_num_threads(mode['threads'])
-    if process_rank() == 0: say_if_emulated(mode, device)
+    check_mode(mode, net, cube.size, device)
     net = normalise_together(net)
     net.channels_last = mode['channels_last']
     if mode['compile']: net.compile()

@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: install demo test check notebooks site clean
+.PHONY: install demo test check notebooks site narrowed same_bytes clean
 
 install: $(BIN)/.installed
 
@@ -35,6 +35,16 @@ notebooks: install
 site: install
 	synapseclr_docs
 	git diff --exit-code -- README.md
+
+# What compares bytes, once more as processors without some instructions of this one would compute it
+narrowed: install
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(MAKE) same_bytes
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE $(MAKE) same_bytes
+	ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 $(MAKE) same_bytes
+
+same_bytes:
+	for nb in 08b_precision 09_train 10_extract 19_cli; do OMP_NUM_THREADS=1 nbdev_test --path nbs/$$nb.ipynb || exit 1; done
+	OMP_NUM_THREADS=1 python -m pytest -q -rs -n 2 --dist loadfile tests/test_same_numbers.py tests/test_processes.py tests/test_line.py
 
 clean:
 	rm -rf _docs _proc _runs build *.egg-info

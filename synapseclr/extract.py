@@ -102,15 +102,17 @@ def read_features(
     tags = {p: read_tag(p) for p in paths}
     for p,tag in tags.items():
         if tag.get('format') != 'features': raise FeatureError(f"{p}: not a feature file of synapseclr")
-        if tag['made_by'] != tags[paths[0]]['made_by']: raise FeatureError(f"{p}: made by other weights than {paths[0].name}; finish it with `synapseclr extract`")
+        first = tags[paths[0]]['made_by']
+        if other := [k for k in first | tag['made_by'] if first.get(k) != tag['made_by'].get(k)]:
+            raise FeatureError(f"{p}: made from other {', '.join(other)} than {paths[0].name}; finish the folder with `synapseclr extract`")
     if layer not in (layers := pq.read_schema(paths[0]).names[1:]): raise FeatureError(f"{folder}: there is no layer '{layer}'; there are {', '.join(layers)}")
     tables = [pq.read_table(p, columns=['id', layer]) for p in paths]
     ids = np.concatenate([t['id'].to_numpy() for t in tables])
     values = np.concatenate([t[layer].combine_chunks().flatten().to_numpy().reshape(len(t), -1) for t in tables])
     n,file = tags[paths[0]]['made_by']['n_synapses'],np.repeat(paths, [len(t) for t in tables])
-    unique,first = np.unique(ids, return_index=True)
+    unique,first_row = np.unique(ids, return_index=True)
     if len(unique) < len(ids):
-        twice = np.delete(np.arange(len(ids)), first)[0]
+        twice = np.delete(np.arange(len(ids)), first_row)[0]
         raise FeatureError(f"{file[twice]}: synapse {ids[twice]} is in another file too")
     if len(ids) != n: raise FeatureError(f"{folder}: features of {len(ids)} synapses, of {n} in the store; finish it with `synapseclr extract`")
     if not (finite := np.isfinite(values).all(1)).all(): raise FeatureError(f"{file[~finite][0]}: the features of synapse {ids[~finite][0]} are not finite")

@@ -174,7 +174,7 @@ def type_neurites(
         neurites['known'] = pd.Series(known).groupby(neurite).first().loc[neurites.neurite_id].to_numpy()
         parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho, told=clear)
     if not parts: raise ConsensusError(f"{run}: no types were imputed; see the report of `synapseclr impute` for the reason")
-    neurites,origin = pd.concat(parts, ignore_index=True),made_by(config, n_synapses=len(imputed))
+    neurites,origin = pd.concat(parts, ignore_index=True),made_by(config, source=read_tag(run/'imputed.parquet')['made_by'].get('source'), n_synapses=len(imputed))
     write_table(neurites, run/'neurites.parquet', 'neurites', origin)
     write_table(write_back(table.reset_index(), neurites), run/'synapse_types.parquet', 'synapse types', origin)
     return neurites,found

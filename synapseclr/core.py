@@ -165,7 +165,8 @@ def write_once(
     try:
         aside.write_text(text)
         os.link(aside, path)
-    except FileExistsError: pass
+    except OSError: # another was first, or the file system has no hard links
+        if not path.exists(): os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
     return path.read_text()
 
@@ -228,7 +229,11 @@ def worker_pool(
         torch.set_num_threads(1)
         threadpool_limits(1, 'openmp') # OpenMP counts for each thread that calls it
     with threads(1), ThreadPoolExecutor(n, initializer=start) as pool:
-        for _ in pool.map(lambda _: all_started.wait(), range(n)): pass # so that no worker starts later, and changes what the caller sets
+        try:
+            for _ in pool.map(lambda _: all_started.wait(), range(n)): pass # so that no worker starts later, and changes what the caller sets
+        except BaseException: # no more threads to be had, or Ctrl-C
+            all_started.abort()
+            raise
         yield pool
 
 # %% ../nbs/00_core.ipynb #e06ac2df

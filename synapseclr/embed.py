@@ -15,7 +15,7 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 from .core import Strict, SynapseCLRError, made_by, n_cores, threads, worker_pool
-from .sets import feature_sets, kind_of, standardised
+from .sets import feature_sets, features_made_by, standardised
 from .tables import read_arrow, read_table, read_tag, write_table
 
 # %% auto #0
@@ -188,9 +188,7 @@ def embed(
     table,sets = feature_sets(run, config.layer, [config.features], removed=True)
     x = sets[config.features]
     if config.features == 'morphometrics': x = standardised(x)
-    name = kind_of(config.features)[0]
-    source = dict(morphometrics='synapses.parquet', trained='features/*.parquet').get(name, f'features_{name}/*.parquet')
-    origin = made_by(config, source=read_tag(sorted(run.glob(source))[0])['made_by'], n_synapses=len(table))
+    origin = made_by(config, source=features_made_by(run, config.features), n_synapses=len(table))
     done = run/'map.parquet'
     if done.exists() and read_tag(done).get('made_by') == origin: return read_table(done, 'map')
     near = nearest_neighbours(x, config.neighbours, config.metric, config.exact_up_to, config.recall, config.seed)

@@ -211,7 +211,8 @@ def evaluate(
     pre,post,y = table.pre_neuron.to_numpy(),table.post_neuron.to_numpy(),(table.pre_type == 'inhibitory').to_numpy()
     neurites = [neurite_scores(table, out_of_fold(x, y, pre, post)).assign(features=k) for k,x in kept.items()]
     found = dict(targets=score_targets(table, kept, leaders), neurites=pd.concat(neurites), defects=score_defects(everything, sets), nuisances=score_nuisances(table, kept))
-    origin = made_by(networks=sorted(networks), n_synapses=len(everything))
+    sources = {name: read_tag(min(Path(runs[0][0], folder).glob('*.parquet')))['made_by'] for name,folder in networks.items()}
+    origin = made_by(networks=sorted(networks), sources=sources, n_synapses=len(everything))
     for name,t in found.items(): write_table(t, Path(out)/f'evaluation_{name}.parquet', f'evaluation {name}', origin)
     return found
 

@@ -5,18 +5,18 @@
 # %% ../nbs/10_extract.ipynb #585c8524
 from __future__ import annotations
 import hashlib, json
-from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pydantic, torch
 from .augment import AugmentConfig, Augmenter, CubeConfig
-from .core import Source, Strict, SynapseCLRError, digest, made_by, n_cores, progress, worker_pool, write_once
+from .core import Source, Strict, SynapseCLRError, digest, made_by, n_cores, progress, threads, worker_pool, write_once
 from .model import Features, SynapseNet
 from .precision import Precision, choose_forward_mode, features_of, mode_of, say_if_emulated
 from .store import ChunkStore
 from .tables import read_tag, write_table
 
 # %% auto #0
-__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'extract', 'read_features']
+__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'agreed_precision', 'extract', 'read_features']
 
 # %% ../nbs/10_extract.ipynb #cd4d9609
 class ExtractConfig(Strict):
@@ -41,16 +41,27 @@ def _feature_table(ids: np.ndarray, features: Features) -> pa.Table:
     layers = {k: pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1]) for k,v in features._asdict().items()}
     return pa.table(dict(id=ids) | layers)
 
-def _agreed_mode(
-    folder: Path, # Of the features
-    origin: dict, # What they are made from
-    precision: Precision,
-    choose: Callable[[], dict], # Finds the mode on this machine
-) -> dict: # As of `plain_mode`
-    "The mode in which all processes compute these features"
-    if precision in ('fp32', 'bf16'): return choose()
-    note = folder/f"_precision_{digest(origin | dict(asked=precision))}.json"
-    return json.loads(note.read_text() if note.exists() else write_once(note, json.dumps(choose())))
+def agreed_precision(
+    run: str|Path, # Run folder, fetched
+    networks: list[tuple[SynapseNet, AugmentConfig, CubeConfig]], # All that will describe the run
+    precision: Precision, # As of `ExtractConfig`
+    device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
+) -> Literal['fp32', 'bf16']:
+    "The precision of all features of a run: bf16 only if it suits all networks. If it is left open, the first process to ask decides it on the first synapses, and notes it in the run folder for all others"
+    if precision in ('fp32', 'bf16'): return precision
+    run = Path(run)
+    about = made_by(asked=precision, networks=[[weights_digest(net), digest(augment), digest(cube)] for net,augment,cube in networks])
+    note = run/f'extract/precision_{digest(about)}.json'
+    if note.exists(): return json.loads(note.read_text())['precision']
+    store = ChunkStore.open(run/'chunks.zarr')
+    some = store.batch(range(min(32, len(store))))
+    chosen = []
+    with threads(1):
+        for net,augment,cube in networks:
+            augmenter = Augmenter(augment.still(), store.voxel_nm, cube.size, cube.voxel_nm, device)
+            chosen.append(choose_forward_mode(net.to(device).eval(), augmenter(*some, 0), precision))
+    agreed = 'bf16' if all(o['precision'] == 'bf16' for o in chosen) else 'fp32'
+    return json.loads(write_once(note, json.dumps(about | dict(precision=agreed, compared=chosen))))['precision']
 
 def extract(
     run: str|Path, # Run folder, fetched
@@ -61,7 +72,7 @@ def extract(
     batch_size: int = 32,
     views: int = 1, # Average over so many random turns of each synapse; 1 for none, as it lies
     shards: list[int]|None = None, # Only these, as a task of many; all if absent
-    precision: Precision = 'fp32', # As of `ExtractConfig`
+    precision: Literal['fp32', 'bf16'] = 'fp32', # From `agreed_precision`, if it is left open
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path: # The folder
     """Write the features of all synapses of a run, shard by shard; a stopped extraction is resumed. The files do not depend on the number of cores, nor on which process made which shard.
@@ -69,12 +80,12 @@ def extract(
     folder,store = Path(run)/out,ChunkStore.open(Path(run)/'chunks.zarr')
     law = AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank, background=augment.background, **dict(turn='so3', flip=True) if views > 1 else {})
     augmenter = Augmenter(law, store.voxel_nm, cube.size, cube.voxel_nm, device)
-    origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store), batch_size=batch_size)
+    mode = mode_of(precision, augmenter.device)
+    say_if_emulated(mode, augmenter.device)
     net = net.to(device).eval()
+    net.channels_last = mode['channels_last']
+    origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store), batch_size=batch_size, precision=precision, device=augmenter.device.type)
     with worker_pool(2 if augmenter.device.type == 'cuda' else n_cores()) as pool:
-        mode = _agreed_mode(folder, origin, precision, lambda: choose_forward_mode(net, augmenter(*store.batch(range(min(batch_size, len(store)))), 0), precision))
-        say_if_emulated(mode, augmenter.device)
-        origin['precision'],net.channels_last = mode['precision'],mode['channels_last']
         def describe(batch):
             chunks = store.batch(batch)
             seen = [features_of(net, augmenter(*chunks, v), mode) for v in range(views)]

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_fetch.ipynb #d4c4e1b0
 from __future__ import annotations
-import ctypes, hashlib, json, shutil, sys
+import ctypes, hashlib, json, shutil, sys, time
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -236,6 +236,20 @@ def in_blocks(
     block = plan_blocks(needs_of(layers, config), centres_vx(rows, voxel_nm), config.capacity(voxel_nm))
     return rows.assign(plan_block=first[0]+block, plan_row=first[1]+np.arange(len(rows)), plan_dropped=False).sort_values(['plan_block', 'id'], ignore_index=True)
 
+def _at_one_time(
+    data: DataConfig, # As asked for
+    before: dict, # What an earlier plan of the run says of it, if there is one
+) -> DataConfig:
+    "Layers that people go on editing are read as they were when the run was planned: by all blocks, and whenever they are fetched"
+    pinned = {}
+    for name in roles:
+        source = getattr(data, name)
+        if source is None or source.timestamp is not None or not source.path.startswith('graphene://'): continue
+        known = before.get(name) or {}
+        stamp = known.get('timestamp') if known.get('path') == source.path else None
+        pinned[name] = source.model_copy(update=dict(timestamp=stamp or int(time.time())))
+    return data.model_copy(update=pinned)
+
 def plan_fetch(
     data: DataConfig, # Table and layers
     config: FetchConfig, # Window and rules
@@ -243,18 +257,20 @@ def plan_fetch(
 ):
     """Write the plan of a run and make its empty store, unless they are there.
     Raises `TableError`, `VolumeError` or `StoreError` if the table, the layers or the run folder will not do"""
-    run = Path(run)
+    run,asked = Path(run),data
     layers = open_layers(data)
     check_layers(layers)
     rows,origin = read_rows(data.table, data, layers),_identity(data, config, layers)
-    path,job = run/'fetch/plan.parquet',dict(data=data.model_dump(mode='json'), fetch=config.model_dump(mode='json'))
+    path = run/'fetch/plan.parquet'
+    data = _at_one_time(data, read_tag(path)['made_by']['job']['data'] if path.exists() else {})
+    job = dict(data=data.model_dump(mode='json'), fetch=config.model_dump(mode='json'))
     if path.exists():
         before = read_tag(path)['made_by']
         if other := [k for k in {*before, *origin} - {'job'} if before.get(k) != origin.get(k)]:
             if not _kept_none(run): raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration ({', '.join(sorted(_differs.get(o, o) for o in other))}); choose a new run folder, or delete this one")
             (run/'synapses.parquet').unlink() # nothing is lost
             for o in ('chunks.zarr', 'fetch'): shutil.rmtree(run/o)
-            return plan_fetch(data, config, run)
+            return plan_fetch(asked, config, run)
         if before['job'] != job: write_table(read_table(path, 'fetch plan'), path, 'fetch plan', origin | dict(job=job)) # the same layers at another address
     elif (run/'chunks.zarr/id/zarr.json').exists(): raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be read, but not gone on with")
     else:

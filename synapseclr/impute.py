@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd, pydantic
+import numpy as np, pandas as pd, psutil, pydantic
 from scipy.special import expit, logit
 from scipy.stats import norm
 from sklearn.base import clone
@@ -16,7 +16,7 @@ from sklearn.model_selection import ShuffleSplit
 from .annotate import baseline
 from .core import Strict, SynapseCLRError, made_by, n_cores, progress, threads, worker_pool
 from .gp import GPClassifier, GPRegressor
-from .sets import feature_sets, standardised
+from .sets import feature_sets, features_made_by, standardised
 from .tables import write_table
 from .validate import auc, disjoint_folds, interval, neuron_bootstrap, number_scores, paper_ev, type_scores
 
@@ -173,6 +173,13 @@ def traits_told(
     chosen = scores[(scores.split == 'neurons') & (scores.features == features)].set_index('trait')
     return chosen.lo95 > np.where(chosen.AUC.notna() if 'AUC' in chosen else False, .5, 0)
 
+def _at_once(config: ImputeConfig, known: pd.DataFrame) -> int:
+    "How many traits to learn at once: as many as there are cores, and memory for. An exact process needs some ten matrices of all pairs of known synapses"
+    if config.method == 'vsgp': return 1 # Pyro does not go into threads
+    bytes_each = 10*8*int(known.notna().sum().max())**2 if config.method == 'exact' else 0
+    room = int(psutil.virtual_memory().available//max(1, bytes_each))
+    return max(1, min(n_cores(), len(known.columns), room))
+
 @threads(1)
 def impute(
     run: str|Path, # Run folder, extracted and annotated
@@ -195,11 +202,11 @@ def impute(
         names = [f'p_{t.name}'] if t.is_type else [f'{t.name}_{o}' for o in ('mean', 'sd', 'lo90', 'hi90')]
         return scores,dict(zip(names, predictions(model, x, y[at].mean()).T)),dict(zip(names, out.T)) | {t.name: y}
     learnt,imputed,apart,judged = [t for t in traits if t.name in known],dict(id=table.id.to_numpy()),dict(id=table.id.to_numpy()),[]
-    with worker_pool(1 if config.method == 'vsgp' else min(n_cores(), len(learnt))) as pool: # Pyro does not go into threads
+    with worker_pool(_at_once(config, known)) as pool:
         for scores,every,out in progress(pool.map(one, learnt), total=len(learnt), desc='impute', unit='trait'):
             imputed |= every; apart |= out
             judged.append(scores)
-    judged,origin = pd.concat(judged, ignore_index=True),made_by(config, n_synapses=len(table), neurons=len(neurons))
+    judged,origin = pd.concat(judged, ignore_index=True),made_by(config, source=features_made_by(run, config.features), n_synapses=len(table), neurons=len(neurons))
     write_table(judged, run/'imputation.parquet', 'imputation', origin)
     write_table(pd.DataFrame(apart), run/'out_of_fold.parquet', 'out of fold', origin)
     clear = traits_told(judged, config.features)

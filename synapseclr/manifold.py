@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 from .core import Strict, SynapseCLRError, made_by, threads
 from .embed import coordinates
-from .tables import write_table
+from .tables import read_tag, write_table
 from .validate import interval, neuron_bootstrap
 
 # %% auto #0
@@ -144,7 +144,7 @@ def manifold(
     "Write `run/axes.parquet`, `run/axis_correlations.parquet` and `run/islands.parquet`"
     run,config = Path(run),config or ManifoldConfig()
     places,found = axes_of(table, config)
-    origin = made_by(config, n_synapses=len(table))
+    origin = made_by(config, source=read_tag(run/'map.parquet')['made_by'].get('source'), n_synapses=len(table))
     write_table(places, run/'axes.parquet', 'axes', origin)
     write_table(found, run/'axis_correlations.parquet', 'axis correlations', origin)
     write_table(island_summary(annotations_of(table), table.island.to_numpy()), run/'islands.parquet', 'islands', origin)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .core import SynapseCLRError
+from .core import SynapseCLRError, n_cores
 from .loss import nt_xent
 from .model import Features, SynapseNet
 
@@ -26,11 +26,11 @@ class PrecisionError(SynapseCLRError):
 def has_bf16_units(device: torch.device) -> bool:
     "Whether the device has units for bf16; others emulate it, tens of times slower"
     if device.type == 'cuda': return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != 'cpu': return False
-    limit = os.environ.get('ONEDNN_MAX_CPU_ISA', 'ALL').upper()
+    if device.type != 'cpu' or not torch.backends.mkldnn.is_available(): return False
+    limit = (os.environ.get('ONEDNN_MAX_CPU_ISA') or os.environ.get('DNNL_MAX_CPU_ISA') or 'ALL').upper()
     if not any(name in limit for name in ('ALL', 'DEFAULT', 'BF16', 'FP16', 'AMX', 'AVX10')): return False
     found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else dict(avx512_bf16=torch.cpu._is_avx512_bf16_supported()) # older torch
-    return any(found.get(name, False) for name in ('avx512_bf16', 'amx_bf16', 'bf16')) # the last is ARM's
+    return bool(found.get('avx512_bf16') or found.get('amx_bf16')) # ARM has bf16 too, but nobody has measured it here
 
 def say_if_emulated(mode: dict, device: torch.device):
     "Tell the user if the device can compute in this mode only slowly"
@@ -107,6 +107,7 @@ def check_mode(
     if mode['precision'] == 'bf16' and _garbles_bf16(net, size, device):
         raise PrecisionError(f'bf16 cannot be trained on a CPU with cubes of {size} voxels: oneDNN computes wrong gradients for the small maps at their end; take fp32, or cubes of at least {2*net.reduction+1} voxels, or resume on a GPU what was begun there')
     say_if_emulated(mode, device)
+    if device.type == 'cpu' and mode.get('threads', 1) > n_cores(): print(f"hint: steps are shared among {mode['threads']} threads, as they were at the beginning of this training; there are {n_cores()} cores here", flush=True)
 
 def _agrees(compared: dict) -> bool:
     "Whether a mode computes what plain fp32 does"

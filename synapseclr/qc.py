@@ -12,7 +12,7 @@ from sklearn.base import BaseEstimator
 from sklearn.covariance import ledoit_wolf
 from .core import Strict, SynapseCLRError, made_by, threads
 from .embed import Neighbours, read_neighbours
-from .sets import feature_sets, kept_synapses
+from .sets import feature_sets, features_made_by, kept_synapses
 from .tables import read_labels, read_table, write_table
 from .validate import precision_at
 
@@ -148,7 +148,7 @@ def remove_defects(
     removed[detector.prompts_] = True
     removed &= ~np.isin(ids, clean)
     found = pd.DataFrame(dict(id=ids, score=score, fdr=detector.false_discovery_rate(score), prompt=np.isin(ids, prompts), removed=removed))
-    write_table(found, run/'defects.parquet', 'defects', made_by(config, prompts=prompts, clean=clean, n_synapses=len(ids)))
+    write_table(found, run/'defects.parquet', 'defects', made_by(config, source=features_made_by(run, config.features), prompts=prompts, clean=clean, n_synapses=len(ids)))
     return found
 
 def _clusters(run: Path, ids: np.ndarray) -> np.ndarray:

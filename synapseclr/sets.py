@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .annotate import baseline
 from .extract import FeatureError, read_features
-from .tables import TableError, read_table
+from .tables import TableError, read_table, read_tag
 
 # %% auto #0
-__all__ = ['known_nuisances', 'kept_synapses', 'kind_of', 'without', 'feature_sets', 'standardised']
+__all__ = ['known_nuisances', 'kept_synapses', 'kind_of', 'features_made_by', 'without', 'feature_sets', 'standardised']
 
 # %% ../nbs/10a_sets.ipynb #45e7cc2d
 def kept_synapses(
@@ -37,6 +37,16 @@ def kind_of(
     name,_,nuisance = features.partition(' without ')
     if nuisance and nuisance not in known_nuisances: raise FeatureError(f"features '{features}': they can be had without {', '.join(known_nuisances)}, not without '{nuisance}'")
     return name,nuisance
+
+def features_made_by(
+    run: str|Path, # Run folder, extracted and annotated
+    features: str, # Kind, as of `feature_sets`
+) -> dict: # As of `made_by`
+    "What made some features: weights, views, precision; for the record of what is made from them. Raises `FeatureError` if they are not there"
+    name = kind_of(features)[0]
+    pattern = dict(morphometrics='synapses.parquet', trained='features/*.parquet').get(name, f'features_{name}/*.parquet')
+    if not (paths := sorted(Path(run).glob(pattern))): raise FeatureError(f"{run}: there are no features '{name}'")
+    return read_tag(paths[0])['made_by']
 
 def without(
     x: np.ndarray, # `(N, d)` features

@@ -16,7 +16,7 @@ from .core import ConfigError, Strict, made_by, read_config, what_stages_do, wri
 from .embed import EmbedConfig, embed
 from .evaluate import evaluate
 from .export import ExportConfig, export
-from .extract import ExtractConfig, extract
+from .extract import ExtractConfig, agreed_precision, extract
 from .fetch import DataConfig, FetchConfig, fetch, outcome
 from .impute import ImputeConfig, impute
 from .joined import run_table
@@ -27,7 +27,7 @@ from .phantom import PhantomConfig, make_phantom
 from .qc import QCConfig, marked_by_eye, remove_defects
 from .query import QueryConfig, compare_retrieval
 from .queue import attempt
-from .sets import kind_of
+from .sets import features_made_by, kind_of
 from .store import ChunkStore
 from .tables import read_neurons, read_table, untyped_words, write_table
 from .train import TrainConfig, TrainingError, measured, train
@@ -35,9 +35,9 @@ from .volume import LayerSource
 
 # %% auto #0
 __all__ = ['stages', 'readers', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage',
-           'extract_stage', 'extract_shard', 'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of',
-           'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage',
-           'stages_of']
+           'extract_stage', 'describing_networks', 'extract_shard', 'shipped', 'embed_stage', 'qc_stage', 'query_stage',
+           'neurons_of', 'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage',
+           'evaluate_stage', 'stages_of']
 
 # %% ../nbs/18g_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -121,21 +121,28 @@ def train_stage(c: RunConfig, restart: bool = False):
     return train(c.folder, c.train, c.augment, c.cube, restart, types=None if neurons is None else neurons.set_index('root_id').inhibitory)
 
 def extract_stage(c: RunConfig, shards: list[int]|None = None):
+    networks = describing_networks(c)
+    precision = agreed_precision(c.folder, list(networks.values()), c.extract.precision)
+    for out,network in networks.items(): folder = extract(c.folder, *network, out, views=c.extract.views, shards=shards, precision=precision)
+    return folder
+
+def describing_networks(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConfig, CubeConfig]]:
+    "The networks that describe a run, and the views each of them is shown, by folder; the trained one is the last. Raises `TrainingError` or `ConfigError` if it is not there, or not for these views"
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
-    how = dict(views=c.extract.views, shards=shards, precision=c.extract.precision)
-    if c.extract.shipped: extract(c.folder, *shipped(c.folder), 'features_shipped', **how)
+    networks = dict(features_shipped=shipped(c.folder)) if c.extract.shipped else {}
     for path in c.extract.weights:
         net,about = read_network(path)
         augment = AugmentConfig(**about['augment']) if about.get('augment') else measured(c.augment, ChunkStore.open(c.folder/'chunks.zarr'))
-        extract(c.folder, net, augment, CubeConfig(**about['cube']) if about.get('cube') else c.cube, f'features_{Path(path).stem}', **how)
+        networks[f'features_{Path(path).stem}'] = net,augment,CubeConfig(**about['cube']) if about.get('cube') else c.cube
     net,about = load_weights(weights)
     cube,augment = CubeConfig(**about['cube']),AugmentConfig(**about['augment'])
     other = [f'{name}.{k} = {asked} (trained with {getattr(was, k)})' for name,was in (('cube', cube), ('augment', augment)) for k,asked in getattr(c, name)
         if k not in ('mean', 'sd') and asked != getattr(was, k)]
     if other: raise ConfigError(f"{weights}: the network was trained on other views than are asked for: {', '.join(other)}; train again (`synapseclr train --restart`), or take that back")
-    extract(c.folder, SynapseNet(net.preset, about['made_by']['seed']), augment, cube, 'features_untrained', **how)
-    return extract(c.folder, net, augment, cube, **how)
+    networks['features_untrained'] = SynapseNet(net.preset, about['made_by']['seed']),augment,cube
+    networks['features'] = net,augment,cube
+    return networks
 
 @queueable
 def extract_shard(
@@ -156,7 +163,7 @@ def shipped(
 
 def embed_stage(c: RunConfig):
     found,told = embed(c.folder, c.embed),what_features_tell(c.folder, known_neurons(c), c.embed.layer, first=c.embed.features)
-    write_table(told, c.folder/'told.parquet', 'told', made_by(c.embed))
+    write_table(told, c.folder/'told.parquet', 'told', made_by(c.embed, source=features_made_by(c.folder, c.embed.features)))
     return found,told
 
 def qc_stage(c: RunConfig):
@@ -165,7 +172,7 @@ def qc_stage(c: RunConfig):
 
 def query_stage(c: RunConfig):
     table = compare_retrieval(c.folder, c.query.layer)
-    write_table(table, c.folder/'retrieval.parquet', 'retrieval', made_by(c.query))
+    write_table(table, c.folder/'retrieval.parquet', 'retrieval', made_by(c.query, source=features_made_by(c.folder, 'trained')))
     return table
 
 def neurons_of(c: RunConfig) -> pd.DataFrame:

@@ -52,7 +52,7 @@ class TrainConfig(Strict):
     exclude: Source|None = None # Table with a column `id`, or text with an id in each line: synapses of this run that are never trained on
     precision: Precision = 'auto' # `auto` takes bf16 if the device where the run begins has units for it, and it agrees with fp32; `fastest` measures what is faster there
     compile: bool = False # Use torch.compile: minutes to start, then faster on a GPU
-    threads: pydantic.NonNegativeInt = 0 # Among which a step on a CPU is shared, in each process; 0 for all cores where the run begins. Sums are rounded in an order that depends on it
+    threads: pydantic.NonNegativeInt = 0 # Among which a step on a CPU is shared, in each process; 0 for all cores where the run begins (one, under torchrun). Sums are rounded in an order that depends on it
     checkpoint_steps: pydantic.PositiveInt = 200 # Steps between checkpoints
     keep_checkpoints: pydantic.PositiveInt = 3 # How many of them to keep
     watch: pydantic.PositiveInt = 256 # Synapses that are looked at after each epoch; some of them, at most a twentieth of all, are held out of training
@@ -262,7 +262,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     mode = about['mode']
     said = dict(cube=cube.model_dump(), augment=augment.model_dump(mode='json'), made_by=origin, mode=mode)
     torch.set_num_threads(mode['threads'])
-    check_mode(mode, net, cube.size, device)
+    if about['step'] < n_steps: check_mode(mode, net, cube.size, device)
     net = normalise_together(net)
     net.channels_last = mode['channels_last']
     if mode['compile']: net.compile()

@@ -121,7 +121,7 @@ def test_killed_and_resumed(whole, tiny, tmp_path):
     for when,kill in kills.items():
         dead = python(kill_at.format(**kill), 'run', '--config', tiny, '--no-notebook', cwd=tmp_path)
         assert dead.returncode == -signal.SIGKILL, (when, dead.stderr)
-    alive = synapseclr('run', '--config', tiny, '--no-notebook', cwd=tmp_path) # in a process of its own: libraries that `embed` loads change the last digits of torch
+    alive = synapseclr('run', '--config', tiny, '--no-notebook', cwd=tmp_path)
     assert alive.returncode == 0, alive.stderr
     assert files(tmp_path/'_runs/tiny', *everything) == files(whole, *everything)
 

@@ -1,5 +1,5 @@
 "The files of a run are the same bytes on one core and on two, on a busy machine, shared out among workers, and killed and resumed."
-import os, shutil, signal, subprocess, sys
+import os, re, shutil, signal, subprocess, sys
 from contextlib import contextmanager
 import pytest
 from conftest import command, files, kill_at, python
@@ -10,9 +10,9 @@ everything = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.
 one_core = ['taskset', '--cpu-list', str(min(os.sched_getaffinity(0)))] if hasattr(os, 'sched_getaffinity') else []
 
 @contextmanager
-def load(n=2):
+def load():
     "Keep the cores busy with other work"
-    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(n)]
+    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(os.cpu_count())]
     try: yield
     finally:
         for o in others: o.kill()
@@ -27,7 +27,7 @@ class Run:
 
     def do(self, stage, *args, code=command, **how):
         "A command on this run, with as many threads as there are cores unless `how` says otherwise"
-        args = args or ['--no-notebook']
+        args = args or ['--no-notebook'] # a stage without its report
         return python(code, stage, *self.options, *args, cwd=self.cwd, **dict(OMP_NUM_THREADS=None) | how)
 
     def succeed(self, stage, *args, **how):
@@ -44,6 +44,9 @@ def quiet(run):
     "What a run makes that nothing disturbs; afterwards only its phantom is there"
     run.succeed('run')
     made,phantom = run.made(),files(run.folder/'phantom', '**/*')
+    said = [read_tag(p)['made_by'] for p in run.folder.glob('features*/*.parquet')]
+    said += [read_tag(run.folder/f'{name}.parquet')['made_by']['source'] for name in ('map', 'told', 'defects', 'retrieval', 'imputed', 'neurites', 'axes')]
+    assert len({o['precision'] for o in said}) == 1 and said[0]['precision'] in ('fp32', 'bf16') # one for the whole run, and all that is made from features says which
     begin_anew(run)
     return made | {f'phantom/{name}': content for name,content in phantom.items()}
 
@@ -72,7 +75,7 @@ def test_one_core(run, quiet):
 
 @pytest.mark.skipif(not shutil.which('taskset'), reason='needs taskset')
 def test_busy_killed_and_shared_out(run, quiet):
-    "On a busy machine: training killed on two cores and resumed on one, features from two workers"
+    "On a busy machine: training killed on two cores and resumed on one, features from two workers, and the stages that follow side by side in notebooks"
     begin_anew(run)
     queue = f'fq://{run.cwd}/queue'
     with load():
@@ -80,16 +83,10 @@ def test_busy_killed_and_shared_out(run, quiet):
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         run.succeed('train', before=one_core)
         run.succeed('extract', '--queue', queue)
-        workers = [subprocess.Popen([*before, sys.executable, '-c', command, 'fetch', '--worker', queue], cwd=run.cwd, env=os.environ | dict(OMP_NUM_THREADS=n), stderr=subprocess.PIPE, text=True)
+        workers = [subprocess.Popen([*before, sys.executable, '-c', command, 'fetch', '--worker', queue], cwd=run.cwd, env=os.environ | dict(OMP_NUM_THREADS=n), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for before,n in ((one_core, '3'), ([], '1'))]
-        for worker in workers:
-            _,error = worker.communicate()
-            assert worker.returncode == 0, error
-        run.succeed('run', OMP_NUM_THREADS='3')
+        counts = [re.search(r'(\d+) tasks done, 0 tasks failed, 0 tasks dead', worker.communicate()[0]) for worker in workers]
+    shards = len(list((run.folder/'features').glob('*.parquet')))
+    assert sum(int(o[1]) for o in counts) == shards > 2
+    run.succeed('run', '--notebook', OMP_NUM_THREADS='3') # stages side by side
     assert_same(run, quiet)
-
-def test_precision_is_that_of_the_run(run, quiet):
-    "Features say in which precision they are; all of a folder in the same"
-    for folder in ('features', 'features_untrained'):
-        said = {read_tag(p)['made_by']['precision'] for p in (run.folder/folder).glob('*.parquet')}
-        assert len(said) == 1 and said <= {'fp32', 'bf16'}

@@ -107,7 +107,7 @@ def check_mode(
     if mode['precision'] == 'bf16' and _garbles_bf16(net, size, device):
         raise PrecisionError(f'bf16 cannot be trained on a CPU with cubes of {size} voxels: oneDNN computes wrong gradients for the small maps at their end; take fp32, or cubes of at least {2*net.reduction+1} voxels, or resume on a GPU what was begun there')
     say_if_emulated(mode, device)
-    if device.type == 'cpu' and mode.get('threads', 1) > n_cores(): print(f"hint: steps are shared among {mode['threads']} threads, as they were at the beginning of this training; there are {n_cores()} cores here", flush=True)
+    if device.type == 'cpu' and mode.get('threads', 1) > n_cores(): print(f"hint: a step is shared among {mode['threads']} threads, as you asked or as where this training began; this machine has {n_cores()} cores for it", flush=True)
 
 def _agrees(compared: dict) -> bool:
     "Whether a mode computes what plain fp32 does"

@@ -14,10 +14,10 @@ def files(folder, *patterns):
     "Content of the files of a run that have to be the same in every run"
     return {p.relative_to(folder).as_posix(): p.read_bytes() for o in patterns for p in sorted(Path(folder).glob(o)) if p.is_file()}
 
-def python(code, *args, cwd, before=(), **env):
-    "Run some Python in a process of its own, with the fewest threads unless `env` says otherwise; `before` are words in front of the command"
+def python(code, *args, cwd, **env):
+    "Run some Python in a process of its own, with the fewest threads unless `env` says otherwise"
     changed = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg') | env
-    return subprocess.run([*before, sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, env={k: v for k,v in changed.items() if v is not None})
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, env={k: v for k,v in changed.items() if v is not None})
 
 command = 'from synapseclr.cli import main; main()'
 

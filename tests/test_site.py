@@ -1,5 +1,5 @@
 "The rendered site: every link and picture resolves, and no page needs the network."
-import json, re, shutil, subprocess, threading
+import json, re, subprocess, threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -28,7 +28,6 @@ def test_nothing_is_loaded_from_elsewhere(site):
     outside = [(p.name, o) for p,links in pages(site).items() for o in links.loads if re.match(r'https?:|//', o)]
     assert not outside
 
-@pytest.mark.skipif(not shutil.which('npm'), reason='needs npm, which brings KaTeX')
 def test_mathematics_is_there(site):
     assert 'katex' in (site/'loss.html').read_text() and (site/'site_libs/katex/katex.min.js').exists()
 

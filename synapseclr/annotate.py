@@ -8,12 +8,13 @@ import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd
 from .core import progress
+from .joined import baseline
 from .skeleton import soma_distances
-from .store import CLEFT, MITO, POST, PRE, ChunkStore
+from .store import CLEFT, ChunkStore, MITO, POST, PRE
 from .tables import read_table, read_tag, write_table
 
 # %% auto #0
-__all__ = ['baseline', 'contact_um2', 'cleft_plane', 'morphometrics', 'annotate']
+__all__ = ['contact_um2', 'cleft_plane', 'morphometrics', 'annotate']
 
 # %% ../nbs/05_annotate.ipynb #b9ab6d9c
 def contact_um2(
@@ -56,8 +57,6 @@ def morphometrics(
         cleft_angle_z_deg=float(np.degrees(np.arccos(min(1., normal[0])))), **{f'cleft_normal_{a}': float(o) for a,o in zip('zyx', normal)},
         pre_mito=float(volume(PRE|MITO) > 0), post_mito=float(volume(POST|MITO) > 0),
         n_blank_sections=int((crossed & ~((em > 0) & synapse).any((1, 2))).sum()))
-
-baseline = ['pre_um3', 'cleft_um3', 'post_um3', 'pre_mito_um3', 'post_mito_um3', 'contact_um2', 'cleft_planarity'] # The ruler's view of a synapse
 
 # %% ../nbs/05_annotate.ipynb #75c7e5d8
 def annotate(

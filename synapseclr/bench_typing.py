@@ -10,7 +10,7 @@ from sklearn.base import clone
 from sklearn.model_selection import GroupKFold
 from .consensus import neurite_consensus, write_back
 from .gp import GPClassifier, GPRegressor
-from .validate import number_scores, type_scores
+from .metrics import number_scores, type_scores
 
 # %% auto #0
 __all__ = ['inducing', 'example_traits', 'bench_gp', 'bench_consensus']

@@ -10,7 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 import typer
-from .core import ConfigError, SynapseCLRError, made_by, read_config, what_stages_do
+from .catalogue import what_stages_do
+from .core import ConfigError, SynapseCLRError, made_by, read_config
 
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
@@ -41,7 +42,8 @@ RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Throw a
 # %% ../nbs/19_cli.ipynb #a6475d92
 def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
     "Run some stages, and say how long they took"
-    from synapseclr.stages import open_run, readers, stages, train_stage
+    from synapseclr.catalogue import readers
+    from synapseclr.stages import open_run, stages, train_stage
     c,world = open_run(config, overrides),int(os.environ.get('WORLD_SIZE', 1))
     if world > 1: # started by torchrun: for the stage that works in several processes
         if names != ['train']: raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
@@ -218,7 +220,7 @@ def similar_command(
     features: Annotated[str, typer.Option(help='Which kind')] = 'trained',
     out: Annotated[Path, typer.Option(help='Write all columns to this CSV file')] = None,
 ):
-    from synapseclr.joined import similar
+    from synapseclr.query import similar
     found = similar(run, _ids(run, ids), k, where, features)
     if out: found.to_csv(out, index=False)
     short = [c for c in found if c in ('id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster') or (where and re.search(rf'\b{c}\b', where))]

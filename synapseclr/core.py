@@ -14,8 +14,8 @@ import pydantic, tomli_w
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['what_stages_do', 'Source', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic',
-           'write_once', 'digest', 'made_by', 'write_toml', 'n_cores', 'threads', 'worker_pool', 'progress']
+__all__ = ['Source', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic', 'write_once', 'digest',
+           'made_by', 'write_toml', 'n_cores', 'threads', 'worker_pool', 'progress']
 
 # %% ../nbs/00_core.ipynb #8b5f5395
 if 'rfc3987_syntax' not in sys.modules: sys.modules['rfc3987_syntax'] = None
@@ -26,22 +26,6 @@ class SynapseCLRError(Exception):
 
 class ConfigError(SynapseCLRError):
     "A configuration cannot be read, or says something that cannot be"
-
-# %% ../nbs/00_core.ipynb #65b5253c
-what_stages_do = dict(
-    phantom='Make a volume of which everything is known',
-    fetch='Cut every synapse of the table out of the volume',
-    annotate='Measure every synapse: volumes, contact area, cleft, missing sections, the way to the somata',
-    train='Train the network on the synapses, without labels',
-    extract='Describe every synapse with the trained network, and with an untrained one for comparison',
-    embed='Draw the map of all synapses, and ask what their features tell',
-    qc='Find defective synapses from a few that are marked, and take them out',
-    query='Find synapses that look alike, and measure whether they belong together',
-    impute='Impute up to nine traits of every synapse from those that are known, and measure how well',
-    consensus='Type neurites by the consensus of their synapses',
-    manifold='Find the axes along which synapses vary',
-    export='Write what other programs read: a table with links, AnnData, an annotation layer for neuroglancer',
-    evaluate="Compare what was learnt with the phantom's truth")
 
 # %% ../nbs/00_core.ipynb #52f0ea62
 @dataclass(frozen=True)

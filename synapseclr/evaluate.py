@@ -7,16 +7,15 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from scipy import ndimage
-from .annotate import baseline
+from .joined import baseline
 from .core import made_by, n_cores, threads, worker_pool
-from .extract import FeatureError, read_features
+from .sets import FeatureError, kind_of, known_nuisances, read_features, without
 from .phantom import latents
-from .sets import known_nuisances, kind_of, without
-from .store import CLEFT, POST, PRE, ChunkStore
+from .store import CLEFT, ChunkStore, POST, PRE
 from .tables import read_table, read_tag, write_table
 from .monitor import rank_me
 from .qc import DefectDetector
-from .validate import auc, explained_variance, interval, neuron_bootstrap, out_of_fold, precision_at
+from .metrics import auc, explained_variance, interval, neuron_bootstrap, out_of_fold, precision_at
 
 # %% auto #0
 __all__ = ['shells_nm', 'intensity_statistics', 'known_synapses', 'score_targets', 'auc_within', 'neurite_scores',

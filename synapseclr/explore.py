@@ -16,7 +16,7 @@ from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from .core import SynapseCLRError, atomic, progress
 from .joined import run_table
 from .plot import colours
-from .store import CLEFT, POST, PRE, Chunk, ChunkStore, StoreError
+from .store import CLEFT, Chunk, ChunkStore, POST, PRE, StoreError
 from .tables import append_labels, read_labels, read_table
 
 # %% auto #0

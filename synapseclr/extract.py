@@ -7,16 +7,17 @@ from __future__ import annotations
 import hashlib, json
 from pathlib import Path
 from typing import Literal
-import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pydantic, torch
+import numpy as np, pyarrow as pa, pydantic, torch
 from .augment import AugmentConfig, Augmenter, CubeConfig
-from .core import Source, Strict, SynapseCLRError, digest, made_by, n_cores, progress, threads, worker_pool, write_once
+from .core import Source, Strict, digest, made_by, n_cores, progress, threads, worker_pool, write_once
 from .model import Features, SynapseNet
 from .precision import Precision, choose_forward_mode, features_of, mode_of, say_if_emulated
+from .sets import FeatureError, read_features
 from .store import ChunkStore
 from .tables import read_tag, write_table
 
 # %% auto #0
-__all__ = ['ExtractConfig', 'FeatureError', 'weights_digest', 'agreed_precision', 'extract', 'read_features']
+__all__ = ['ExtractConfig', 'weights_digest', 'agreed_precision', 'extract']
 
 # %% ../nbs/10_extract.ipynb #cd4d9609
 class ExtractConfig(Strict):
@@ -27,9 +28,6 @@ class ExtractConfig(Strict):
     weights: list[Source] = [] # Other networks to describe with: ours, published ones of SynapseCLR, MedicalNet's. The features of `x/NAME.pth` go to `features_NAME`
 
 # %% ../nbs/10_extract.ipynb #a3721d99
-class FeatureError(SynapseCLRError):
-    "Features that are absent, incomplete or not numbers"
-
 def weights_digest(net: SynapseNet) -> str:
     "A short name for the weights, by content"
     h = hashlib.sha256()
@@ -101,30 +99,3 @@ def extract(
     ids,_ = read_features(folder)
     if not np.array_equal(np.sort(ids), np.sort(store.ids)): raise FeatureError(f"{folder}: holds features of other synapses than {store.path}; delete it and extract again")
     return folder
-
-# %% ../nbs/10_extract.ipynb #7701db74
-def read_features(
-    folder: str|Path, # Of feature files
-    layer: str = 'backbone', # Or `hidden`, `projection`
-) -> tuple[np.ndarray, np.ndarray]: # ids `(N,)` int64, features `(N, d)` float32
-    "Read one layer for all synapses. Raises `FeatureError` naming the file if any are missing, there twice, or not finite"
-    paths = sorted(Path(folder).glob('*.parquet'))
-    if not paths: raise FeatureError(f"{folder}: there are no features; make them with `synapseclr extract`")
-    tags = {p: read_tag(p) for p in paths}
-    for p,tag in tags.items():
-        if tag.get('format') != 'features': raise FeatureError(f"{p}: not a feature file of synapseclr")
-        first = tags[paths[0]]['made_by']
-        if other := [k for k in first | tag['made_by'] if first.get(k) != tag['made_by'].get(k)]:
-            raise FeatureError(f"{p}: made from other {', '.join(other)} than {paths[0].name}; finish the folder with `synapseclr extract`")
-    if layer not in (layers := pq.read_schema(paths[0]).names[1:]): raise FeatureError(f"{folder}: there is no layer '{layer}'; there are {', '.join(layers)}")
-    tables = [pq.read_table(p, columns=['id', layer]) for p in paths]
-    ids = np.concatenate([t['id'].to_numpy() for t in tables])
-    values = np.concatenate([t[layer].combine_chunks().flatten().to_numpy().reshape(len(t), -1) for t in tables])
-    n,file = tags[paths[0]]['made_by']['n_synapses'],np.repeat(paths, [len(t) for t in tables])
-    unique,first_row = np.unique(ids, return_index=True)
-    if len(unique) < len(ids):
-        twice = np.delete(np.arange(len(ids)), first_row)[0]
-        raise FeatureError(f"{file[twice]}: synapse {ids[twice]} is in another file too")
-    if len(ids) != n: raise FeatureError(f"{folder}: features of {len(ids)} synapses, of {n} in the store; finish it with `synapseclr extract`")
-    if not (finite := np.isfinite(values).all(1)).all(): raise FeatureError(f"{file[~finite][0]}: the features of synapse {ids[~finite][0]} are not finite")
-    return ids,values

@@ -13,7 +13,7 @@ from taskqueue import queueable
 from .core import Box, Source, Strict, atomic, digest, made_by
 from .plan import Need, plan_blocks, plan_costs, plan_reads
 from .queue import QueueError, attempt, dead_letters, do_here, revive
-from .store import CLEFT, EMPTY, MITO, POST, PRE, ChunkStore, StoreError
+from .store import CLEFT, ChunkStore, EMPTY, MITO, POST, PRE, StoreError
 from .tables import read_synapses, read_table, read_tag, write_table
 from .volume import Layer, LayerSource, VolumeError, check_layers, open_layer, read
 

@@ -13,12 +13,12 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
-from .annotate import baseline
+from .joined import baseline
 from .core import Strict, SynapseCLRError, made_by, n_cores, progress, threads, worker_pool
 from .gp import GPClassifier, GPRegressor
 from .sets import feature_sets, features_made_by, standardised
 from .tables import write_table
-from .validate import auc, disjoint_folds, interval, neuron_bootstrap, number_scores, paper_ev, type_scores
+from .metrics import auc, disjoint_folds, interval, neuron_bootstrap, number_scores, paper_ev, type_scores
 
 # %% auto #0
 __all__ = ['traits', 'few_neurons', 'Trait', 'ImputeError', 'known_values', 'model_for', 'predictions', 'predicted_apart',

@@ -6,16 +6,30 @@
 from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
-import numpy as np, pandas as pd
+import pandas as pd
 from .core import SynapseCLRError
-from .query import SimilarityIndex
-from .sets import feature_sets, kept_synapses
-from .tables import read_table
+from .tables import TableError, read_table
 
 # %% auto #0
-__all__ = ['parts', 'JoinError', 'run_table', 'similar']
+__all__ = ['baseline', 'parts', 'kept_synapses', 'JoinError', 'run_table']
 
 # %% ../nbs/15a_joined.ipynb #3c31aebf
+baseline = ['pre_um3', 'cleft_um3', 'post_um3', 'pre_mito_um3', 'post_mito_um3', 'contact_um2', 'cleft_planarity'] # The ruler's view of a synapse
+
+def kept_synapses(
+    run: str|Path, # Run folder, annotated
+    removed: bool = False, # Also those that quality control removed
+) -> pd.DataFrame: # Rows of the synapse table
+    "The synapses that count"
+    run = Path(run)
+    table = read_table(run/'synapses.parquet', 'synapses')
+    if lost := [c for c in baseline if c not in table]: raise TableError(f"{run/'synapses.parquet'}: no column {lost[0]}; run `synapseclr annotate` first")
+    keep = table.reject_reason == ''
+    if not removed and (run/'defects.parquet').exists():
+        defects = read_table(run/'defects.parquet', 'defects')
+        keep &= ~table.id.isin(defects.id[defects.removed])
+    return table[keep].reset_index(drop=True)
+
 parts = dict(map='map', defects='defects', imputed='imputed', synapse_types='synapse types') # Files in a run folder, and their formats
 
 class JoinError(SynapseCLRError):
@@ -44,20 +58,3 @@ def run_table(
         about = neurons.set_index('root_id')[[c for c in ('inhibitory', 'cell_type', 'subtype') if c in neurons]]
         for side in ('pre', 'post'): table = pd.concat([table, about.reindex(table[f'{side}_root_id']).add_prefix(f'{side}_').reset_index(drop=True)], axis=1)
     return table
-
-# %% ../nbs/15a_joined.ipynb #02933198
-def similar(
-    run: str|Path, # Run folder, extracted and annotated
-    what: int|list[int]|np.ndarray, # As of `SimilarityIndex.query`
-    k: int = 10, # How many
-    where: str = '', # Only among synapses of which this is true: `p_inhibitory_pre > .5 and island == 0`
-    features: str = 'trained', metric: str = 'cosine', # As of `feature_sets` and `SimilarityIndex`
-) -> pd.DataFrame: # Rows of `run_table`, the nearest first, with their `distance`; with `neuroglancer`, if the run has been exported
-    "Synapses that look alike. Raises `JoinError` if `where` cannot be understood"
-    table,sets = feature_sets(run, names=[features])
-    known,links = run_table(run, removed=False),Path(run)/'table.parquet'
-    if links.exists() and 'neuroglancer' in (shown := read_table(links, 'table')): known = known.merge(shown[['id', 'neuroglancer']], on='id', how='left')
-    try: allowed = known.query(where).id.to_numpy() if where else None
-    except Exception as e: raise JoinError(f"where = '{where}': {e}; columns are {', '.join(known.columns)}") from None
-    found = SimilarityIndex(sets[features], table.id.to_numpy(), metric).query(what, k, among=allowed)
-    return found.merge(known, on='id', how='left')

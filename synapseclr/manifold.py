@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from .core import Strict, SynapseCLRError, made_by, threads
 from .embed import coordinates
 from .tables import read_tag, write_table
-from .validate import interval, neuron_bootstrap
+from .metrics import interval, neuron_bootstrap
 
 # %% auto #0
 __all__ = ['measured', 'imputed', 'nuisance', 'ManifoldError', 'umap_pca', 'axis_correlations', 'grid_of_examples',

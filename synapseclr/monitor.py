@@ -17,7 +17,7 @@ from .distributed import alone
 from .model import SynapseNet
 from .precision import autocast
 from .store import JoinedStores
-from .validate import auc, explained_variance, out_of_fold
+from .metrics import auc, explained_variance, out_of_fold
 
 # %% auto #0
 __all__ = ['rank_me', 'alignment', 'uniformity', 'neighbour_vote', 'probe', 'Watch', 'TrainingLog']

@@ -10,7 +10,7 @@ from .core import threads
 from .query import mean_average_precision, retrieval
 from .sets import feature_sets, standardised
 from .store import ChunkStore
-from .validate import auc, explained_variance, interval, neuron_bootstrap, out_of_fold
+from .metrics import auc, explained_variance, interval, neuron_bootstrap, out_of_fold
 
 # %% auto #0
 __all__ = ['questions', 'brightness_of', 'tell', 'what_features_tell']

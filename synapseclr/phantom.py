@@ -12,8 +12,7 @@ import numpy as np, pandas as pd
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from .core import Strict, SynapseCLRError, atomic, made_by, progress
-from .neuropil import (Curve, Tissue, empty_tissue, evenly, grow, paint_cells, paint_mitochondrion, paint_nucleus, paint_synapse,
-    paint_tube, paint_vesicles, rough, take_images, unit, wander)
+from .neuropil import Curve, Tissue, empty_tissue, evenly, grow, paint_cells, paint_mitochondrion, paint_nucleus, paint_synapse, paint_tube, paint_vesicles, rough, take_images, unit, wander
 from .volume import write_layer
 
 # %% auto #0

@@ -9,7 +9,7 @@ import numpy as np, pandas as pd
 from scipy.spatial.distance import pdist
 from scipy.stats import beta
 from .query import SimilarityIndex
-from .store import CLEFT, MITO, POST, PRE, Chunk, ChunkStore
+from .store import CLEFT, Chunk, ChunkStore, MITO, POST, PRE
 
 # %% auto #0
 __all__ = ['colours', 'model_colours', 'type_colours', 'category_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet',

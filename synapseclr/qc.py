@@ -12,13 +12,12 @@ from sklearn.base import BaseEstimator
 from sklearn.covariance import ledoit_wolf
 from .core import Strict, SynapseCLRError, made_by, threads
 from .embed import Neighbours, read_neighbours
-from .sets import feature_sets, features_made_by, kept_synapses
+from .sets import feature_sets, features_made_by
 from .tables import read_labels, read_table, write_table
-from .validate import precision_at
+
 
 # %% auto #0
-__all__ = ['QCError', 'marked_cluster', 'DefectDetector', 'QCConfig', 'remove_defects', 'judge_detection', 'judge_run',
-           'marked_by_eye']
+__all__ = ['QCError', 'marked_cluster', 'DefectDetector', 'QCConfig', 'remove_defects', 'read_clusters']
 
 # %% ../nbs/12_qc.ipynb #f2483368
 class QCError(SynapseCLRError):
@@ -144,86 +143,18 @@ def remove_defects(
     detector = DefectDetector(config.fdr).fit(x, prompts, clean, ids)
     score = detector.score(x)
     if config.rule == 'score': removed = detector.predict(x)
-    else: removed = marked_cluster(_clusters(run, ids), read_neighbours(run)[1], detector.prompts_)
+    else: removed = marked_cluster(read_clusters(run, ids), read_neighbours(run)[1], detector.prompts_)
     removed[detector.prompts_] = True
     removed &= ~np.isin(ids, clean)
     found = pd.DataFrame(dict(id=ids, score=score, fdr=detector.false_discovery_rate(score), prompt=np.isin(ids, prompts), removed=removed))
     write_table(found, run/'defects.parquet', 'defects', made_by(config, source=features_made_by(run, config.features), prompts=prompts, clean=clean, n_synapses=len(ids)))
     return found
 
-def _clusters(run: Path, ids: np.ndarray) -> np.ndarray:
+def read_clusters(
+    run: str|Path, # Run folder, embedded
+    ids: np.ndarray, # `(N,)` synapses
+) -> np.ndarray:
     "Cluster of each synapse"
     where = read_table(run/'map.parquet', 'map').set_index('id').cluster
     if lost := set(ids)-set(where.index): raise QCError(f"{run/'map.parquet'}: synapse {min(lost)} is not on the map; run `synapseclr embed` again")
     return where.loc[ids].to_numpy()
-
-# %% ../nbs/12_qc.ipynb #69b2b23c
-def judge_detection(
-    sets: dict[str, np.ndarray], # Kinds of features, `(N, d)` each
-    defect: np.ndarray, # `(N,)` kind of defect, '' for none
-    proofread: np.ndarray, # `(N,)` bool
-    cluster: np.ndarray|None = None, near: Neighbours|None = None, # For the paper's rule on the first kind of features
-    kinds: list[str]|None = None, # Kinds of defects that are looked for, each by prompts of its own; all that there are enough of if None
-    counts=(1, 3, 5), # Prompts
-    fdr: float = .2, n_draws: int = 20, seed: int = 0,
-) -> pd.DataFrame: # A row for each kind of defect, number of prompts, rule and kind of features
-    "How well defects are found from a few"
-    rows = []
-    for kind in kinds or [k for k in sorted(set(defect)-{''}) if (defect == k).sum() >= max(counts)+3]:
-        use = (defect == kind) | (defect == '')
-        y,checked = (defect == kind)[use],proofread[use]
-        for n in counts:
-            rng = np.random.default_rng([seed, n])
-            drawn = [rng.choice(np.flatnonzero(y), n, replace=False) for _ in range(n_draws)]
-            for name,x in sets.items(): rows.append(dict(defect=kind, prompts=n, rule='score', features=name) | _mean_of([_found(*_by_score(x[use], p, fdr), y, checked, p) for p in drawn]))
-            if cluster is None: continue
-            some = [_found(None, marked_cluster(cluster, near, np.flatnonzero(use)[p])[use], y, checked, p) for p in drawn]
-            rows.append(dict(defect=kind, prompts=n, rule='cluster', features=next(iter(sets))) | _mean_of(some))
-    return pd.DataFrame(rows)
-
-def _mean_of(found: list[dict]) -> dict: return pd.DataFrame(found).mean().to_dict()
-
-def _by_score(x: np.ndarray, prompts: np.ndarray, fdr: float) -> tuple[np.ndarray, np.ndarray]:
-    "Scores, and what is removed"
-    detector = DefectDetector(fdr).fit(x, prompts)
-    score = detector.score(x)
-    return score,detector.false_discovery_rate(score) <= fdr
-
-def _found(score, removed: np.ndarray, y: np.ndarray, proofread: np.ndarray, prompts: np.ndarray) -> dict:
-    "How good it is on those that were not shown"
-    rest = np.delete(np.arange(len(y)), prompts)
-    y,removed,proofread = y[rest],removed[rest],proofread[rest]
-    precision = {}
-    if score is not None:
-        first = np.argsort(-score[rest])[:24]
-        precision = dict(average_precision=precision_at(y, score[rest]), at_10_percent=precision_at(y, score[rest], .1), found_in_first_24=y[first].sum()/max(y.sum(), 1))
-    share = lambda which: removed[which].mean() if which.any() else np.nan
-    return dict(n=int(y.sum())) | precision | dict(removed=removed.mean(), removed_proofread=share(proofread), removed_others=share(~proofread),
-        found=share(y), sound_among_removed=(~y[removed]).mean() if removed.any() else np.nan)
-
-# %% ../nbs/12_qc.ipynb #6a171a61
-def judge_run(
-    run: str|Path, # Run folder of a phantom, embedded
-    phantom: str|Path, # Its folder
-    config: QCConfig|None = None,
-    n_draws: int = 20,
-) -> pd.DataFrame: # From `judge_detection`
-    "How well defects of a phantom are found from one, three and five, by each kind of features"
-    config = config or QCConfig()
-    table,sets = feature_sets(run, config.layer, removed=True, first=config.features)
-    truth = pd.read_parquet(Path(phantom)/'truth.parquet').set_index('id').loc[table.id]
-    checked = pd.read_csv(Path(phantom)/'neurons.csv').set_index('root_id').proofread
-    proofread = table.pre_root_id.map(checked).eq(True) & table.post_root_id.map(checked).eq(True)
-    return judge_detection(sets, truth.defect.to_numpy(), proofread.to_numpy(), _clusters(Path(run), table.id.to_numpy()), read_neighbours(run)[1], fdr=config.fdr, n_draws=n_draws)
-
-def marked_by_eye(
-    run: str|Path, phantom: str|Path, # Run folder, and folder of its phantom
-    n: int, kind: str = 'wrong partner', # How many of which kind, the one that is easiest to see; of the most frequent one if there is none of it
-    seed: int = 0,
-) -> list[int]: # Ids
-    "Plays the person who marks defects"
-    truth = pd.read_parquet(Path(phantom)/'truth.parquet')
-    kept = truth[truth.id.isin(kept_synapses(run, removed=True).id) & (truth.defect != '')]
-    if not len(kept): raise QCError(f'{phantom}: none of the synapses of {run} has a defect')
-    if kind not in set(kept.defect): kind = kept.defect.value_counts(sort=False).sort_index().idxmax()
-    return kept[kept.defect == kind].id.sample(min(n, (kept.defect == kind).sum()), random_state=seed).tolist()

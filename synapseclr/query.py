@@ -9,11 +9,13 @@ from typing import Literal
 import faiss, numpy as np, pandas as pd
 from sklearn.preprocessing import normalize
 from .core import Strict, SynapseCLRError, threads
+from .joined import run_table
 from .sets import feature_sets, standardised
+from .tables import read_table
 
 # %% auto #0
 __all__ = ['QueryError', 'SimilarityIndex', 'retrieval', 'chance_precision', 'mean_average_precision', 'gain', 'QueryConfig',
-           'compare_retrieval']
+           'compare_retrieval', 'similar']
 
 # %% ../nbs/13_query.ipynb #e29f5ec8
 class QueryError(SynapseCLRError):
@@ -143,3 +145,20 @@ def compare_retrieval(
             lead = dict(zip(('trained_leads', 'leads_lo95', 'leads_hi95'), gain(found['trained'], f)))
             rows.append(dict(synapses=subset, features=name) | mean_average_precision(f) | lead)
     return pd.DataFrame(rows)
+
+# %% ../nbs/13_query.ipynb #02933198
+def similar(
+    run: str|Path, # Run folder, extracted and annotated
+    what: int|list[int]|np.ndarray, # As of `SimilarityIndex.query`
+    k: int = 10, # How many
+    where: str = '', # Only among synapses of which this is true: `p_inhibitory_pre > .5 and island == 0`
+    features: str = 'trained', metric: str = 'cosine', # As of `feature_sets` and `SimilarityIndex`
+) -> pd.DataFrame: # Rows of `run_table`, the nearest first, with their `distance`; with `neuroglancer`, if the run has been exported
+    "Synapses that look alike. Raises `QueryError` if `where` cannot be understood"
+    table,sets = feature_sets(run, names=[features])
+    known,links = run_table(run, removed=False),Path(run)/'table.parquet'
+    if links.exists() and 'neuroglancer' in (shown := read_table(links, 'table')): known = known.merge(shown[['id', 'neuroglancer']], on='id', how='left')
+    try: allowed = known.query(where).id.to_numpy() if where else None
+    except Exception as e: raise QueryError(f"where = '{where}': {e}; columns are {', '.join(known.columns)}") from None
+    found = SimilarityIndex(sets[features], table.id.to_numpy(), metric).query(what, k, among=allowed)
+    return found.merge(known, on='id', how='left')

@@ -5,29 +5,46 @@
 # %% ../nbs/10a_sets.ipynb #80b83ab6
 from __future__ import annotations
 from pathlib import Path
-import numpy as np, pandas as pd
-from .annotate import baseline
-from .extract import FeatureError, read_features
-from .tables import TableError, read_table, read_tag
+import numpy as np, pandas as pd, pyarrow.parquet as pq
+from .core import SynapseCLRError
+from .joined import baseline, kept_synapses
+from .tables import read_tag
 
 # %% auto #0
-__all__ = ['known_nuisances', 'kept_synapses', 'kind_of', 'features_made_by', 'without', 'feature_sets', 'standardised']
+__all__ = ['known_nuisances', 'FeatureError', 'read_features', 'kind_of', 'features_made_by', 'without', 'feature_sets',
+           'standardised']
+
+# %% ../nbs/10a_sets.ipynb #7701db74
+class FeatureError(SynapseCLRError):
+    "Features that are absent, incomplete or not numbers"
+
+def read_features(
+    folder: str|Path, # Of feature files
+    layer: str = 'backbone', # Or `hidden`, `projection`
+) -> tuple[np.ndarray, np.ndarray]: # ids `(N,)` int64, features `(N, d)` float32
+    "Read one layer for all synapses. Raises `FeatureError` naming the file if any are missing, there twice, or not finite"
+    paths = sorted(Path(folder).glob('*.parquet'))
+    if not paths: raise FeatureError(f"{folder}: there are no features; make them with `synapseclr extract`")
+    tags = {p: read_tag(p) for p in paths}
+    for p,tag in tags.items():
+        if tag.get('format') != 'features': raise FeatureError(f"{p}: not a feature file of synapseclr")
+        first = tags[paths[0]]['made_by']
+        if other := [k for k in first | tag['made_by'] if first.get(k) != tag['made_by'].get(k)]:
+            raise FeatureError(f"{p}: made from other {', '.join(other)} than {paths[0].name}; finish the folder with `synapseclr extract`")
+    if layer not in (layers := pq.read_schema(paths[0]).names[1:]): raise FeatureError(f"{folder}: there is no layer '{layer}'; there are {', '.join(layers)}")
+    tables = [pq.read_table(p, columns=['id', layer]) for p in paths]
+    ids = np.concatenate([t['id'].to_numpy() for t in tables])
+    values = np.concatenate([t[layer].combine_chunks().flatten().to_numpy().reshape(len(t), -1) for t in tables])
+    n,file = tags[paths[0]]['made_by']['n_synapses'],np.repeat(paths, [len(t) for t in tables])
+    unique,first_row = np.unique(ids, return_index=True)
+    if len(unique) < len(ids):
+        twice = np.delete(np.arange(len(ids)), first_row)[0]
+        raise FeatureError(f"{file[twice]}: synapse {ids[twice]} is in another file too")
+    if len(ids) != n: raise FeatureError(f"{folder}: features of {len(ids)} synapses, of {n} in the store; finish it with `synapseclr extract`")
+    if not (finite := np.isfinite(values).all(1)).all(): raise FeatureError(f"{file[~finite][0]}: the features of synapse {ids[~finite][0]} are not finite")
+    return ids,values
 
 # %% ../nbs/10a_sets.ipynb #45e7cc2d
-def kept_synapses(
-    run: str|Path, # Run folder, annotated
-    removed: bool = False, # Also those that quality control removed
-) -> pd.DataFrame: # Rows of the synapse table
-    "The synapses that count"
-    run = Path(run)
-    table = read_table(run/'synapses.parquet', 'synapses')
-    if lost := [c for c in baseline if c not in table]: raise TableError(f"{run/'synapses.parquet'}: no column {lost[0]}; run `synapseclr annotate` first")
-    keep = table.reject_reason == ''
-    if not removed and (run/'defects.parquet').exists():
-        defects = read_table(run/'defects.parquet', 'defects')
-        keep &= ~table.id.isin(defects.id[defects.removed])
-    return table[keep].reset_index(drop=True)
-
 known_nuisances = dict(angle='cleft_cos_z', blanks='n_blank_sections', depth='ctr_z_nm') # What features can be asked for without, and the column that has it
 
 def kind_of(

@@ -12,7 +12,8 @@ import synapseclr
 from .annotate import annotate
 from .augment import AugmentConfig, CubeConfig
 from .consensus import ConsensusConfig, type_neurites
-from .core import ConfigError, Strict, made_by, read_config, what_stages_do, write_toml
+from .catalogue import what_stages_do
+from .core import ConfigError, Strict, made_by, read_config, write_toml
 from .embed import EmbedConfig, embed
 from .evaluate import evaluate
 from .export import ExportConfig, export
@@ -24,7 +25,8 @@ from .manifold import ManifoldConfig, manifold
 from .model import SynapseNet, load_weights, read_network
 from .nuisance import what_features_tell
 from .phantom import PhantomConfig, make_phantom
-from .qc import QCConfig, marked_by_eye, remove_defects
+from .defects import marked_by_eye
+from .qc import QCConfig, remove_defects
 from .query import QueryConfig, compare_retrieval
 from .queue import attempt
 from .sets import features_made_by, kind_of
@@ -34,10 +36,10 @@ from .train import TrainConfig, TrainingError, measured, train
 from .volume import LayerSource
 
 # %% auto #0
-__all__ = ['stages', 'readers', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage',
-           'extract_stage', 'describing_networks', 'extract_shard', 'shipped', 'embed_stage', 'qc_stage', 'query_stage',
-           'neurons_of', 'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage',
-           'evaluate_stage', 'stages_of']
+__all__ = ['stages', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage',
+           'describing_networks', 'extract_shard', 'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of',
+           'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage',
+           'stages_of']
 
 # %% ../nbs/18g_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -211,7 +213,6 @@ def evaluate_stage(c: RunConfig):
 
 stages: dict[str, Callable] = {name: globals()[f'{name}_stage'] for name in what_stages_do}
 for _name,_f in stages.items(): _f.__doc__ = what_stages_do[_name]
-readers = dict(embed=(), qc=('embed',), query=('qc',), impute=('qc',), consensus=('impute',), manifold=('embed', 'qc', 'impute'), export=('embed', 'qc', 'impute', 'consensus'), evaluate=()) # Stages that read features, and whose results each reads besides: they can share the cores, all others need them whole
 
 def stages_of(c: RunConfig) -> list[str]:
     "The stages that a run has: phantom and evaluation only with a phantom, quality control only if defects are marked, imputation and consensus only with a table of neurons"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .core import progress
 from .fetch import DataConfig, FetchConfig, fetch_rows, in_blocks, n_blocks, open_layers, read_rows
-from .store import EMPTY, ChunkStore, StoreError
+from .store import ChunkStore, EMPTY, StoreError
 from .tables import TableError, read_table, read_tag, write_table
 
 # %% auto #0

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 import pandas as pd, pytest
 from conftest import files, kill_at, python, synapseclr
 from synapseclr.stages import open_run, stages, stages_of
-from synapseclr.extract import FeatureError, read_features
+from synapseclr.sets import FeatureError, read_features
 from synapseclr.store import ChunkStore
 from synapseclr.tables import read_table
 

@@ -1,7 +1,7 @@
 "Real EM: a fly's ventral nerve cord. Needs the data beside the repository."
 import numpy as np, pandas as pd, pytest
 from conftest import root, synapseclr
-from synapseclr.store import CLEFT, POST, PRE, ChunkStore
+from synapseclr.store import CLEFT, ChunkStore, POST, PRE
 from synapseclr.tables import read_table
 from synapseclr.volume import LayerSource, open_layer, read
 

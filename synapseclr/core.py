@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #5dbd7333
 from __future__ import annotations
-import difflib, hashlib, importlib.metadata, json, os, struct, sys, threading, tomllib, uuid
+import difflib, hashlib, importlib.metadata, importlib.resources, json, os, struct, sys, threading, tomllib, uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ import pydantic, tomli_w
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['Source', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic', 'write_once', 'digest',
-           'made_by', 'write_toml', 'n_cores', 'threads', 'worker_pool', 'progress']
+__all__ = ['Source', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic', 'write_once', 'asset',
+           'digest', 'made_by', 'write_toml', 'n_cores', 'threads', 'worker_pool', 'progress']
 
 # %% ../nbs/00_core.ipynb #8b5f5395
 if 'rfc3987_syntax' not in sys.modules: sys.modules['rfc3987_syntax'] = None
@@ -153,6 +153,13 @@ def write_once(
         if not path.exists(): os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
     return path.read_text()
+
+# %% ../nbs/00_core.ipynb #a81d453d
+def asset(
+    path: str = '', # Relative to the folder `assets`: `configs/demo.toml`, `weights/demo.safetensors`, `runs/train.ipynb`
+) -> Path: # On this machine
+    "A file or folder that is installed with the package"
+    return Path(str(importlib.resources.files('synapseclr')))/'assets'/path
 
 # %% ../nbs/00_core.ipynb #6ed5695e
 def digest(

@@ -3,7 +3,7 @@ import re, sys
 import numpy as np, pandas as pd, pytest
 from conftest import files, python, say, synapseclr
 from synapseclr.cli import main
-from synapseclr.stages import stages
+from synapseclr.pipeline.stages import stages
 
 def test_help(capsys, monkeypatch):
     code,text = say(capsys, monkeypatch, '--help')
@@ -74,7 +74,7 @@ def test_wrong_mode(option, said, tiny, tmp_path, capsys, monkeypatch):
     assert code == 1 and said in text
 
 def test_another_phantom_is_there(tmp_path, capsys, monkeypatch):
-    from synapseclr.phantom import PhantomConfig, make_phantom
+    from synapseclr.phantom.build import PhantomConfig, make_phantom
     make_phantom(tmp_path, PhantomConfig(shape=(64, 256, 256)))
     before = files(tmp_path, '**/*')
     code,text = say(capsys, monkeypatch, 'phantom', '--out', tmp_path, '--size', 'small')
@@ -84,7 +84,7 @@ def test_interrupted(tiny, tmp_path):
     "Ctrl-C in training says how to go on, without a traceback"
     run = f'run={tmp_path/"run"}'
     assert synapseclr('fetch', '--config', tiny, '--set', run, '--no-notebook', cwd=tmp_path).returncode == 0
-    stop = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); import synapseclr.train as t; f = t.nt_xent; t.nt_xent = lambda *a: (os.kill(os.getpid(), signal.SIGINT), f(*a))[1]; "
+    stop = "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); import synapseclr.learn.train as t; f = t.nt_xent; t.nt_xent = lambda *a: (os.kill(os.getpid(), signal.SIGINT), f(*a))[1]; "
     done = python(stop + 'from synapseclr.cli import main; main()', 'train', '--config', tiny, '--set', run, '--no-notebook', cwd=tmp_path)
     assert done.returncode == 130 and done.stderr.strip().endswith('give the same command again to go on') and 'Traceback' not in done.stderr
 

@@ -3,10 +3,10 @@ import http.client, json, subprocess, sys, threading
 from urllib.parse import urlsplit
 import numpy as np, pandas as pd, pytest
 from conftest import in_browser, open_browser, webdriver
-from synapseclr.dev import tiny_fetched
-from synapseclr.explore import ExploreError, Map, make_server, serve, write_static
-from synapseclr.store import ChunkStore
-from synapseclr.tables import read_ids, read_labels
+from synapseclr.dev.notebooks import tiny_fetched
+from synapseclr.show.explore import ExploreError, Map, make_server, serve, write_static
+from synapseclr.data.store import ChunkStore
+from synapseclr.data.tables import read_ids, read_labels
 
 side = 14
 
@@ -255,7 +255,7 @@ def test_only_the_page_itself_may_label(served, table):
 @pytest.fixture
 def exported(monkeypatch, table):
     "The run's table is the grid"
-    monkeypatch.setattr('synapseclr.explore.run_table', lambda run: table)
+    monkeypatch.setattr('synapseclr.show.explore.run_table', lambda run: table)
 
 def test_bad_wishes_are_explained(served, run, exported, tmp_path):
     with pytest.raises(ExploreError, match='--port'): serve(run, served.port)

@@ -3,16 +3,16 @@ import json, re, shutil, threading
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from conftest import in_browser, open_browser, say, webdriver
-from synapseclr.annotate import annotate
-from synapseclr.augment import AugmentConfig, CubeConfig
-from synapseclr.dev import tiny_fetched
-from synapseclr.embed import EmbedConfig, embed
-from synapseclr.export import ExportConfig, annotation_properties, export, layer_server, read_anndata, write_annotations
-from synapseclr.extract import extract
-from synapseclr.model import SynapseNet
-from synapseclr.store import ChunkStore
-from synapseclr.tables import read_table, write_table
-from synapseclr.volume import LayerSource
+from synapseclr.ingest.annotate import annotate
+from synapseclr.learn.augment import AugmentConfig, CubeConfig
+from synapseclr.dev.notebooks import tiny_fetched
+from synapseclr.analyse.embed import EmbedConfig, embed
+from synapseclr.show.export import ExportConfig, annotation_properties, export, layer_server, read_anndata, write_annotations
+from synapseclr.learn.extract import extract
+from synapseclr.learn.model import SynapseNet
+from synapseclr.data.store import ChunkStore
+from synapseclr.data.tables import read_table, write_table
+from synapseclr.data.volume import LayerSource
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):

@@ -4,11 +4,11 @@ import numpy as np, pandas as pd, pytest, tenacity
 from cloudfiles.interfaces import HttpInterface
 from conftest import files
 from synapseclr import volume
-from synapseclr.bench_fetch import served, served_counts
-from synapseclr.fetch import DataConfig, FetchConfig, fetch, fetch_block, fetch_tasks, finish_fetch, plan_fetch
-from synapseclr.queue import QueueError, dead_letters, enqueue, work
-from synapseclr.store import ChunkStore
-from synapseclr.upkeep import drop, missing, refetch, verify
+from synapseclr.evaluate.speed_fetch import served, served_counts
+from synapseclr.ingest.fetch import DataConfig, FetchConfig, fetch, fetch_block, fetch_tasks, finish_fetch, plan_fetch
+from synapseclr.ingest.queue import QueueError, dead_letters, enqueue, work
+from synapseclr.data.store import ChunkStore
+from synapseclr.ingest.maintain import drop, missing, refetch, verify
 
 config = FetchConfig(window_nm=(600, 768, 768), per_shard=4, max_blank_fraction=.5)
 
@@ -133,7 +133,7 @@ def test_wrong_bytes_without_a_checksum(tiny, sound, tmp_path):
 def fork(function, *args):
     "A process that has imported everything already"
     c = multiprocessing.get_context('forkserver')
-    c.set_forkserver_preload(['synapseclr.fetch'])
+    c.set_forkserver_preload(['synapseclr.ingest.fetch'])
     p = c.Process(target=function, args=args)
     p.start()
     return p

@@ -4,13 +4,13 @@ import numpy as np, pandas as pd, pytest
 from conftest import say
 from PIL import Image
 from test_line import Links
-from synapseclr.figures import FigureError, FigureRun, draw_figures, figure_names
-from synapseclr.report import notebook_of
+from synapseclr.pipeline.figures import FigureError, FigureRun, draw_figures, figure_names
+from synapseclr.core import asset
 
 @pytest.fixture(scope='module')
 def run():
     "A run on a small phantom, with everything but its evaluation"
-    from synapseclr.dev import tiny_phantom
+    from synapseclr.dev.notebooks import tiny_phantom
     return FigureRun(tiny_phantom('evaluate')[1][0].partition('=')[2])
 
 def drawn(path):
@@ -24,10 +24,10 @@ def test_notebook_draws(name, run):
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
     (run.folder/'figures').mkdir(exist_ok=True)
-    nb = read_nb(notebook_of(name, 'figures'))
+    nb = read_nb(asset(f'figures/{name}.ipynb'))
     parameters = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))
     parameters.source += f'\nrun = {str(run.folder)!r}'
-    shell = CaptureShell(notebook_of(name, 'figures'), mpl_format='png')
+    shell = CaptureShell(asset(f'figures/{name}.ipynb'), mpl_format='png')
     shell.run_all(nb, exc_stop=True)
     if name == 'ledger':
         ledger = pd.read_csv(run.folder/'figures/ledger.csv').set_index('number')
@@ -38,7 +38,7 @@ def test_command(run, tmp_path, capsys, monkeypatch):
     "A run that was moved and has come as far as its features: what can be drawn is, and the rest is named"
     moved = tmp_path/'moved'
     shutil.copytree(run.folder, moved, ignore=shutil.ignore_patterns('figures', 'axes.parquet', 'report'))
-    monkeypatch.setattr('synapseclr.figures.figure_names', lambda: ['fig1', 'fig5', 'figS1'])
+    monkeypatch.setattr('synapseclr.pipeline.figures.figure_names', lambda: ['fig1', 'fig5', 'figS1'])
     done = draw_figures(moved)
     assert done['fig1'] == done['figS1'] == '' and 'run `synapseclr manifold` first' in done['fig5']
     page = Links((moved/'figures/index.html').read_text())

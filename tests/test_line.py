@@ -3,10 +3,10 @@ import json, shutil, signal
 from html.parser import HTMLParser
 import pandas as pd, pytest
 from conftest import files, kill_at, python, synapseclr
-from synapseclr.stages import open_run, stages, stages_of
-from synapseclr.sets import FeatureError, read_features
-from synapseclr.store import ChunkStore
-from synapseclr.tables import read_table
+from synapseclr.pipeline.stages import open_run, stages, stages_of
+from synapseclr.data.features import FeatureError, read_features
+from synapseclr.data.store import ChunkStore
+from synapseclr.data.tables import read_table
 
 everything = ['chunks.zarr/**/*', 'fetch/*', 'synapses.parquet', 'train/weights.safetensors', 'train/log.jsonl', 'features*/*.parquet', 'neighbours.parquet', 'map.parquet', 'told.parquet', 'retrieval.parquet', 'axes.parquet', 'axis_correlations.parquet', 'islands.parquet', 'annotations/**/*']
 
@@ -82,7 +82,7 @@ def test_extract_knows_its_network(whole, tiny):
 def test_other_networks(whole, tiny, tmp_path):
     "MedicalNet's weights describe the same synapses; weights that are nowhere are asked for"
     import torch
-    from synapseclr.model import SynapseNet
+    from synapseclr.learn.model import SynapseNet
     torch.save({f'module.{k}': v for k,v in SynapseNet('medicalnet', 3).backbone.state_dict().items()}, tmp_path/'resnet_18.pth')
     extract = ['extract', '--config', tiny, '--no-notebook', '--weights']
     done = synapseclr(*extract, tmp_path/'resnet_18.pth', cwd=whole.parent.parent)
@@ -101,19 +101,19 @@ def test_again_does_nothing(whole, tiny):
     assert stamps() == before
 
 kills = { # in the order of the line; `deadly` is counted from where the one before has left off
-    'fetch, before the plan': dict(module='synapseclr.fetch', owner='module', name='write_table', deadly=1),
+    'fetch, before the plan': dict(module='synapseclr.ingest.fetch', owner='module', name='write_table', deadly=1),
     'fetch, making the store': dict(module='zarr', owner='module.Group', name='create_array', deadly=3),
-    'fetch, writing the second shard': dict(module='synapseclr.store', owner='module.ChunkStore', name='write_shard', deadly=2),
-    'fetch, before the record of a shard': dict(module='synapseclr.fetch', owner='module', name='atomic', deadly=1),
-    'fetch, before the table': dict(module='synapseclr.fetch', owner='module', name='write_table', deadly=1),
-    'annotate, before the table': dict(module='synapseclr.annotate', owner='module', name='write_table', deadly=1),
-    'train, in a step': dict(module='synapseclr.train', owner='module', name='nt_xent', deadly=7),
+    'fetch, writing the second shard': dict(module='synapseclr.data.store', owner='module.ChunkStore', name='write_shard', deadly=2),
+    'fetch, before the record of a shard': dict(module='synapseclr.ingest.fetch', owner='module', name='atomic', deadly=1),
+    'fetch, before the table': dict(module='synapseclr.ingest.fetch', owner='module', name='write_table', deadly=1),
+    'annotate, before the table': dict(module='synapseclr.ingest.annotate', owner='module', name='write_table', deadly=1),
+    'train, in a step': dict(module='synapseclr.learn.train', owner='module', name='nt_xent', deadly=7),
     'train, writing a checkpoint': dict(module='safetensors.torch', owner='module', name='save_file', deadly=2),
-    'train, before the weights': dict(module='synapseclr.train', owner='module', name='save_weights', deadly=1),
-    'extract, second shard': dict(module='synapseclr.extract', owner='module', name='write_table', deadly=2),
-    'embed, before the map': dict(module='synapseclr.embed', owner='module', name='write_table', deadly=2),
-    'export, in the annotations': dict(module='synapseclr.export', owner='module', name='_write_shards', deadly=3),
-    'export, before the table': dict(module='synapseclr.export', owner='module', name='write_table', deadly=1),
+    'train, before the weights': dict(module='synapseclr.learn.train', owner='module', name='save_weights', deadly=1),
+    'extract, second shard': dict(module='synapseclr.learn.extract', owner='module', name='write_table', deadly=2),
+    'embed, before the map': dict(module='synapseclr.analyse.embed', owner='module', name='write_table', deadly=2),
+    'export, in the annotations': dict(module='synapseclr.show.export', owner='module', name='_write_shards', deadly=3),
+    'export, before the table': dict(module='synapseclr.show.export', owner='module', name='write_table', deadly=1),
 }
 
 def test_killed_and_resumed(whole, tiny, tmp_path):
@@ -128,7 +128,7 @@ def test_killed_and_resumed(whole, tiny, tmp_path):
 @pytest.mark.parametrize('voxel_nm', [(40, 7.16, 7.16), (47.5, 9.2, 9.2), (10, 10, 10)], ids=str)
 def test_any_voxel(voxel_nm, tmp_path):
     "One configuration in nm serves every anisotropy"
-    from synapseclr.dev import tiny_volume
+    from synapseclr.dev.notebooks import tiny_volume
     c = open_run(tiny_volume(tmp_path, n=4, voxel_nm=voxel_nm), [f'run={tmp_path/"run"}', 'train.batch_size=2', 'train.epochs=1', 'fetch.keep_sections=60'])
     for name in stages_of(c): stages[name](c)
     store = ChunkStore.open(tmp_path/'run/chunks.zarr')
@@ -137,11 +137,11 @@ def test_any_voxel(voxel_nm, tmp_path):
 
 def test_phantom_line(tmp_path):
     "A run on a phantom is killed while the phantom is written; the same command then does all stages, and the phantom is as if nothing had happened"
-    from synapseclr.dev import tiny_phantom
-    from synapseclr.phantom import PhantomConfig, make_phantom
+    from synapseclr.dev.notebooks import tiny_phantom
+    from synapseclr.phantom.build import PhantomConfig, make_phantom
     config,overrides = tiny_phantom('phantom')
     command = ['run', '--config', config, '--no-notebook', '--set', f'run={tmp_path/"run"}', '--set', 'embed.features=trained without angle']
-    kill = dict(module='synapseclr.phantom', owner='module', name='write_layer', deadly=3)
+    kill = dict(module='synapseclr.phantom.build', owner='module', name='write_layer', deadly=3)
     assert python(kill_at.format(**kill), *command, cwd=tmp_path).returncode == -signal.SIGKILL
     assert not (tmp_path/'run/phantom/phantom.json').exists()
     alive = synapseclr(*command, cwd=tmp_path)
@@ -156,7 +156,7 @@ def test_phantom_line(tmp_path):
 
 def refuse_two_networks(run, other):
     "One probe reads what one network describes, in several runs; not what two describe"
-    from synapseclr.evaluate import known_synapses
+    from synapseclr.evaluate.truth import known_synapses
     other.mkdir()
     for o,there in {'chunks.zarr': 'chunks.zarr', 'synapses.parquet': 'synapses.parquet', 'features': 'features_untrained', 'features_same': 'features'}.items(): (other/o).symlink_to(run/there)
     (run/'features_same').symlink_to(run/'features')

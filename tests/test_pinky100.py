@@ -1,7 +1,7 @@
 "The tables of the paper's own volume: ids, duplicates, types, and the wrong column that their README names."
 from pathlib import Path
 import pandas as pd, pytest
-from synapseclr.tables import TableError, read_neurons, read_synapses
+from synapseclr.data.tables import TableError, read_neurons, read_synapses
 
 data = Path(__file__).parent.parent.parent/'shared/data/pinky100_tables'
 pytestmark = pytest.mark.skipif(not data.exists(), reason='the tables of the paper are not at ../shared/data/pinky100_tables')

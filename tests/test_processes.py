@@ -2,16 +2,16 @@
 import json, os, random, signal, socket, subprocess
 import numpy as np, pytest, torch
 from conftest import files, root
-from synapseclr.dev import in_processes, tiny_fetched
+from synapseclr.dev.notebooks import in_processes, tiny_fetched
 
 # Five steps of each objective and optimiser on the same eight synapses, in float64; prints losses, first gradients and final parameters
 steps = """
 import json, torch
 from functools import partial
-from synapseclr.distributed import *
-from synapseclr.loss import nt_xent, vicreg
-from synapseclr.model import SynapseNet
-from synapseclr.train import backward
+from synapseclr.learn.distributed import *
+from synapseclr.learn.loss import nt_xent, vicreg
+from synapseclr.learn.model import SynapseNet
+from synapseclr.learn.train import backward
 with processes('cpu'):
     views = torch.randn(2, 8, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     cells = torch.arange(8)[None, :, None].div(torch.tensor([2, 1]), rounding_mode='floor').expand(2, 8, 2) + 2**60
@@ -56,8 +56,8 @@ def test_as_one_process(computed, n):
 
 go = """
 import json, os, signal, sys
-import synapseclr.train as t
-from synapseclr.augment import AugmentConfig, CubeConfig
+import synapseclr.learn.train as t
+from synapseclr.learn.augment import AugmentConfig, CubeConfig
 deadly,step = int(sys.argv[2]),t.batches
 def counted(store, steps, indices):
     for o in step(store, steps, indices):

@@ -3,8 +3,8 @@ import os, re, shutil, signal, subprocess, sys
 from contextlib import contextmanager
 import pytest
 from conftest import command, files, kill_at, python
-from synapseclr.dev import tiny_phantom
-from synapseclr.tables import read_tag
+from synapseclr.dev.notebooks import tiny_phantom
+from synapseclr.data.tables import read_tag
 
 everything = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.safetensors', 'train/log.jsonl', 'features*/*.parquet', '*.parquet', 'synapses.h5ad', 'annotations/**/*']
 # In front of some code: it gets a single core; where the system cannot bind a process, it is told of one
@@ -82,7 +82,7 @@ def test_busy_killed_and_shared_out(run, quiet):
     begin_anew(run)
     queue = f'fq://{run.cwd}/queue'
     with load():
-        killed = run.do('run', code=kill_at.format(module='synapseclr.train', owner='module', name='nt_xent', deadly=5))
+        killed = run.do('run', code=kill_at.format(module='synapseclr.learn.train', owner='module', name='nt_xent', deadly=5))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         run.succeed('train', code=one_core+command)
         run.succeed('extract', '--queue', queue)

@@ -29,7 +29,7 @@ def test_nothing_is_loaded_from_elsewhere(site):
     assert not outside
 
 def test_mathematics_is_there(site):
-    assert 'katex' in (site/'loss.html').read_text() and (site/'site_libs/katex/katex.min.js').exists()
+    assert 'katex' in (site/'learn/loss.html').read_text() and (site/'site_libs/katex/katex.min.js').exists()
 
 @pytest.fixture(scope='module')
 def browser(site, tmp_path_factory):
@@ -51,12 +51,12 @@ def test_as_a_reader_meets_it(browser):
     "Formulas are set, pictures have pixels, search leads to a function, and nobody else is asked for anything"
     browser,home = browser
     asked = lambda: [m['params']['request']['url'] for o in browser.get_log('performance') if (m := json.loads(o['message'])['message'])['method'] == 'Network.requestWillBeSent']
-    for page in ('index', 'loss', 'figures/fig2', 'figures/ledger', 'runs/consensus', 'guide/faq'):
+    for page in ('index', 'learn/loss', 'figures/fig2', 'figures/ledger', 'runs/consensus', 'guide/faq'):
         browser.get(f'{home}/{page}.html')
         wait(browser, 'document.readyState == "complete"')
         assert not browser.execute_script('return [...document.images].filter(o => !o.complete || !o.naturalWidth).map(o => o.src)'), page
         assert not browser.execute_script('return document.querySelectorAll(".katex-error").length'), page
-    browser.get(f'{home}/loss.html')
+    browser.get(f'{home}/learn/loss.html')
     assert wait(browser, 'document.querySelectorAll(".katex-html").length') > 5
     browser.find_element('css selector', '.smalldocs-search input').send_keys('nt_xent')
     wait(browser, 'document.querySelectorAll(".search-result").length')

@@ -1,9 +1,9 @@
 "Real EM: a fly's ventral nerve cord. Needs the data beside the repository."
 import numpy as np, pandas as pd, pytest
 from conftest import root, synapseclr
-from synapseclr.store import CLEFT, ChunkStore, POST, PRE
-from synapseclr.tables import read_table
-from synapseclr.volume import LayerSource, open_layer, read
+from synapseclr.data.store import CLEFT, ChunkStore, POST, PRE
+from synapseclr.data.tables import read_table
+from synapseclr.data.volume import LayerSource, open_layer, read
 
 data = root.parent/'shared/data/vnc_sstem'
 pytestmark = pytest.mark.skipif(not data.exists(), reason='the VNC volume is not at ../shared/data/vnc_sstem')

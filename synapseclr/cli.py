@@ -80,7 +80,8 @@ def phantom_command(
     if (out is None) == (config is None): raise typer.BadParameter('give --out, or --config')
     if config: return _do(['phantom'], config, set, notebook)
     import pandas as pd
-    from synapseclr.phantom.build import PhantomConfig, make_phantom, sizes
+    from synapseclr.phantom.build import make_phantom
+    from synapseclr.phantom.connectome import PhantomConfig, sizes
     folder = make_phantom(out, PhantomConfig(seed=seed, **sizes[size]))
     print(f"{folder}: {len(pd.read_parquet(folder/'synapses.parquet'))} synapses; layers em, seg, cleft, mito; truth.parquet is for evaluations alone")
 
@@ -108,7 +109,7 @@ def fetch_command(
         counts = work(worker, lease)
         print(', '.join(f'{n} tasks {o}' for o,n in counts.items()))
         return
-    from synapseclr import upkeep
+    from synapseclr.ingest import maintain
     from synapseclr.ingest.fetch import describe_plan, fetch_block, fetch_tasks, plan_fetch
     from synapseclr.ingest.queue import QueueError, dead_letters, do_here
     from synapseclr.pipeline.stages import known_neurons, open_run
@@ -119,7 +120,7 @@ def fetch_command(
         if error := dead_letters(c.folder/'fetch').get(f'{block:06d}'): raise QueueError(f'block {block}: {error}')
         return
     if check:
-        problems = upkeep.verify(c.folder)
+        problems = maintain.verify(c.folder)
         problems.to_csv(c.folder/'fetch/problems.csv', index=False)
         if len(problems): raise StoreError(f"{len(problems)} synapses are wrong ({problems.problem.iloc[0]}); {c.folder/'fetch/problems.csv'} lists them, `synapseclr fetch --again problems` fetches them again")
         return print('every chunk has its checksum, and the sample is what the volume says')
@@ -128,9 +129,9 @@ def fetch_command(
         plan_fetch(c.source, c.fetch, c.folder)
     if plan: return print(describe_plan(c.source, c.fetch))
     if queue: return _enqueue(queue, fetch_tasks(c.folder))
-    if more: print(f'{upkeep.append(c.folder, more)} synapses are new')
-    if again: upkeep.refetch(c.folder, _ids(c.folder, again))
-    if without: upkeep.drop(c.folder, _ids(c.folder, without))
+    if more: print(f'{maintain.append(c.folder, more)} synapses are new')
+    if again: maintain.refetch(c.folder, _ids(c.folder, again))
+    if without: maintain.drop(c.folder, _ids(c.folder, without))
     _do(['fetch'], config, set, notebook, processes=processes)
 
 def _ids(run: Path, text: str) -> list[int]:
@@ -231,7 +232,7 @@ def serve_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
     port: Annotated[int, typer.Option(help='As in [export] local_url', min=0, max=65535)] = 9000,
 ):
-    from synapseclr.show.export import layer_server, layer_urls
+    from synapseclr.show.neuroglancer import layer_server, layer_urls
     from synapseclr.pipeline.stages import RunConfig
     c = read_config(RunConfig, run/'config.toml')
     root = layer_urls({o: getattr(c.model_copy(update=dict(run=str(run))).source, o) for o in ('em', 'seg', 'cleft')}, '', (run,))[1]

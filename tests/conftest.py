@@ -2,7 +2,7 @@
 import os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from synapseclr.dev.notebooks import tiny_volume
+from synapseclr.dev.fixtures import tiny_volume
 
 root = Path(__file__).parent.parent
 chromium,driver = (shutil.which(o) for o in ('chromium', 'chromedriver'))

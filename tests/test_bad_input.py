@@ -74,7 +74,8 @@ def test_wrong_mode(option, said, tiny, tmp_path, capsys, monkeypatch):
     assert code == 1 and said in text
 
 def test_another_phantom_is_there(tmp_path, capsys, monkeypatch):
-    from synapseclr.phantom.build import PhantomConfig, make_phantom
+    from synapseclr.phantom.build import make_phantom
+    from synapseclr.phantom.connectome import PhantomConfig
     make_phantom(tmp_path, PhantomConfig(shape=(64, 256, 256)))
     before = files(tmp_path, '**/*')
     code,text = say(capsys, monkeypatch, 'phantom', '--out', tmp_path, '--size', 'small')

@@ -3,7 +3,7 @@ import http.client, json, subprocess, sys, threading
 from urllib.parse import urlsplit
 import numpy as np, pandas as pd, pytest
 from conftest import in_browser, open_browser, webdriver
-from synapseclr.dev.notebooks import tiny_fetched
+from synapseclr.dev.fixtures import tiny_fetched
 from synapseclr.show.explore import ExploreError, Map, make_server, serve, write_static
 from synapseclr.data.store import ChunkStore
 from synapseclr.data.tables import read_ids, read_labels

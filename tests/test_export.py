@@ -4,10 +4,11 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest
 from conftest import in_browser, open_browser, say, webdriver
 from synapseclr.ingest.annotate import annotate
-from synapseclr.learn.augment import AugmentConfig, CubeConfig
-from synapseclr.dev.notebooks import tiny_fetched
+from synapseclr.learn.views import AugmentConfig, CubeConfig
+from synapseclr.dev.fixtures import tiny_fetched
 from synapseclr.analyse.embed import EmbedConfig, embed
-from synapseclr.show.export import ExportConfig, annotation_properties, export, layer_server, read_anndata, write_annotations
+from synapseclr.show.export import annotation_properties, export, read_anndata
+from synapseclr.show.neuroglancer import ExportConfig, layer_server, write_annotations
 from synapseclr.learn.extract import extract
 from synapseclr.learn.model import SynapseNet
 from synapseclr.data.store import ChunkStore
@@ -31,7 +32,7 @@ def layers(run):
     "The tiny volume and its run, served: the address, and paths and status of what was asked for"
     asked,server = [],layer_server(run.parent, 0)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr('synapseclr.export._Layers.log_request', lambda self, code='-', size='-': asked.append((self.path, int(code))))
+        m.setattr('synapseclr.show.neuroglancer._Layers.log_request', lambda self, code='-', size='-': asked.append((self.path, int(code))))
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield SimpleNamespace(address=f'http://127.0.0.1:{server.server_port}', asked=asked)
         server.shutdown(); server.server_close()

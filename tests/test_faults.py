@@ -5,7 +5,8 @@ from cloudfiles.interfaces import HttpInterface
 from conftest import files
 from synapseclr import volume
 from synapseclr.evaluate.speed_fetch import served, served_counts
-from synapseclr.ingest.fetch import DataConfig, FetchConfig, fetch, fetch_block, fetch_tasks, finish_fetch, plan_fetch
+from synapseclr.ingest.cutout import DataConfig, FetchConfig
+from synapseclr.ingest.fetch import fetch, fetch_block, fetch_tasks, finish_fetch, plan_fetch
 from synapseclr.ingest.queue import QueueError, dead_letters, enqueue, work
 from synapseclr.data.store import ChunkStore
 from synapseclr.ingest.maintain import drop, missing, refetch, verify

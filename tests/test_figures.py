@@ -10,7 +10,7 @@ from synapseclr.core import asset
 @pytest.fixture(scope='module')
 def run():
     "A run on a small phantom, with everything but its evaluation"
-    from synapseclr.dev.notebooks import tiny_phantom
+    from synapseclr.dev.fixtures import tiny_phantom
     return FigureRun(tiny_phantom('evaluate')[1][0].partition('=')[2])
 
 def drawn(path):

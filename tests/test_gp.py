@@ -1,6 +1,6 @@
 "The estimators keep scikit-learn's contract, all of it."
 from sklearn.utils.estimator_checks import parametrize_with_checks
-from synapseclr.analyse.gp import GPClassifier, GPRegressor
+from synapseclr.analyse.gp_estimators import GPClassifier, GPRegressor
 
 @parametrize_with_checks([GPRegressor(), GPClassifier(), GPClassifier('linear', 'sgpr', n_inducing=20)])
 def test_scikit_learn(estimator, check): check(estimator)

@@ -112,7 +112,7 @@ kills = { # in the order of the line; `deadly` is counted from where the one bef
     'train, before the weights': dict(module='synapseclr.learn.train', owner='module', name='save_weights', deadly=1),
     'extract, second shard': dict(module='synapseclr.learn.extract', owner='module', name='write_table', deadly=2),
     'embed, before the map': dict(module='synapseclr.analyse.embed', owner='module', name='write_table', deadly=2),
-    'export, in the annotations': dict(module='synapseclr.show.export', owner='module', name='_write_shards', deadly=3),
+    'export, in the annotations': dict(module='synapseclr.show.neuroglancer', owner='module', name='_write_shards', deadly=3),
     'export, before the table': dict(module='synapseclr.show.export', owner='module', name='write_table', deadly=1),
 }
 
@@ -128,7 +128,7 @@ def test_killed_and_resumed(whole, tiny, tmp_path):
 @pytest.mark.parametrize('voxel_nm', [(40, 7.16, 7.16), (47.5, 9.2, 9.2), (10, 10, 10)], ids=str)
 def test_any_voxel(voxel_nm, tmp_path):
     "One configuration in nm serves every anisotropy"
-    from synapseclr.dev.notebooks import tiny_volume
+    from synapseclr.dev.fixtures import tiny_volume
     c = open_run(tiny_volume(tmp_path, n=4, voxel_nm=voxel_nm), [f'run={tmp_path/"run"}', 'train.batch_size=2', 'train.epochs=1', 'fetch.keep_sections=60'])
     for name in stages_of(c): stages[name](c)
     store = ChunkStore.open(tmp_path/'run/chunks.zarr')
@@ -137,8 +137,9 @@ def test_any_voxel(voxel_nm, tmp_path):
 
 def test_phantom_line(tmp_path):
     "A run on a phantom is killed while the phantom is written; the same command then does all stages, and the phantom is as if nothing had happened"
-    from synapseclr.dev.notebooks import tiny_phantom
-    from synapseclr.phantom.build import PhantomConfig, make_phantom
+    from synapseclr.dev.fixtures import tiny_phantom
+    from synapseclr.phantom.build import make_phantom
+    from synapseclr.phantom.connectome import PhantomConfig
     config,overrides = tiny_phantom('phantom')
     command = ['run', '--config', config, '--no-notebook', '--set', f'run={tmp_path/"run"}', '--set', 'embed.features=trained without angle']
     kill = dict(module='synapseclr.phantom.build', owner='module', name='write_layer', deadly=3)

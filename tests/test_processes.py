@@ -2,7 +2,7 @@
 import json, os, random, signal, socket, subprocess
 import numpy as np, pytest, torch
 from conftest import files, root
-from synapseclr.dev.notebooks import in_processes, tiny_fetched
+from synapseclr.dev.fixtures import in_processes, tiny_fetched
 
 # Five steps of each objective and optimiser on the same eight synapses, in float64; prints losses, first gradients and final parameters
 steps = """
@@ -57,7 +57,7 @@ def test_as_one_process(computed, n):
 go = """
 import json, os, signal, sys
 import synapseclr.learn.train as t
-from synapseclr.learn.augment import AugmentConfig, CubeConfig
+from synapseclr.learn.views import AugmentConfig, CubeConfig
 deadly,step = int(sys.argv[2]),t.batches
 def counted(store, steps, indices):
     for o in step(store, steps, indices):

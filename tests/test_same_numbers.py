@@ -3,7 +3,7 @@ import os, re, shutil, signal, subprocess, sys
 from contextlib import contextmanager
 import pytest
 from conftest import command, files, kill_at, python
-from synapseclr.dev.notebooks import tiny_phantom
+from synapseclr.dev.fixtures import tiny_phantom
 from synapseclr.data.tables import read_tag
 
 everything = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.safetensors', 'train/log.jsonl', 'features*/*.parquet', '*.parquet', 'synapses.h5ad', 'annotations/**/*']

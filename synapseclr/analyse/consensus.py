@@ -9,7 +9,7 @@ import numpy as np, pandas as pd, pydantic
 from scipy.special import expit, logit
 from scipy.stats import betabinom, binom
 from ..core import Strict, SynapseCLRError, made_by, threads
-from .gp import GPClassifier
+from .gp_estimators import GPClassifier
 from ..data.tables import read_table, read_tag, write_table
 
 # %% auto #0

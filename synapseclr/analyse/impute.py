@@ -15,7 +15,7 @@ from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
 from ..data.results import baseline
 from ..core import Strict, SynapseCLRError, made_by, n_cores, progress, threads, worker_pool
-from .gp import GPClassifier, GPRegressor
+from .gp_estimators import GPClassifier, GPRegressor
 from ..data.features import feature_sets, features_made_by, standardised
 from ..data.tables import write_table
 from ..metrics import auc, disjoint_folds, interval, neuron_bootstrap, number_scores, paper_ev, type_scores

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 import pandas as pd
-from ..learn.augment import AugmentConfig, CubeConfig
+from ..learn.views import AugmentConfig, CubeConfig
 from ..core import Strict, read_config
 from .truth import known_synapses, score_nuisances, score_targets
 from ..learn.extract import extract

@@ -9,7 +9,8 @@ import cc3d, numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
-from ..learn.augment import AugmentConfig, Augmenter, View, draw_view, random_rotation
+from ..learn.augment import Augmenter
+from ..learn.views import AugmentConfig, View, draw_view, random_rotation
 from ..core import key
 from ..data.store import CLEFT, POST, PRE
 

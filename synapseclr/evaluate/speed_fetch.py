@@ -9,8 +9,10 @@ from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..ingest.fetch import DataConfig, FetchConfig, centres_vx, fetch, fetch_rows, needs_of
-from ..phantom.build import PhantomConfig, make_phantom, sizes
+from ..ingest.cutout import DataConfig, FetchConfig, centres_vx, fetch_rows, needs_of
+from ..ingest.fetch import fetch
+from ..phantom.build import make_phantom
+from ..phantom.connectome import PhantomConfig, sizes
 from ..ingest.plan import plan_blocks
 from ..data.store import ChunkStore
 from ..data.tables import read_synapses

@@ -8,7 +8,8 @@ import resource, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 import numpy as np, pandas as pd, torch
-from ..learn.augment import AugmentConfig, Augmenter
+from ..learn.augment import Augmenter
+from ..learn.views import AugmentConfig
 from .speed_augment import example_batch, reference_views
 from .speed_train import in_turn, shapes
 from ..core import n_cores, worker_pool

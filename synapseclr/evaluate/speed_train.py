@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from torch.utils.flop_counter import FlopCounterMode
-from ..learn.augment import AugmentConfig, Augmenter
+from ..learn.augment import Augmenter
+from ..learn.views import AugmentConfig
 from .speed_augment import example_batch, reference_views
 from ..learn.loss import nt_xent
 from ..learn.model import SynapseNet

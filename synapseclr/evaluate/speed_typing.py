@@ -9,7 +9,7 @@ import numpy as np, pandas as pd
 from sklearn.base import clone
 from sklearn.model_selection import GroupKFold
 from ..analyse.consensus import neurite_consensus, write_back
-from ..analyse.gp import GPClassifier, GPRegressor
+from ..analyse.gp_estimators import GPClassifier, GPRegressor
 from ..metrics import number_scores, type_scores
 
 # %% auto #0

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import progress
-from .fetch import DataConfig, FetchConfig, fetch_rows, in_blocks, n_blocks, open_layers, read_rows
+from .cutout import DataConfig, FetchConfig, fetch_rows, open_layers
+from .fetch import in_blocks, n_blocks, read_rows
 from ..data.store import ChunkStore, EMPTY, StoreError
 from ..data.tables import TableError, read_table, read_tag, write_table
 

@@ -4,153 +4,18 @@
 
 # %% ../../nbs/learn/02_augment.ipynb #92c234c3
 from __future__ import annotations
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal
-import cc3d, numpy as np, pydantic, torch
-import torch.nn.functional as F
+import cc3d, numpy as np, torch, torch.nn.functional as F
 from scipy.special import ndtri
 from torch import Tensor
-from ..core import Strict, SynapseCLRError, key as counter_key
+from ..core import SynapseCLRError, key, key as counter_key
 from ..data.store import CLEFT, POST, PRE
+from .views import AugmentConfig, View, draw_view
 
 # %% auto #0
-__all__ = ['Probability', 'turns', 'MISSING', 'AugmentConfig', 'View', 'random_rotation', 'random_flips', 'random_octahedral',
-           'draw_view', 'distort', 'tone_table', 'look_up', 'fill_sections', 'quantiles', 'random_bits', 'add_noise',
+__all__ = ['MISSING', 'distort', 'tone_table', 'look_up', 'fill_sections', 'quantiles', 'random_bits', 'add_noise',
            'sampling_grid', 'affine_points', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft',
-           'touching_cleft_on_device', 'released', 'CubeConfig', 'AugmentError', 'Augmenter']
-
-# %% ../../nbs/learn/02_augment.ipynb #8fefa532
-Probability = pydantic.confloat(ge=0, le=1)
-
-class AugmentConfig(Strict):
-    "How views are drawn"
-    coupled: bool = True # One transformation for the whole batch, so that its traces cannot tell synapses apart; noise is drawn for each
-    section_cutout_p: Probability = .5 # Blank Poisson(fraction * sections) sections
-    section_cutout_fraction: Probability = 10/52
-    intensity_p: Probability = 1. # I -> shift + scale * I^gamma, for each section, then for the volume
-    intensity_shift: float = .05 # shift ~ U(-.05, .05)
-    intensity_scale: float = .1 # scale ~ U(.9, 1.1)
-    intensity_gamma: float = .1 # gamma ~ U(.9, 1.1)
-    noise_p: Probability = 1. # V -> A + M V, A ~ N(0, s), M ~ LogNormal(0, s'), s and s' ~ U(0, .05)
-    noise_additive: float = .05
-    noise_multiplicative: float = .05
-    turn: Literal['so3', 'octahedral', 'none'] = 'so3' # A uniform rotation, or one of the 48 symmetries of the cube (Fig. S7B)
-    flip: bool = True # x, y and z, each with probability 1/2, and x with y swapped
-    displacement: float = .2 # Of the centre, along each axis, in shares of the cube
-    blur_p: Probability = .5 # 3 x 3 x 3 Gaussian, in output voxels
-    blur_sigmas: tuple[float, ...] = (.25, .5, .75)
-    corner_cutout_p: Probability = .5 # One of the 26 outer blocks of 3 x 3 x 3
-    cubic_cutout_p: Probability = .25 # Two cubes, sides as shares of the cube
-    cubic_cutout_side: tuple[float, float] = (12/96, 36/96)
-    centre_crop_p: Probability = .25 # Keep a box around the cleft, sides and displacement as shares of the cube
-    centre_crop_side: tuple[float, float] = (.5, .7)
-    centre_crop_displacement: float = .2
-    inflation: tuple[int, int] = (1, 9) # Radius in output voxels, uniform on the integers of this range
-    fill_blank: bool = False # Fill blank sections with the nearest one, so that they cannot be told apart
-    background: Literal['black', 'mean'] = 'black' # What surrounds the mask: grey value 0 before the z-score, or 0 after it, so that the outline is less of a mark
-    mean: float = .44 # z-score: grey values from 0 to 1
-    sd: float = .28
-    geometry: Literal['physical', 'released'] = 'physical' # Or what the published code did; see `released`
-
-    @classmethod
-    def paper(cls, **changes) -> AugmentConfig: return cls(**changes)
-
-    @classmethod
-    def octahedral(cls, **changes) -> AugmentConfig:
-        "The paper's, with turns that map the axes onto each other (Fig. S7B): orientation can be learnt"
-        return cls(**dict(turn='octahedral', flip=False) | changes)
-
-    @classmethod
-    def extract(cls, **changes) -> AugmentConfig:
-        "Only resampling, an inflation of 3 and the z-score: deterministic"
-        off = dict.fromkeys(['section_cutout_p', 'intensity_p', 'noise_p', 'displacement', 'blur_p', 'corner_cutout_p', 'cubic_cutout_p', 'centre_crop_p'], 0)
-        return cls(**off | dict(turn='none', flip=False, inflation=(3, 3)) | changes)
-
-    def still(self, **changes) -> AugmentConfig:
-        "How to look at synapses, without anything random, for a network that was trained with this law"
-        return self.extract(**{k: getattr(self, k) for k in ('mean', 'sd', 'fill_blank', 'background', 'geometry')} | changes)
-
-    @classmethod
-    def released(cls) -> AugmentConfig:
-        "What the published code feeds its network when it extracts features, for use with its weights"
-        return cls.extract(geometry='released')
-
-# %% ../../nbs/learn/02_augment.ipynb #78fd3db7
-@dataclass(frozen=True)
-class View:
-    "One drawn transformation. Lengths are shares of the output cube, in the order z, y, x"
-    cut_sections: np.ndarray # `(Z,)` bool
-    sectional: np.ndarray # `(Z, 3)` shift, scale, gamma
-    volumetric: np.ndarray # `(3,)` shift, scale, gamma
-    noise: np.ndarray # `(2,)` sd of A and of log M
-    turn: np.ndarray # `(3, 3)` orthogonal: from output to source directions, `(z, y, x)`
-    displacement: np.ndarray # `(3,)`
-    blur_sigma: float # 0 for none
-    cutouts: np.ndarray # `(n, 2, 3)` boxes to blank, lower and upper corner in `[0, 1]`
-    crop: np.ndarray # `(2, 3)` box to keep, relative to the centre of the cleft
-    inflation: int # Output voxels
-
-# %% ../../nbs/learn/02_augment.ipynb #9c789494
-def random_rotation(
-    rng: np.random.Generator,
-) -> np.ndarray: # `(3, 3)`
-    "A rotation, uniform on SO(3)"
-    q,r = np.linalg.qr(rng.normal(size=(3, 3)))
-    q = q*np.sign(np.diag(r))
-    return q*np.linalg.det(q)
-
-def random_flips(
-    rng: np.random.Generator,
-) -> np.ndarray: # `(3, 3)`
-    "Each axis reversed or not, then x and y swapped or not: one of 16 signed permutations"
-    m = np.diag(rng.choice([-1., 1.], 3))
-    return m[[0, 2, 1]] if rng.random() < .5 else m
-
-def random_octahedral(
-    rng: np.random.Generator,
-) -> np.ndarray: # `(3, 3)`
-    "One of the 48 signed permutations of the axes"
-    return np.diag(rng.choice([-1., 1.], 3))[rng.permutation(3)]
-
-turns = dict(so3=random_rotation, octahedral=random_octahedral, none=lambda rng: np.eye(3))
-
-# %% ../../nbs/learn/02_augment.ipynb #a5c521c7
-def draw_view(
-    config: AugmentConfig, # The law
-    rng: np.random.Generator, # Fresh from a key
-    n_sections: int, # Of the chunk
-) -> View:
-    "Draw a transformation"
-    c,chance = config,lambda p: rng.random() < p
-    def curve(*shape):
-        shift,scale,gamma = rng.uniform(-1, 1, (3, *shape))
-        if not chance(c.intensity_p): shift,scale,gamma = np.zeros((3, *shape))
-        return np.stack([c.intensity_shift*shift, 1+c.intensity_scale*scale, 1+c.intensity_gamma*gamma], -1)
-    n_cut = min(n_sections, rng.poisson(c.section_cutout_fraction*n_sections))*chance(c.section_cutout_p)
-    return View(
-        cut_sections=rng.permutation(n_sections) < n_cut, sectional=curve(n_sections), volumetric=curve(),
-        noise=rng.uniform(0, 1, 2)*(c.noise_additive, c.noise_multiplicative)*chance(c.noise_p),
-        turn=turns[c.turn](rng) @ (random_flips(rng) if c.flip else np.eye(3)),
-        displacement=rng.uniform(-1, 1, 3)*c.displacement, blur_sigma=rng.choice(c.blur_sigmas)*chance(c.blur_p),
-        cutouts=np.concatenate([_corner(rng)[:chance(c.corner_cutout_p)], _cubes(rng, *c.cubic_cutout_side)[:2*chance(c.cubic_cutout_p)]]),
-        crop=_crop(rng, c) if chance(c.centre_crop_p) else np.array([[-2.]*3, [2.]*3]), inflation=int(rng.integers(c.inflation[0], c.inflation[1]+1)))
-
-def _corner(rng) -> np.ndarray:
-    "One of the 26 blocks around the middle one of 3 x 3 x 3"
-    block = np.array(np.unravel_index(rng.choice(np.delete(np.arange(27), 13)), (3, 3, 3)))
-    return np.stack([block, block+1])[None]/3
-
-def _cubes(rng, smallest, largest) -> np.ndarray:
-    "Two cubes anywhere in the unit cube"
-    side = rng.uniform(smallest, largest, (2, 1))
-    lo = rng.uniform(0, 1-side, (2, 3))
-    return np.stack([lo, lo+side], 1)
-
-def _crop(rng, c) -> np.ndarray:
-    "A box around 0"
-    half,centre = rng.uniform(*c.centre_crop_side, 3)/2,rng.uniform(-1, 1, 3)*c.centre_crop_displacement
-    return np.stack([centre-half, centre+half])
+           'touching_cleft_on_device', 'released', 'AugmentError', 'Augmenter']
 
 # %% ../../nbs/learn/02_augment.ipynb #af653ec1
 def distort(
@@ -370,11 +235,6 @@ def released(
     return ((grey*zone - mean)/sd)[:, None]
 
 # %% ../../nbs/learn/02_augment.ipynb #305bd44b
-class CubeConfig(Strict):
-    "The network's input"
-    size: pydantic.PositiveInt = 96 # Side of the cube, voxels
-    voxel_nm: pydantic.PositiveFloat = 14.3 # Side of a voxel
-
 class AugmentError(SynapseCLRError):
     "A batch that cannot be augmented"
 

@@ -8,7 +8,8 @@ import hashlib, json
 from pathlib import Path
 from typing import Literal
 import numpy as np, pyarrow as pa, pydantic, torch
-from .augment import AugmentConfig, Augmenter, CubeConfig
+from .augment import Augmenter
+from .views import AugmentConfig, CubeConfig
 from ..core import Source, Strict, digest, made_by, n_cores, progress, threads, worker_pool, write_once
 from .model import Features, SynapseNet
 from .precision import Precision, choose_forward_mode, features_of, mode_of, say_if_emulated

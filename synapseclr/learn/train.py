@@ -15,7 +15,8 @@ import numpy as np, pandas as pd, pydantic, safetensors, safetensors.torch, torc
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from .augment import AugmentConfig, Augmenter, CubeConfig
+from .augment import Augmenter
+from .views import AugmentConfig, CubeConfig
 from ..core import Source, Strict, SynapseCLRError, atomic, digest, key, made_by, n_cores, progress, worker_pool
 from .distributed import alone, n_processes, normalise_together, process_rank, processes, sum_all, sum_gradients
 from .loss import nt_xent, nt_xent_floor, nt_xent_start, vicreg

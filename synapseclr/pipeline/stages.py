@@ -9,21 +9,24 @@ from pathlib import Path
 import pandas as pd, pydantic
 from taskqueue import queueable
 from ..ingest.annotate import annotate
-from ..learn.augment import AugmentConfig, CubeConfig
+from ..learn.views import AugmentConfig, CubeConfig
 from ..analyse.consensus import ConsensusConfig, type_neurites
 from .catalogue import what_stages_do
 from ..core import ConfigError, Strict, asset, made_by, read_config, write_toml
 from ..analyse.embed import EmbedConfig, embed
 from ..evaluate.truth import evaluate
-from ..show.export import ExportConfig, export
+from ..show.export import export
+from ..show.neuroglancer import ExportConfig
 from ..learn.extract import ExtractConfig, agreed_precision, extract
-from ..ingest.fetch import DataConfig, FetchConfig, fetch, outcome
+from ..ingest.cutout import DataConfig, FetchConfig
+from ..ingest.fetch import fetch, outcome
 from ..analyse.impute import ImputeConfig, impute
 from ..data.results import run_table
 from ..analyse.manifold import ManifoldConfig, manifold
 from ..learn.model import SynapseNet, load_weights, read_network
 from ..analyse.probe import what_features_tell
-from ..phantom.build import PhantomConfig, make_phantom
+from ..phantom.build import make_phantom
+from ..phantom.connectome import PhantomConfig
 from ..evaluate.defects import marked_by_eye
 from ..analyse.qc import QCConfig, remove_defects
 from ..analyse.query import QueryConfig, compare_retrieval

@@ -10,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 import typer
-from .pipeline.catalogue import what_stages_do
-from .core import ConfigError, SynapseCLRError, made_by, read_config
+from .pipeline.catalogue import STAGE_HELP
+from .core import ConfigError, SynapseCLRError, provenance, read_config
 
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
@@ -42,26 +42,26 @@ RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Throw a
 # %% ../nbs/90_cli.ipynb #a6475d92
 def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
     "Run some stages, and say how long they took"
-    from synapseclr.pipeline.catalogue import readers
+    from synapseclr.pipeline.catalogue import PARALLEL_STAGES
     from synapseclr.pipeline.stages import open_run, stages, train_stage
     c,world = open_run(config, overrides),int(os.environ.get('WORLD_SIZE', 1))
     if world > 1: # started by torchrun: for the stage that works in several processes
         if names != ['train']: raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
         return train_stage(c, **parameters)
-    from synapseclr.ingest.fetch import outcome
-    from synapseclr.pipeline.report import run_notebook, side_by_side, write_index
+    from synapseclr.ingest.fetch import summarize_fetch
+    from synapseclr.pipeline.report import run_notebook, run_parallel, write_index
     from synapseclr.data.tables import read_table
     def done(name):
         start = time.perf_counter()
-        print(f'[{names.index(name)+1}/{len(names)}] {name}: {what_stages_do[name]}\n', end='', flush=True) # in one piece, for another may be speaking
+        print(f'[{names.index(name)+1}/{len(names)}] {name}: {STAGE_HELP[name]}\n', end='', flush=True) # in one piece, for another may be speaking
         if notebook: run_notebook(name, config, overrides, **parameters)
         else: stages[name](c, **parameters)
         return time.perf_counter()-start
-    shared = [o for o in names if o in readers] if notebook and len(names) > 1 else []
+    shared = [o for o in names if o in PARALLEL_STAGES] if notebook and len(names) > 1 else []
     try:
-        for name,seconds in chain(((o, done(o)) for o in names if o not in shared), side_by_side({o: partial(done, o) for o in shared}, readers)):
+        for name,seconds in chain(((o, done(o)) for o in names if o not in shared), run_parallel({o: partial(done, o) for o in shared}, PARALLEL_STAGES)):
             if notebook: write_index(c)
-            if name == 'fetch': print(f"      {outcome(read_table(c.folder/'synapses.parquet', 'synapses'))}")
+            if name == 'fetch': print(f"      {summarize_fetch(read_table(c.folder/'synapses.parquet', 'synapses'))}")
             print(f'      {name} done in {seconds:.0f} s', flush=True)
     except KeyboardInterrupt:
         print('stopped; give the same command again to go on', file=sys.stderr)
@@ -81,8 +81,8 @@ def phantom_command(
     if config: return _do(['phantom'], config, set, notebook)
     import pandas as pd
     from synapseclr.phantom.build import make_phantom
-    from synapseclr.phantom.connectome import PhantomConfig, sizes
-    folder = make_phantom(out, PhantomConfig(seed=seed, **sizes[size]))
+    from synapseclr.phantom.connectome import PhantomConfig, SIZES
+    folder = make_phantom(out, PhantomConfig(seed=seed, **SIZES[size]))
     print(f"{folder}: {len(pd.read_parquet(folder/'synapses.parquet'))} synapses; layers em, seg, cleft, mito; truth.parquet is for evaluations alone")
 
 # %% ../nbs/90_cli.ipynb #e1322596
@@ -105,18 +105,18 @@ def fetch_command(
     if (config is None) == (worker is None): raise typer.BadParameter('give --config, or --worker')
     if worker:
         import synapseclr.pipeline.stages # noqa: F401 - what the tasks call
-        from synapseclr.ingest.queue import work
-        counts = work(worker, lease)
+        from synapseclr.ingest.queue import run_worker
+        counts = run_worker(worker, lease)
         print(', '.join(f'{n} tasks {o}' for o,n in counts.items()))
         return
     from synapseclr.ingest import maintain
     from synapseclr.ingest.fetch import describe_plan, fetch_block, fetch_tasks, plan_fetch
-    from synapseclr.ingest.queue import QueueError, dead_letters, do_here
+    from synapseclr.ingest.queue import QueueError, dead_letters, run_local
     from synapseclr.pipeline.stages import known_neurons, open_run
     from synapseclr.data.store import StoreError
     c = open_run(config, set)
     if block is not None:
-        do_here([partial(fetch_block, run=str(c.folder.absolute()), block=block)], desc='fetch', unit='block')
+        run_local([partial(fetch_block, run=str(c.folder.absolute()), block=block)], desc='fetch', unit='block')
         if error := dead_letters(c.folder/'fetch').get(f'{block:06d}'): raise QueueError(f'block {block}: {error}')
         return
     if check:
@@ -174,7 +174,7 @@ def _plain(name: str):
     return command
 
 _own = dict(phantom=phantom_command, fetch=fetch_command, train=train_command, extract=extract_command)
-for name in what_stages_do: _command(name, what_stages_do[name])(_own.get(name) or _plain(name))
+for name in STAGE_HELP: _command(name, STAGE_HELP[name])(_own.get(name) or _plain(name))
 
 @_command('run', 'Do all of these, as far as the data allow: phantom and evaluate with a phantom, qc with marked defects, impute and consensus with a table of neurons')
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
@@ -186,7 +186,7 @@ def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     from synapseclr.core import asset
     config = asset('configs/demo.toml')
     print('20 processor minutes; of 12 by the clock, on two cores: phantom and fetch 2.5, train 3.5, extract 1.5, what follows 5', flush=True)
-    _do(list(what_stages_do), config, set, notebook)
+    _do(list(STAGE_HELP), config, set, notebook)
 
 # %% ../nbs/90_cli.ipynb #d5447170
 @_command('explore', 'Show the map of all synapses in a browser: colours, slices, labels, lasso')
@@ -221,8 +221,8 @@ def similar_command(
     features: Annotated[str, typer.Option(help='Which kind')] = 'trained',
     out: Annotated[Path, typer.Option(help='Write all columns to this CSV file')] = None,
 ):
-    from synapseclr.analyse.query import similar
-    found = similar(run, _ids(run, ids), k, where, features)
+    from synapseclr.analyse.query import find_similar
+    found = find_similar(run, _ids(run, ids), k, where, features)
     if out: found.to_csv(out, index=False)
     short = [c for c in found if c in ('id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster') or (where and re.search(rf'\b{c}\b', where))]
     print(f'{len(found)} synapses are in {out}' if out else found[short].round(4).to_string(index=False))
@@ -257,16 +257,16 @@ def remap_command(
     mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
     voxel_nm: Annotated[str, typer.Option(help="Z,Y,X: size of the table's voxels, if it counts in voxels")] = None,
 ):
-    from synapseclr.ingest.remap import remap, what_changed
+    from synapseclr.ingest.remap import remap, summarize_remap
     from synapseclr.data.tables import read_synapses, write_table
     from synapseclr.data.volume import LayerSource, open_layer
     path,_,seconds = seg.rpartition('@')
     source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if path and seconds.isdigit() else LayerSource(path=seg, mip=mip)
     size = tuple(float(o) for o in voxel_nm.split(',')) if voxel_nm else None
     today,moves = remap(read_synapses(table, size), open_layer('seg', source), size)
-    write_table(today, out, 'synapses', made_by(seg=source.model_dump(mode='json')))
+    write_table(today, out, 'synapses', provenance(seg=source.model_dump(mode='json')))
     moves.to_csv(out.with_suffix('.changed.csv'), index=False)
-    print(what_changed(moves))
+    print(summarize_remap(moves))
 
 bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory, beside something to compare with')
 app.add_typer(bench, name='bench')

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 # %% auto #0
 __all__ = ['Source', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic', 'write_once', 'asset',
-           'digest', 'made_by', 'write_toml', 'n_cores', 'threads', 'worker_pool', 'progress']
+           'content_hash', 'provenance', 'write_toml', 'n_cores', 'threads', 'worker_pool', 'progress']
 
 # %% ../nbs/00_core.ipynb #8b5f5395
 if 'rfc3987_syntax' not in sys.modules: sys.modules['rfc3987_syntax'] = None
@@ -162,20 +162,20 @@ def asset(
     return Path(str(importlib.resources.files('synapseclr')))/'assets'/path
 
 # %% ../nbs/00_core.ipynb #6ed5695e
-def digest(
+def content_hash(
     value, # A configuration, or anything JSON can hold
 ) -> str: # 16 hexadecimal digits
     "A short name for `value` that changes when it does"
     if isinstance(value, Strict): value = value.model_dump(mode='json')
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
-def made_by(
+def provenance(
     config: Strict|None = None, # The configuration of the stage
     **inputs, # What else it was made from: seed, digests of inputs
 ) -> dict:
     "The record of origin that goes into an output"
     origin = dict(package='synapseclr', version=importlib.metadata.version('synapseclr'))
-    if config is not None: origin['config'] = digest(config)
+    if config is not None: origin['config'] = content_hash(config)
     return origin | inputs
 
 # %% ../nbs/00_core.ipynb #a4db199c

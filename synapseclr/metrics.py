@@ -14,11 +14,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% auto #0
-__all__ = ['disjoint_folds', 'linear_probe', 'out_of_fold', 'auc', 'explained_variance', 'precision_at', 'neuron_bootstrap',
-           'interval', 'paper_ev', 'calibration_error', 'number_scores', 'type_scores']
+__all__ = ['neuron_disjoint_folds', 'linear_probe', 'cross_val_predict_by_neuron', 'roc_auc', 'explained_variance',
+           'average_precision', 'cluster_bootstrap', 'percentile_interval', 'uncentred_explained_variance',
+           'expected_calibration_error', 'regression_scores', 'classification_scores']
 
 # %% ../nbs/01_metrics.ipynb #fe5a5a8c
-def disjoint_folds(
+def neuron_disjoint_folds(
     pre: np.ndarray, # `(N,)` presynaptic neuron of each synapse
     post: np.ndarray, # `(N,)` postsynaptic neuron
     y: np.ndarray, # `(N,)` target, by whose mean the neurons are dealt
@@ -27,7 +28,7 @@ def disjoint_folds(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]: # Train and test, each `(N,)` bool
     "Splits without a neuron on both sides, in which each synapse is tested once"
     pre,post = np.asarray(pre),np.asarray(post)
-    hands = [_deal(neurons, y, k, seed) for neurons in (pre, post)]
+    hands = [_assign_folds(neurons, y, k, seed) for neurons in (pre, post)]
     for i in range(k):
         for j in range(k):
             test = (hands[0] == i) & (hands[1] == j)
@@ -35,7 +36,7 @@ def disjoint_folds(
             seen = np.union1d(pre[test], post[test])
             yield ~(np.isin(pre, seen) | np.isin(post, seen)),test
 
-def _deal(neurons: np.ndarray, y: np.ndarray, k: int, seed: int) -> np.ndarray:
+def _assign_folds(neurons: np.ndarray, y: np.ndarray, k: int, seed: int) -> np.ndarray:
     "Hand of each synapse's neuron"
     mean = pd.Series(np.asarray(y, float)).groupby(neurons).mean()
     order = mean.sample(frac=1, random_state=seed).sort_values(kind='stable').index
@@ -49,7 +50,7 @@ def linear_probe(
     if np.asarray(y).dtype == bool: return make_pipeline(StandardScaler(), LogisticRegression(C=.1, class_weight='balanced', max_iter=3000))
     return make_pipeline(StandardScaler(), Ridge(30.))
 
-def out_of_fold(
+def cross_val_predict_by_neuron(
     X: np.ndarray, # `(N, d)` features
     y: np.ndarray, # `(N,)` bool or numbers
     pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
@@ -58,14 +59,14 @@ def out_of_fold(
 ) -> np.ndarray: # `(N,)` log-odds or values; nan where no model could be fitted
     "Predict each synapse by a model that has seen none of its neurons"
     X,y,score = np.asarray(X, float),np.asarray(y),np.full(len(y), np.nan)
-    for train,test in disjoint_folds(pre, post, y, k, seed):
+    for train,test in neuron_disjoint_folds(pre, post, y, k, seed):
         if len(np.unique(y[train])) < 2: continue
         m = clone(model or linear_probe(y)).fit(X[train], y[train])
         score[test] = m.decision_function(X[test]) if y.dtype == bool else m.predict(X[test])
     return score
 
 # %% ../nbs/01_metrics.ipynb #65dbbbef
-def auc(y: np.ndarray, score: np.ndarray, weight: np.ndarray|None = None) -> float:
+def roc_auc(y: np.ndarray, score: np.ndarray, weight: np.ndarray|None = None) -> float:
     "Area under the ROC curve; nan if there is only one class. What scikit-learn computes, ten times as fast for the bootstrap"
     weight = np.ones(len(y)) if weight is None else weight
     use = np.isfinite(score) & (weight > 0)
@@ -83,7 +84,7 @@ def explained_variance(y: np.ndarray, score: np.ndarray, weight: np.ndarray|None
     if not use.any() or variance(y[use]) == 0: return np.nan
     return float(1 - variance(y[use]-score[use])/variance(y[use]))
 
-def precision_at(y: np.ndarray, score: np.ndarray, prevalence: float|None = None) -> float:
+def average_precision(y: np.ndarray, score: np.ndarray, prevalence: float|None = None) -> float:
     "Average precision, as it would be if a share `prevalence` of all were positive"
     if not 0 < y.sum() < len(y): return np.nan
     if prevalence is None: return float(average_precision_score(y, score))
@@ -91,7 +92,7 @@ def precision_at(y: np.ndarray, score: np.ndarray, prevalence: float|None = None
     return float(average_precision_score(y, score, sample_weight=weight))
 
 # %% ../nbs/01_metrics.ipynb #b0a5328f
-def neuron_bootstrap(
+def cluster_bootstrap(
     statistic: Callable, # Of `y`, `score` and `weight`
     y: np.ndarray, # `(N,)`
     scores: list[np.ndarray], # Each `(N,)`
@@ -106,35 +107,35 @@ def neuron_bootstrap(
         draws.append([statistic(y, s, times) for s in scores])
     return np.array(draws)
 
-def interval(
-    draws: np.ndarray, # From `neuron_bootstrap`, one column
+def percentile_interval(
+    draws: np.ndarray, # From `cluster_bootstrap`, one column
 ) -> tuple[float, float]: # Lower and upper end
     "The middle 95 % of the draws"
     draws = draws[np.isfinite(draws)]
     return tuple(float(q) for q in np.quantile(draws, [.025, .975])) if len(draws) else (np.nan, np.nan)
 
 # %% ../nbs/01_metrics.ipynb #f50594b3
-def paper_ev(y: np.ndarray, mean: np.ndarray, weight: np.ndarray|None = None) -> float:
+def uncentred_explained_variance(y: np.ndarray, mean: np.ndarray, weight: np.ndarray|None = None) -> float:
     "Explained variance by the paper's formula, as a share: `y` is z-scored"
     weight = np.ones(len(y)) if weight is None else weight
     use = np.isfinite(mean) & (weight > 0)
     return float(1 - weight[use] @ np.square(y-mean)[use]/(weight[use] @ np.square(y[use])))
 
-def calibration_error(y: np.ndarray, p: np.ndarray, n_bins: int = 10) -> float:
+def expected_calibration_error(y: np.ndarray, p: np.ndarray, n_bins: int = 10) -> float:
     "Expected calibration error, over bins with as many predictions each"
     parts = np.array_split(np.argsort(p, kind='stable'), min(n_bins, len(p)))
     return float(sum(abs(y[i].mean()-p[i].mean())*len(i) for i in parts)/len(p))
 
-def number_scores(
+def regression_scores(
     y: np.ndarray, # `(N,)` z-scored values
     mean: np.ndarray, sd: np.ndarray, # `(N,)` Gaussian predictions
 ) -> dict[str, float]: # `EV`, `R2`, `NLPD`, `coverage90`
     "How good, and how honest, predictions of a number are; those that are nan do not count"
     use = np.isfinite(mean)
     y,mean,sd = y[use],mean[use],sd[use]
-    return dict(EV=paper_ev(y, mean), R2=float(r2_score(y, mean)), NLPD=float(-norm.logpdf(y, mean, sd).mean()), coverage90=float((abs(y-mean) <= norm.ppf(.95)*sd).mean()))
+    return dict(EV=uncentred_explained_variance(y, mean), R2=float(r2_score(y, mean)), NLPD=float(-norm.logpdf(y, mean, sd).mean()), coverage90=float((abs(y-mean) <= norm.ppf(.95)*sd).mean()))
 
-def type_scores(
+def classification_scores(
     y: np.ndarray, # `(N,)` bool
     p: np.ndarray, # `(N,)` its probability
 ) -> dict[str, float]: # `AUC`, `PR_AUC`, `Brier`, `ECE`, `log_loss`
@@ -142,4 +143,4 @@ def type_scores(
     use = np.isfinite(p)
     y,p = y[use],p[use]
     if len(np.unique(y)) < 2: return dict.fromkeys(('AUC', 'PR_AUC', 'Brier', 'ECE', 'log_loss'), np.nan)
-    return dict(AUC=auc(y, p), PR_AUC=precision_at(y, p), Brier=float(brier_score_loss(y, p)), ECE=calibration_error(y, p), log_loss=float(log_loss(y, p)))
+    return dict(AUC=roc_auc(y, p), PR_AUC=average_precision(y, p), Brier=float(brier_score_loss(y, p)), ECE=expected_calibration_error(y, p), log_loss=float(log_loss(y, p)))

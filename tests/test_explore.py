@@ -4,7 +4,7 @@ from urllib.parse import urlsplit
 import numpy as np, pandas as pd, pytest
 from conftest import in_browser, open_browser, webdriver
 from synapseclr.dev.fixtures import tiny_fetched
-from synapseclr.show.explore import ExploreError, Map, make_server, serve, write_static
+from synapseclr.show.explore import ExploreError, ExplorerData, make_server, serve, write_static
 from synapseclr.data.store import ChunkStore
 from synapseclr.data.tables import read_ids, read_labels
 
@@ -27,7 +27,7 @@ def table(run):
 class Served:
     "A server of the map that can be stopped and started"
     def __init__(self, run, table):
-        self.labels,self.map,self.port = run/'labels.csv',Map(table, ChunkStore.open(run/'chunks.zarr'), 'grid'),0
+        self.labels,self.map,self.port = run/'labels.csv',ExplorerData(table, ChunkStore.open(run/'chunks.zarr'), 'grid'),0
         self.start()
 
     def start(self):
@@ -255,7 +255,7 @@ def test_only_the_page_itself_may_label(served, table):
 @pytest.fixture
 def exported(monkeypatch, table):
     "The run's table is the grid"
-    monkeypatch.setattr('synapseclr.show.explore.run_table', lambda run: table)
+    monkeypatch.setattr('synapseclr.show.explore.read_results', lambda run: table)
 
 def test_bad_wishes_are_explained(served, run, exported, tmp_path):
     with pytest.raises(ExploreError, match='--port'): serve(run, served.port)

@@ -7,7 +7,7 @@ from synapseclr import volume
 from synapseclr.evaluate.speed_fetch import served, served_counts
 from synapseclr.ingest.cutout import DataConfig, FetchConfig
 from synapseclr.ingest.fetch import fetch, fetch_block, fetch_tasks, finish_fetch, plan_fetch
-from synapseclr.ingest.queue import QueueError, dead_letters, enqueue, work
+from synapseclr.ingest.queue import QueueError, dead_letters, enqueue, run_worker
 from synapseclr.data.store import ChunkStore
 from synapseclr.ingest.maintain import drop, missing, refetch, verify
 
@@ -148,12 +148,12 @@ def test_killed_at_random(tiny, sound, tmp_path):
         enqueue(queue, fetch_tasks(tmp_path/'run'))
         killed = 0
         for _ in range(5):
-            p = fork(work, queue, 1, .1)
+            p = fork(run_worker, queue, 1, .1)
             p.join(rng.uniform(.1, 2))
             if p.is_alive(): os.kill(p.pid, signal.SIGKILL)
             p.join()
             killed += p.exitcode == -signal.SIGKILL
-        work(queue, 1, .1)
+        run_worker(queue, 1, .1)
         fetch(source(tiny, address), config, tmp_path/'run')
     assert killed
     assert made(tmp_path/'run') == made(sound)

@@ -157,11 +157,11 @@ def test_phantom_line(tmp_path):
 
 def refuse_two_networks(run, other):
     "One probe reads what one network describes, in several runs; not what two describe"
-    from synapseclr.evaluate.truth import known_synapses
+    from synapseclr.evaluate.truth import load_with_truth
     other.mkdir()
     for o,there in {'chunks.zarr': 'chunks.zarr', 'synapses.parquet': 'synapses.parquet', 'features': 'features_untrained', 'features_same': 'features'}.items(): (other/o).symlink_to(run/there)
     (run/'features_same').symlink_to(run/'features')
     runs = [(run, run/'phantom'), (other, run/'phantom')]
-    with pytest.raises(FeatureError, match='described by another network, or in another way.*use `evaluate_apart`'): known_synapses(runs, {'trained': 'features'})
-    table,sets = known_synapses(runs, {'trained': 'features_same'})
+    with pytest.raises(FeatureError, match='described by another network, or in another way.*use `evaluate_each`'): load_with_truth(runs, {'trained': 'features'})
+    table,sets = load_with_truth(runs, {'trained': 'features_same'})
     assert len(table) == len(sets['trained']) == 2*table.id.nunique()

@@ -2,7 +2,7 @@
 import json, os, random, signal, socket, subprocess
 import numpy as np, pytest, torch
 from conftest import files, root
-from synapseclr.dev.fixtures import in_processes, tiny_fetched
+from synapseclr.dev.fixtures import iget_world_size, tiny_fetched
 
 # Five steps of each objective and optimiser on the same eight synapses, in float64; prints losses, first gradients and final parameters
 steps = """
@@ -11,36 +11,36 @@ from functools import partial
 from synapseclr.learn.distributed import *
 from synapseclr.learn.loss import nt_xent, vicreg
 from synapseclr.learn.model import SynapseNet
-from synapseclr.learn.train import backward
-with processes('cpu'):
+from synapseclr.learn.train import cached_gradient_backward
+with process_group('cpu'):
     views = torch.randn(2, 8, 1, 8, 8, 8, generator=torch.Generator().manual_seed(0)).double()
     cells = torch.arange(8)[None, :, None].div(torch.tensor([2, 1]), rounding_mode='floor').expand(2, 8, 2) + 2**60
-    n = 8//n_processes()
-    own = slice(process_rank()*n, (process_rank()+1)*n)
+    n = 8//get_world_size()
+    own = slice(get_rank()*n, (get_rank()+1)*n)
     objectives = dict(nt_xent=nt_xent, neurites=partial(nt_xent, neurites=cells[:, own], rows=3), vicreg=vicreg)
     found = {}
     for name,objective in objectives.items():
         for optimiser in (torch.optim.Adam, torch.optim.SGD):
-            net = normalise_together(SynapseNet('demo')).double()
+            net = convert_sync_batchnorm(SynapseNet('demo')).double()
             o,losses,gradient = optimiser(net.parameters(), lr=1e-3),[],None
             for step in range(5):
                 project = lambda part: [net(v[own][part]).projection for v in views]
                 o.zero_grad()
-                losses.append(sum_all(backward(net, [slice(0, n)], project, objective)).item())
+                losses.append(all_reduce_sum(cached_gradient_backward(net, [slice(0, n)], project, objective)).item())
                 sum_gradients(net)
                 if gradient is None: gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
                 o.step()
             state = torch.cat([v.double().flatten() for v in net.state_dict().values()])
             found[f'{name} {optimiser.__name__}'] = dict(losses=losses, gradient=gradient, state=state)
-    torch.save(found, f'{__import__("sys").argv[1]}/{n_processes()}-{process_rank()}.pt')
-    print(json.dumps(process_rank()))
+    torch.save(found, f'{__import__("sys").argv[1]}/{get_world_size()}-{get_rank()}.pt')
+    print(json.dumps(get_rank()))
 """
 
 @pytest.fixture(scope='module')
 def computed(tmp_path_factory):
     "What 1, 2 and 4 processes found"
     folder = tmp_path_factory.mktemp('processes')
-    for n in (1, 2, 4): assert in_processes(n, steps, folder) == list(range(n))
+    for n in (1, 2, 4): assert iget_world_size(n, steps, folder) == list(range(n))
     return {n: [torch.load(folder/f'{n}-{r}.pt') for r in range(n)] for n in (1, 2, 4)}
 
 @pytest.mark.parametrize('n', [2, 4])
@@ -81,7 +81,7 @@ def whole(fetched, tmp_path_factory):
     "Runs that were not killed, of one and of two processes"
     folder = tmp_path_factory.mktemp('whole')
     runs = {n: copy_of(fetched, folder/str(n)) for n in (1, 2)}
-    for n,run in runs.items(): assert in_processes(n, go, run, -1) == ['done']*n
+    for n,run in runs.items(): assert iget_world_size(n, go, run, -1) == ['done']*n
     return runs
 
 made = ['train/*.safetensors', 'train/log.jsonl']
@@ -100,9 +100,9 @@ def test_killed_three_times(n, whole, fetched, tmp_path):
     "SIGKILL at three random steps, each time the same command again: weights, moments, log and best weights are the same to the bit"
     run = copy_of(fetched, tmp_path/'run')
     for deadly in sorted(random.Random(n).sample(range(10), 3)):
-        with pytest.raises(RuntimeError, match=f'ended with (-{signal.SIGKILL.value}{"|1" if n > 1 else ""})'): in_processes(n, go, run, deadly)
+        with pytest.raises(RuntimeError, match=f'ended with (-{signal.SIGKILL.value}{"|1" if n > 1 else ""})'): iget_world_size(n, go, run, deadly)
         assert not (run/'train/weights.safetensors').exists()
-    assert in_processes(n, go, run, -1) == ['done']*n
+    assert iget_world_size(n, go, run, -1) == ['done']*n
     assert files(run, *made) == files(whole[n], *made)
 
 def test_slurm_script(fetched, tmp_path):

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import pytest
 from conftest import command, files, kill_at, python
 from synapseclr.dev.fixtures import tiny_phantom
-from synapseclr.data.tables import read_tag
+from synapseclr.data.tables import read_metadata
 
 everything = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.safetensors', 'train/log.jsonl', 'features*/*.parquet', '*.parquet', 'synapses.h5ad', 'annotations/**/*']
 # In front of some code: it gets a single core; where the system cannot bind a process, it is told of one
@@ -49,8 +49,8 @@ def quiet(run):
     "What a run makes that nothing disturbs; afterwards only its phantom is there"
     run.succeed('run')
     made,phantom = run.made(),files(run.folder/'phantom', '**/*')
-    said = [read_tag(p)['made_by'] for p in run.folder.glob('features*/*.parquet')]
-    said += [read_tag(run.folder/f'{name}.parquet')['made_by']['source'] for name in ('map', 'told', 'defects', 'retrieval', 'imputed', 'neurites', 'axes')]
+    said = [read_metadata(p)['provenance'] for p in run.folder.glob('features*/*.parquet')]
+    said += [read_metadata(run.folder/f'{name}.parquet')['provenance']['source'] for name in ('map', 'told', 'defects', 'retrieval', 'imputed', 'neurites', 'axes')]
     assert len({o['precision'] for o in said}) == 1 and said[0]['precision'] in ('fp32', 'bf16') # one for the whole run, and all that is made from features says which
     begin_anew(run)
     return made | {f'phantom/{name}': content for name,content in phantom.items()}

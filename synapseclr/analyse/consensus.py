@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from scipy.special import expit, logit
 from scipy.stats import betabinom, binom
-from ..core import Strict, SynapseCLRError, made_by, threads
+from ..core import Strict, SynapseCLRError, provenance, threads
 from .gp_estimators import GPClassifier
-from ..data.tables import read_table, read_tag, write_table
+from ..data.tables import read_table, read_metadata, write_table
 
 # %% auto #0
-__all__ = ['ConsensusError', 'neurite_consensus', 'fit_rho', 'simulate_neurites', 'confident_errors', 'write_back',
-           'majority_accuracy', 'censor', 'censoring', 'ConsensusConfig', 'type_neurites']
+__all__ = ['ConsensusError', 'neurite_consensus', 'fit_intraclass_correlation', 'simulate_neurites', 'confident_errors',
+           'assign_to_synapses', 'majority_accuracy', 'censor', 'label_fraction_experiment', 'ConsensusConfig',
+           'type_neurites']
 
 # %% ../../nbs/analyse/09_consensus.ipynb #5294deb9
 class ConsensusError(SynapseCLRError):
@@ -43,7 +44,7 @@ def neurite_consensus(
     return pd.DataFrame(dict(neurite_id=names, n_synapses=n, log_odds=odds, p_inhibitory=expit(odds), call=call))
 
 # %% ../../nbs/analyse/09_consensus.ipynb #6f5f6c6f
-def fit_rho(
+def fit_intraclass_correlation(
     p_inhibitory: np.ndarray, # `(N,)` out of fold
     neurite_id: np.ndarray, # `(N,)`
     inhibitory: np.ndarray, # `(N,)` true type of the neurite, 0 or 1
@@ -83,7 +84,7 @@ def confident_errors(
     return int(called.sum()),int((called & ((found.call == 'I') != true)).sum())
 
 # %% ../../nbs/analyse/09_consensus.ipynb #632111e5
-def write_back(
+def assign_to_synapses(
     table: pd.DataFrame, # Synapses: `id`, `pre_root_id`, `post_root_id`
     neurites: pd.DataFrame, # From `neurite_consensus`, with a column `polarity`, `pre` or `post`
 ) -> pd.DataFrame: # `id`, and of each side `call_pre`, `p_inhibitory_pre` ...
@@ -129,7 +130,7 @@ def censor(
     true = inhibitory[~train].astype(bool)
     return pd.DataFrame(dict(neurite=neurite[~train], inhibitory=true, n_synapses=found.n_synapses.to_numpy(), single=(p > .5) == true, consensus=(found.call == 'I').to_numpy() == true))
 
-def censoring(
+def label_fraction_experiment(
     x: np.ndarray, neurite: np.ndarray, inhibitory: np.ndarray, # As of `censor`
     completeness=(.01, .02, .05, .1, .25, .5, .9), repeats: int = 10,
     bins=(1, 2, 5, 10, 20, 50), # Least synapses per neurite in each bin
@@ -162,19 +163,19 @@ def type_neurites(
     table = read_table(run/'synapses.parquet', 'synapses').set_index('id')
     imputed,apart = read_table(run/'imputed.parquet', 'imputed').set_index('id'),read_table(run/'out_of_fold.parquet', 'out of fold').set_index('id')
     table,apart,parts,found = table.loc[imputed.index],apart.loc[imputed.index],[],{}
-    told = read_tag(run/'imputed.parquet')['made_by'].get('told')
+    told = read_metadata(run/'imputed.parquet')['provenance'].get('told')
     for side in ('pre', 'post'):
         if (name := f'p_inhibitory_{side}') not in imputed: continue
         neurite,known = table[f'{side}_root_id'].to_numpy(),apart[f'inhibitory_{side}'].to_numpy()
         p = np.where(np.isfinite(known), apart[name], imputed[name])
-        prior,rho = float(np.nanmean(known)),fit_rho(apart[name].to_numpy(), neurite, known)
+        prior,rho = float(np.nanmean(known)),fit_intraclass_correlation(apart[name].to_numpy(), neurite, known)
         neurites = neurite_consensus(p, neurite, prior, rho, config.min_confidence)
         clear = told is None or f'inhibitory_{side}' in told
         if not clear: neurites['call'] = pd.Categorical(['abstain']*len(neurites), neurites.call.cat.categories)
         neurites['known'] = pd.Series(known).groupby(neurite).first().loc[neurites.neurite_id].to_numpy()
         parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho, told=clear)
     if not parts: raise ConsensusError(f"{run}: no types were imputed; see the report of `synapseclr impute` for the reason")
-    neurites,origin = pd.concat(parts, ignore_index=True),made_by(config, source=read_tag(run/'imputed.parquet')['made_by'].get('source'), n_synapses=len(imputed))
+    neurites,origin = pd.concat(parts, ignore_index=True),provenance(config, source=read_metadata(run/'imputed.parquet')['provenance'].get('source'), n_synapses=len(imputed))
     write_table(neurites, run/'neurites.parquet', 'neurites', origin)
-    write_table(write_back(table.reset_index(), neurites), run/'synapse_types.parquet', 'synapse types', origin)
+    write_table(assign_to_synapses(table.reset_index(), neurites), run/'synapse_types.parquet', 'synapse types', origin)
     return neurites,found

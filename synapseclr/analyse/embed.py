@@ -14,12 +14,12 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
-from ..core import Strict, SynapseCLRError, made_by, n_cores, threads, worker_pool
-from ..data.features import feature_sets, features_made_by, standardised
-from ..data.tables import read_arrow, read_table, read_tag, write_table
+from ..core import Strict, SynapseCLRError, provenance, n_cores, threads, worker_pool
+from ..data.features import read_feature_sets, feature_provenance, zscore
+from ..data.tables import read_arrow, read_table, read_metadata, write_table
 
 # %% auto #0
-__all__ = ['EmbedError', 'Neighbours', 'nearest_neighbours', 'memberships', 'layout', 'leiden', 'islands', 'EmbedConfig',
+__all__ = ['EmbedError', 'Neighbours', 'nearest_neighbours', 'connectivities', 'umap_layout', 'leiden', 'islands', 'EmbedConfig',
            'coordinates', 'embed', 'read_neighbours']
 
 # %% ../../nbs/analyse/01_embed.ipynb #f3ea17bc
@@ -28,8 +28,8 @@ class EmbedError(SynapseCLRError):
 
 class Neighbours(NamedTuple):
     "The nearest neighbours of each synapse, itself not among them"
-    rows: np.ndarray # `(N, k)` int32 row numbers, nearest first
-    distance: np.ndarray # `(N, k)` float32
+    indices: np.ndarray # `(N, k)` int32 row numbers, nearest first
+    distances: np.ndarray # `(N, k)` float32
     recall: float # Share of the true neighbours among them, measured on some; 1 if all pairs were compared
 
 def nearest_neighbours(
@@ -90,20 +90,20 @@ def _without_self(rows: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np
 
 # %% ../../nbs/analyse/01_embed.ipynb #7e94ce98
 @threads(1)
-def memberships(
+def connectivities(
     near: Neighbours, # All neighbours
     k: int = 30, # How many of them are used, the synapse itself counted
 ) -> sp.csr_matrix: # `(N, N)`, symmetric, between 0 and 1
     "UMAP's fuzzy graph"
     from umap.umap_ import fuzzy_simplicial_set # numba takes seconds to load
-    n,k = len(near.rows),min(k, near.rows.shape[1]+1)
-    rows = np.hstack([np.arange(n, dtype=np.int32)[:, None], near.rows[:, :k-1]])
-    distance = np.hstack([np.zeros((n, 1), np.float32), near.distance[:, :k-1]])
+    n,k = len(near.indices),min(k, near.indices.shape[1]+1)
+    rows = np.hstack([np.arange(n, dtype=np.int32)[:, None], near.indices[:, :k-1]])
+    distance = np.hstack([np.zeros((n, 1), np.float32), near.distances[:, :k-1]])
     return fuzzy_simplicial_set(np.empty((n, 0)), k, np.random.RandomState(0), 'precomputed', knn_indices=rows, knn_dists=distance)[0].tocsr()
 
 @threads(1)
-def layout(
-    graph: sp.csr_matrix, # From `memberships`
+def umap_layout(
+    graph: sp.csr_matrix, # From `connectivities`
     x: np.ndarray, # `(N, d)` features, whose main directions it starts from
     dimensions: int = 2,
     min_dist: float = .1, # How dense a map may get
@@ -127,8 +127,8 @@ def leiden(
     seed: int = 42,
 ) -> np.ndarray: # `(N,)` int32, the largest cluster is 0
     "Leiden clusters by modularity: the same for the same seed"
-    n,own = len(near.rows),np.arange(len(near.rows), dtype=np.int64)[:, None]
-    graph = igraph.Graph(n=n, edges=np.stack(np.divmod(np.unique(np.minimum(own, near.rows)*n + np.maximum(own, near.rows)), n), 1))
+    n,own = len(near.indices),np.arange(len(near.indices), dtype=np.int64)[:, None]
+    graph = igraph.Graph(n=n, edges=np.stack(np.divmod(np.unique(np.minimum(own, near.indices)*n + np.maximum(own, near.indices)), n), 1))
     igraph.set_random_number_generator(random.Random(seed))
     try: found = np.array(graph.community_leiden('modularity', resolution=resolution, n_iterations=10).membership)
     finally: igraph.set_random_number_generator(random)
@@ -156,7 +156,7 @@ def islands(
 # %% ../../nbs/analyse/01_embed.ipynb #8641b4d9
 class EmbedConfig(Strict):
     "How to draw the map"
-    features: str = 'trained' # Which kind, as of `feature_sets`; such as `trained without angle`
+    features: str = 'trained' # Which kind, as of `read_feature_sets`; such as `trained without angle`
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
     metric: Literal['cosine', 'euclidean'] = 'cosine'
     neighbours: int = pydantic.Field(100, ge=2) # Of each synapse in the graph
@@ -185,17 +185,17 @@ def embed(
 ) -> pd.DataFrame: # `id`, coordinates, `cluster`, `island`
     "Write the graph and the map of a run, unless they are there for the same features"
     run,config = Path(run),config or EmbedConfig()
-    table,sets = feature_sets(run, config.layer, [config.features], removed=True)
+    table,sets = read_feature_sets(run, config.layer, [config.features], include_defects=True)
     x = sets[config.features]
-    if config.features == 'morphometrics': x = standardised(x)
-    origin = made_by(config, source=features_made_by(run, config.features), n_synapses=len(table))
+    if config.features == 'morphometrics': x = zscore(x)
+    origin = provenance(config, source=feature_provenance(run, config.features), n_synapses=len(table))
     done = run/'map.parquet'
-    if done.exists() and read_tag(done).get('made_by') == origin: return read_table(done, 'map')
+    if done.exists() and read_metadata(done).get('provenance') == origin: return read_table(done, 'map')
     near = nearest_neighbours(x, config.neighbours, config.metric, config.exact_up_to, config.recall, config.seed)
     list_of = lambda values: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    write_table(pa.table(dict(id=table.id.to_numpy(), rows=list_of(near.rows), distance=list_of(near.distance))), run/'neighbours.parquet', 'neighbours', origin | dict(metric=config.metric, recall=near.recall))
-    graph = memberships(near, config.umap_neighbours)
-    maps = {d: layout(graph, x, d, config.min_dist, config.epochs, config.seed) for d in sorted(set(config.dimensions))}
+    write_table(pa.table(dict(id=table.id.to_numpy(), rows=list_of(near.indices), distance=list_of(near.distances))), run/'neighbours.parquet', 'neighbours', origin | dict(metric=config.metric, recall=near.recall))
+    graph = connectivities(near, config.umap_neighbours)
+    maps = {d: umap_layout(graph, x, d, config.min_dist, config.epochs, config.seed) for d in sorted(set(config.dimensions))}
     found = pd.DataFrame(dict(id=table.id) | {name: xy[:, i] for d,xy in maps.items() for i,name in enumerate(coordinates(d))})
     found = found.assign(cluster=leiden(near, config.resolution, config.seed), island=islands(maps[2]))
     write_table(found, done, 'map', origin)
@@ -208,4 +208,4 @@ def read_neighbours(
     path = Path(run)/'neighbours.parquet'
     table = read_arrow(path, 'neighbours')
     rows,distance = (table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1) for name in ('rows', 'distance'))
-    return table['id'].to_numpy(),Neighbours(rows, distance, read_tag(path)['made_by']['recall'])
+    return table['id'].to_numpy(),Neighbours(rows, distance, read_metadata(path)['provenance']['recall'])

@@ -13,16 +13,16 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
-from ..data.results import baseline
-from ..core import Strict, SynapseCLRError, made_by, n_cores, progress, threads, worker_pool
+from ..data.results import MORPHOMETRIC_COLUMNS
+from ..core import Strict, SynapseCLRError, provenance, n_cores, progress, threads, worker_pool
 from .gp_estimators import GPClassifier, GPRegressor
-from ..data.features import feature_sets, features_made_by, standardised
+from ..data.features import read_feature_sets, feature_provenance, zscore
 from ..data.tables import write_table
-from ..metrics import auc, disjoint_folds, interval, neuron_bootstrap, number_scores, paper_ev, type_scores
+from ..metrics import roc_auc, neuron_disjoint_folds, percentile_interval, cluster_bootstrap, regression_scores, uncentred_explained_variance, classification_scores
 
 # %% auto #0
-__all__ = ['traits', 'few_neurons', 'Trait', 'ImputeError', 'known_values', 'model_for', 'predictions', 'predicted_apart',
-           'scores_of', 'ImputeConfig', 'judge', 'labelled_neurons', 'traits_told', 'impute']
+__all__ = ['TRAITS', 'MIN_NEURONS', 'Trait', 'ImputeError', 'known_targets', 'model_for', 'predictions', 'cross_val_predictions',
+           'score_trait', 'ImputeConfig', 'cross_validate_trait', 'hide_labels', 'traits_above_chance', 'impute']
 
 # %% ../../nbs/analyse/08_impute.ipynb #4a8800f7
 @dataclass(frozen=True)
@@ -36,21 +36,21 @@ class Trait:
     @property
     def is_type(self) -> bool: return self.log_offset is None
 
-traits = (Trait('cleft_um3', 'cleft_um3', 'pre', 0.), Trait('pre_soma_um', 'pre_soma_um', 'pre', 1.), Trait('post_soma_um', 'post_soma_um', 'post', 1.),
+TRAITS = (Trait('cleft_um3', 'cleft_um3', 'pre', 0.), Trait('pre_soma_um', 'pre_soma_um', 'pre', 1.), Trait('post_soma_um', 'post_soma_um', 'post', 1.),
     Trait('pre_mito_um3', 'pre_mito_um3', 'pre', 0.), Trait('post_mito_um3', 'post_mito_um3', 'post', 0.),
     Trait('inhibitory_pre', 'inhibitory', 'pre'), Trait('inhibitory_post', 'inhibitory', 'post'), Trait('mito_pre', 'pre_mito_um3', 'pre'), Trait('mito_post', 'post_mito_um3', 'post'))
 
 class ImputeError(SynapseCLRError):
     "Nothing can be imputed"
 
-def known_values(
+def known_targets(
     table: pd.DataFrame, # Synapses
     neurons: pd.DataFrame, # From `read_neurons`
     least: int = 20, # Known values without which a trait is skipped
 ) -> tuple[pd.DataFrame, list[str]]: # A column for each trait that can be learnt, nan where it is not known; and why others are not there
     "What is known of each synapse"
     known,skipped = {},[]
-    for t in traits:
+    for t in TRAITS:
         value = table[f'{t.side}_root_id'].map(neurons.set_index('root_id').inhibitory) if t.column == 'inhibitory' else table.get(t.column)
         if value is None: skipped.append(f"{t.name}: the synapse table has no column {t.column}"); continue
         if t.is_type and t.column != 'inhibitory': value = (value > 0).where(value.notna())
@@ -74,7 +74,7 @@ def predictions(model: GPRegressor|GPClassifier, x: np.ndarray, prior: float) ->
     if isinstance(model, GPClassifier): return expit(model.decision_function(x)-logit(model.prior_)+logit(prior))[:, None]
     return np.stack([*model.predict(x, return_std=True), *model.predict_interval(x)], 1)
 
-def predicted_apart(
+def cross_val_predictions(
     model: GPRegressor|GPClassifier, # As it is to be fitted
     x: np.ndarray, y: np.ndarray, # `(N, d)` and `(N,)`, known
     groups: np.ndarray, # `(N,)` neurons
@@ -87,18 +87,18 @@ def predicted_apart(
         found.append((test, predictions(clone(model).fit(x[train], y[train], groups[train]), x[test], y.mean())))
     return found
 
-def scores_of(
+def score_trait(
     trait: Trait,
     y: np.ndarray, # `(N,)` known
     predicted: np.ndarray, # `(N, 4 or 1)` from `predictions`
     location: float, scale: float, # Of the logarithm of a number
 ) -> tuple[dict, tuple]: # All scores; and what goes into the first of them, for the bootstrap
     "How good predictions are; numbers are compared as z-scored logarithms, in which their intervals are symmetric"
-    if trait.is_type: return type_scores(y.astype(bool), predicted[:, 0]),(auc, y.astype(bool), predicted[:, 0])
+    if trait.is_type: return classification_scores(y.astype(bool), predicted[:, 0]),(roc_auc, y.astype(bool), predicted[:, 0])
     z = lambda v: (np.log(v+trait.log_offset)-location)/scale
     lo,hi = z(predicted[:, 2]),z(predicted[:, 3])
     mean,sd = (lo+hi)/2,(hi-lo)/2/norm.ppf(.95)
-    return number_scores(z(y), mean, sd),(paper_ev, z(y), mean)
+    return regression_scores(z(y), mean, sd),(uncentred_explained_variance, z(y), mean)
 
 # %% ../../nbs/analyse/08_impute.ipynb #2e56a70a
 class ImputeConfig(Strict):
@@ -114,9 +114,9 @@ class ImputeConfig(Strict):
     @property
     def model(self) -> dict: return dict(kernel=self.kernel, method=self.method, n_inducing=self.n_inducing)
 
-few_neurons = 30 # Below, chance can look like knowledge
+MIN_NEURONS = 30 # Below, chance can look like knowledge
 
-def judge(
+def cross_validate_trait(
     trait: Trait,
     sets: dict[str, np.ndarray], # Kinds of features, each `(N, d)`
     y: np.ndarray, # `(N,)` nan where it is not known
@@ -132,32 +132,32 @@ def judge(
     for name,x in sets.items():
         x,model = x[at],model_for(trait, **config.model)
         random,_ = _apart(model, x, y, np.arange(len(y)), ShuffleSplit(5, test_size=.1, random_state=0).split(x))
-        random = pd.DataFrame([scores_of(trait, y[test], p, logs.mean(), logs.std())[0] for test,p in random])
-        folds,tuned = _apart(model, x, y, groups, disjoint_folds(pre, post, y, config.folds))
+        random = pd.DataFrame([score_trait(trait, y[test], p, logs.mean(), logs.std())[0] for test,p in random])
+        folds,tuned = _apart(model, x, y, groups, neuron_disjoint_folds(pre, post, y, config.folds))
         apart = np.full((len(y), 1 if trait.is_type else 4), np.nan)
         for test,p in folds: apart[test] = p
-        scores,ingredients[name] = scores_of(trait, y, apart, logs.mean(), logs.std())
+        scores,ingredients[name] = score_trait(trait, y, apart, logs.mean(), logs.std())
         about = dict(trait=trait.name, features=name, n=len(y), neurons=len(np.unique(groups)))
         rows += [about | dict(split='random', sd=random.iloc[:, 0].std()) | random.mean().to_dict(), about | dict(split='neurons') | scores]
         kept[name] = apart,tuned
     statistic,truth,_ = next(iter(ingredients.values()))
-    draws = neuron_bootstrap(statistic, truth, [s for _,_,s in ingredients.values()], groups, n_draws=200)
+    draws = cluster_bootstrap(statistic, truth, [s for _,_,s in ingredients.values()], groups, n_draws=200)
     chosen,score = list(sets).index(config.features),'AUC' if trait.is_type else 'EV'
     for i,row in enumerate(rows[1::2]):
-        row['lo95'],row['hi95'] = interval(draws[:, i])
+        row['lo95'],row['hi95'] = percentile_interval(draws[:, i])
         row['lead'] = rows[1::2][chosen][score]-row[score]
-        row['lead_lo95'],row['lead_hi95'] = interval(draws[:, chosen]-draws[:, i])
+        row['lead_lo95'],row['lead_hi95'] = percentile_interval(draws[:, chosen]-draws[:, i])
     out = np.full((len(sets[config.features]), apart.shape[1]), np.nan)
     out[at] = kept[config.features][0]
     return pd.DataFrame(rows),out,kept[config.features][1]
 
 def _apart(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray, groups: np.ndarray, folds) -> tuple[list, tuple|None]:
-    "`predicted_apart` with parameters tuned on everything, unless that is a few neurons, and these"
+    "`cross_val_predictions` with parameters tuned on everything, unless that is a few neurons, and these"
     params = clone(model).fit(x, y, groups).params_ if model.method != 'vsgp' else None
-    return predicted_apart(clone(model).set_params(params=params if len(np.unique(groups)) >= few_neurons else None), x, y, groups, folds),params
+    return cross_val_predictions(clone(model).set_params(params=params if len(np.unique(groups)) >= MIN_NEURONS else None), x, y, groups, folds),params
 
 # %% ../../nbs/analyse/08_impute.ipynb #5240095e
-def labelled_neurons(
+def hide_labels(
     neurons: pd.DataFrame, # From `read_neurons`
     share: float, seed: int = 0,
 ) -> pd.DataFrame:
@@ -165,7 +165,7 @@ def labelled_neurons(
     shown = neurons.groupby('inhibitory').sample(frac=share, random_state=seed).index
     return neurons.assign(inhibitory=neurons.inhibitory.where(neurons.index.isin(shown)))
 
-def traits_told(
+def traits_above_chance(
     scores: pd.DataFrame, # `imputation.parquet`
     features: str, # Kind
 ) -> pd.Series: # By trait, whether the 95 % interval for new neurons is above chance
@@ -186,29 +186,29 @@ def impute(
     neurons: pd.DataFrame, # From `read_neurons`
     config: ImputeConfig|None = None,
 ) -> tuple[pd.DataFrame, list[str]]: # All scores, and which traits are not there and why
-    "Judge and impute all traits: `run/imputation.parquet` has the scores, `imputed.parquet` every synapse, `out_of_fold.parquet` what is said of known synapses by models that have not seen their neurons"
+    "Judge and impute all traits: `run/imputation.parquet` has the scores, `imputed.parquet` every synapse, `cross_val_predict_by_neuron.parquet` what is said of known synapses by models that have not seen their neurons"
     run,config = Path(run),config or ImputeConfig()
-    table,sets = feature_sets(run, config.layer, first=config.features)
-    sets = {name: standardised(x) for name,x in sets.items()}
-    known,skipped = known_values(table, labelled_neurons(neurons, config.labelled))
+    table,sets = read_feature_sets(run, config.layer, reference=config.features)
+    sets = {name: zscore(x) for name,x in sets.items()}
+    known,skipped = known_targets(table, hide_labels(neurons, config.labelled))
     if not len(known.columns): raise ImputeError('\n  '.join(['there is no trait to learn:'] + skipped))
     pre,post = table.pre_root_id.to_numpy(),table.post_root_id.to_numpy()
     def one(t):
         y = known[t.name].to_numpy()
-        own = sets | dict(morphometrics=np.delete(sets['morphometrics'], [i for i,c in enumerate(baseline) if c == t.column], 1))
-        scores,out,params = judge(t, own, y, pre, post, config)
+        own = sets | dict(morphometrics=np.delete(sets['morphometrics'], [i for i,c in enumerate(MORPHOMETRIC_COLUMNS) if c == t.column], 1))
+        scores,out,params = cross_validate_trait(t, own, y, pre, post, config)
         at,x = np.isfinite(y),own[config.features]
         model = model_for(t, **config.model, params=params).fit(x[at], y[at], (pre if t.side == 'pre' else post)[at])
         names = [f'p_{t.name}'] if t.is_type else [f'{t.name}_{o}' for o in ('mean', 'sd', 'lo90', 'hi90')]
         return scores,dict(zip(names, predictions(model, x, y[at].mean()).T)),dict(zip(names, out.T)) | {t.name: y}
-    learnt,imputed,apart,judged = [t for t in traits if t.name in known],dict(id=table.id.to_numpy()),dict(id=table.id.to_numpy()),[]
+    learnt,imputed,apart,judged = [t for t in TRAITS if t.name in known],dict(id=table.id.to_numpy()),dict(id=table.id.to_numpy()),[]
     with worker_pool(_at_once(config, known)) as pool:
         for scores,every,out in progress(pool.map(one, learnt), total=len(learnt), desc='impute', unit='trait'):
             imputed |= every; apart |= out
             judged.append(scores)
-    judged,origin = pd.concat(judged, ignore_index=True),made_by(config, source=features_made_by(run, config.features), n_synapses=len(table), neurons=len(neurons))
+    judged,origin = pd.concat(judged, ignore_index=True),provenance(config, source=feature_provenance(run, config.features), n_synapses=len(table), neurons=len(neurons))
     write_table(judged, run/'imputation.parquet', 'imputation', origin)
     write_table(pd.DataFrame(apart), run/'out_of_fold.parquet', 'out of fold', origin)
-    clear = traits_told(judged, config.features)
+    clear = traits_above_chance(judged, config.features)
     write_table(pd.DataFrame(imputed), run/'imputed.parquet', 'imputed', origin | dict(told=clear.index[clear].tolist()))
     return judged,skipped

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
-from ..core import Strict, SynapseCLRError, made_by, threads
+from ..core import Strict, SynapseCLRError, provenance, threads
 from .embed import coordinates
-from ..data.tables import read_tag, write_table
-from ..metrics import interval, neuron_bootstrap
+from ..data.tables import read_metadata, write_table
+from ..metrics import percentile_interval, cluster_bootstrap
 
 # %% auto #0
 __all__ = ['measured', 'imputed', 'nuisance', 'ManifoldError', 'umap_pca', 'axis_correlations', 'grid_of_examples',
@@ -58,9 +58,9 @@ def axis_correlations(
         use = np.isfinite(y)
         if use.sum() < 3: continue
         scores = list(along[use].T)
-        draws = neuron_bootstrap(_rank_correlation, y[use], scores, neuron[use], n_draws)
+        draws = cluster_bootstrap(_rank_correlation, y[use], scores, neuron[use], n_draws)
         for i,x in enumerate(scores):
-            lo,hi = interval(draws[:, i])
+            lo,hi = percentile_interval(draws[:, i])
             rows.append(dict(axis=i+1, annotation=name, rho=_rank_correlation(y[use], x), lo95=lo, hi95=hi, n=int(use.sum())))
     return pd.DataFrame(rows, columns=['axis', 'annotation', 'rho', 'lo95', 'hi95', 'n'])
 
@@ -108,13 +108,13 @@ class ManifoldConfig(Strict):
     rows: pydantic.PositiveInt = 5
 
 def annotations_of(
-    table: pd.DataFrame, # From `run_table`
+    table: pd.DataFrame, # From `read_results`
 ) -> pd.DataFrame: # Numbers alone
     "The annotations that a run has"
     return table[[c for c in measured + imputed + nuisance if c in table]].astype(float)
 
 def axes_of(
-    table: pd.DataFrame, # From `run_table`, without defects
+    table: pd.DataFrame, # From `read_results`, without defects
     config: ManifoldConfig|None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # For each synapse of an island `id`, `island`, `dimensions`, `pc_1` ...; and correlations with `island`, `dimensions`, `variance` of the axis
     "Axes of all islands. Raises `ManifoldError` without a map, or if no island is large enough"
@@ -138,13 +138,13 @@ def axes_of(
 @threads(1)
 def manifold(
     run: str|Path, # Run folder, embedded
-    table: pd.DataFrame, # From `run_table`, without defects
+    table: pd.DataFrame, # From `read_results`, without defects
     config: ManifoldConfig|None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # From `axes_of`
     "Write `run/axes.parquet`, `run/axis_correlations.parquet` and `run/islands.parquet`"
     run,config = Path(run),config or ManifoldConfig()
     places,found = axes_of(table, config)
-    origin = made_by(config, source=read_tag(run/'map.parquet')['made_by'].get('source'), n_synapses=len(table))
+    origin = provenance(config, source=read_metadata(run/'map.parquet')['provenance'].get('source'), n_synapses=len(table))
     write_table(places, run/'axes.parquet', 'axes', origin)
     write_table(found, run/'axis_correlations.parquet', 'axis correlations', origin)
     write_table(island_summary(annotations_of(table), table.island.to_numpy()), run/'islands.parquet', 'islands', origin)

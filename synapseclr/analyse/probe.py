@@ -7,19 +7,19 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import threads
-from .query import mean_average_precision, retrieval
-from ..data.features import feature_sets, standardised
+from .query import mean_average_precision, average_precision_per_query
+from ..data.features import read_feature_sets, zscore
 from ..data.store import ChunkStore
-from ..metrics import auc, explained_variance, interval, neuron_bootstrap, out_of_fold
+from ..metrics import roc_auc, explained_variance, percentile_interval, cluster_bootstrap, cross_val_predict_by_neuron
 
 # %% auto #0
-__all__ = ['questions', 'brightness_of', 'tell', 'what_features_tell']
+__all__ = ['probe_targets', 'mean_intensity', 'probe_feature_sets', 'probe_run']
 
 # %% ../../nbs/analyse/03_probe.ipynb #38d26575
-def questions(
+def probe_targets(
     table: pd.DataFrame, # Synapses, annotated
     neurons: pd.DataFrame|None = None, # From `read_neurons`, for the types
-    brightness: np.ndarray|None = None, # `(N,)` from `brightness_of`
+    brightness: np.ndarray|None = None, # `(N,)` from `mean_intensity`
 ) -> list[tuple[str, str, np.ndarray]]: # Question, `nuisance` or `biology`, and values: bool-like 0 and 1 for a type
     "What is to be read off features"
     found = [('angle to sections', 'nuisance', table.cleft_cos_z), ('missing sections', 'nuisance', table.n_blank_sections)]
@@ -32,7 +32,7 @@ def questions(
     found += [(f'{side}synaptic mitochondrion', 'biology', (table[f'{side}_mito_um3'] > 0).where(table[f'{side}_mito_um3'].notna())) for side in ('pre', 'post')]
     return [(name, kind, np.asarray(values, float)) for name,kind,values in found]
 
-def brightness_of(
+def mean_intensity(
     store: ChunkStore,
     ids: np.ndarray, # Synapses
 ) -> np.ndarray: # Grey value
@@ -44,7 +44,7 @@ def brightness_of(
     return np.concatenate([one(some) for some in np.array_split(rows, max(1, len(rows)//256))])
 
 # %% ../../nbs/analyse/03_probe.ipynb #ac087bbf
-def tell(
+def probe_feature_sets(
     table: pd.DataFrame, # Synapses
     sets: dict[str, np.ndarray], # Kinds of features, `(N, d)` each
     asked: list[tuple[str, str, np.ndarray]], # From `questions`
@@ -57,30 +57,30 @@ def tell(
         at = np.flatnonzero(np.isfinite(y))
         if len(at) < least or len(np.unique(y[at])) < 2: continue
         is_type = set(np.unique(y[at])) <= {0., 1.} and about == 'biology'
-        values,statistic = (y[at] > .5, auc) if is_type else (y[at], explained_variance)
-        scores = [out_of_fold(x[at], values, pre[at], post[at]) for x in sets.values()]
-        draws = neuron_bootstrap(statistic, values, scores, pre[at], n_draws)
+        values,statistic = (y[at] > .5, roc_auc) if is_type else (y[at], explained_variance)
+        scores = [cross_val_predict_by_neuron(x[at], values, pre[at], post[at]) for x in sets.values()]
+        draws = cluster_bootstrap(statistic, values, scores, pre[at], n_draws)
         for i,name in enumerate(sets):
-            lo,hi = interval(draws[:, i])
+            lo,hi = percentile_interval(draws[:, i])
             rows.append(dict(question=question, about=about, features=name, score='AUC' if is_type else 'R2', value=statistic(values, scores[i]), lo95=lo, hi95=hi, n=len(at)))
     for name,x in sets.items():
-        found = mean_average_precision(retrieval(standardised(x), pre, table.cleft_id.to_numpy()))
+        found = mean_average_precision(average_precision_per_query(zscore(x), pre, table.cleft_id.to_numpy()))
         rows.append(dict(question='presynaptic neuron', about='both', features=name, score='mAP - chance', n=found['n_queries'],
             **{o: found[m]-found['chance'] for o,m in dict(value='mean_average_precision', lo95='lo95', hi95='hi95').items()}))
     return pd.DataFrame(rows)
 
 @threads(1)
-def what_features_tell(
+def probe_run(
     run: str|Path, # Run folder, extracted and annotated
     neurons: pd.DataFrame|None = None, # From `read_neurons`
     layer: str = 'backbone',
     most: int = 4000, # Synapses that are asked about, at random
     seed: int = 0,
-    first: str|None = None, # As of `feature_sets`
+    reference: str|None = None, # As of `read_feature_sets`
 ) -> pd.DataFrame: # From `tell`
     "One call for a run: all kinds of features, the untrained network and the ruler among them"
-    table,sets = feature_sets(run, layer, first=first)
+    table,sets = read_feature_sets(run, layer, reference=reference)
     some = np.sort(np.random.default_rng(seed).permutation(len(table))[:most])
     table = table.iloc[some]
-    brightness = brightness_of(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
-    return tell(table, {name: x[some] for name,x in sets.items()}, questions(table, neurons, brightness))
+    brightness = mean_intensity(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
+    return probe_feature_sets(table, {name: x[some] for name,x in sets.items()}, probe_targets(table, neurons, brightness))

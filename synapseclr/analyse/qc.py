@@ -10,13 +10,13 @@ import numpy as np, pandas as pd, pydantic
 from scipy.stats import norm
 from sklearn.base import BaseEstimator
 from sklearn.covariance import ledoit_wolf
-from ..core import Strict, SynapseCLRError, made_by, threads
+from ..core import Strict, SynapseCLRError, provenance, threads
 from .embed import Neighbours, read_neighbours
-from ..data.features import feature_sets, features_made_by
+from ..data.features import read_feature_sets, feature_provenance
 from ..data.tables import read_labels, read_table, write_table
 
 # %% auto #0
-__all__ = ['QCError', 'marked_cluster', 'DefectDetector', 'QCConfig', 'remove_defects', 'read_clusters']
+__all__ = ['QCError', 'marked_cluster', 'DefectDetector', 'QCConfig', 'detect_defects', 'read_clusters']
 
 # %% ../../nbs/analyse/04_qc.ipynb #f2483368
 class QCError(SynapseCLRError):
@@ -31,7 +31,7 @@ def marked_cluster(
     "The cluster that holds most of the prompts, and the nearest neighbours of its members"
     member = cluster == np.bincount(cluster[prompts]).argmax()
     removed = member.copy()
-    removed[near.rows[member, :spread]] = True
+    removed[near.indices[member, :spread]] = True
     return removed
 
 # %% ../../nbs/analyse/04_qc.ipynb #b82de378
@@ -39,9 +39,9 @@ class DefectDetector(BaseEstimator):
     "Find synapses like a few that are shown; scikit-learn style"
     def __init__(self,
         fdr: float = .2, # Share of sound synapses among the removed that is put up with
-        placebos: int = 100, # Sets of synapses that it is estimated from, of each kind
+        null_sets: int = 100, # Sets of synapses that it is estimated from, of each kind
         seed: int = 0, # Of these
-    ): self.fdr,self.placebos,self.seed = fdr,placebos,seed
+    ): self.fdr,self.null_sets,self.seed = fdr,null_sets,seed
 
     def fit(self,
         features: np.ndarray, # `(N, d)` of all synapses, the prompts among them
@@ -64,7 +64,7 @@ class DefectDetector(BaseEstimator):
         sample = z(some)
         covariance,_ = ledoit_wolf(sample, assume_centered=True)
         unit = sample/np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), 1e-12)
-        alike = [some[np.argpartition(-(unit@unit[i]), len(prompts)-1)[:len(prompts)]] for i in rng.permutation(len(some))[:self.placebos]]
+        alike = [some[np.argpartition(-(unit@unit[i]), len(prompts)-1)[:len(prompts)]] for i in rng.permutation(len(some))[:self.null_sets]]
         sets = np.stack([prompts, *alike, *(rng.choice(rest, len(prompts), replace=False) for _ in alike)])
         directions = np.linalg.solve(covariance + 1e-9*np.eye(len(covariance)), z(sets).mean(1).T)
         s = sample@directions
@@ -122,19 +122,19 @@ class QCConfig(Strict):
     clean: list[int] = [] # Ids of sound ones, if known; with the ones called `clean` there
     rule: Literal['score', 'cluster'] = 'score' # The scored rule, or the paper's
     fdr: float = pydantic.Field(.2, gt=0, lt=1) # Of the scored rule: share of sound synapses among the removed that is put up with
-    features: str = 'trained' # Which kind, as of `feature_sets`
+    features: str = 'trained' # Which kind, as of `read_feature_sets`
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
     play: pydantic.NonNegativeInt = 0 # With a phantom: so many of its defects are marked, as a person would
 
 @threads(1)
-def remove_defects(
+def detect_defects(
     run: str|Path, # Run folder, embedded
     config: QCConfig|None = None,
     marked: list[int]|tuple = (), # More prompts
 ) -> pd.DataFrame: # `id`, `score`, `fdr`, `prompt`, `removed`
     "Judge every synapse, and write `run/defects.parquet`. Raises `QCError` for ids that are not in the run, or no prompts"
     run,config = Path(run),config or QCConfig()
-    table,sets = feature_sets(run, config.layer, [config.features], removed=True)
+    table,sets = read_feature_sets(run, config.layer, [config.features], include_defects=True)
     x,ids = sets[config.features],table.id.to_numpy()
     said = read_labels(run/'labels.csv')
     prompts,clean = (sorted({*given, *(i for i,label in said.items() if label == name)}) for name,given in dict(defect=[*config.prompts, *marked], clean=config.clean).items())
@@ -146,7 +146,7 @@ def remove_defects(
     removed[detector.prompts_] = True
     removed &= ~np.isin(ids, clean)
     found = pd.DataFrame(dict(id=ids, score=score, fdr=detector.false_discovery_rate(score), prompt=np.isin(ids, prompts), removed=removed))
-    write_table(found, run/'defects.parquet', 'defects', made_by(config, source=features_made_by(run, config.features), prompts=prompts, clean=clean, n_synapses=len(ids)))
+    write_table(found, run/'defects.parquet', 'defects', provenance(config, source=feature_provenance(run, config.features), prompts=prompts, clean=clean, n_synapses=len(ids)))
     return found
 
 def read_clusters(

@@ -9,13 +9,13 @@ from typing import Literal
 import faiss, numpy as np, pandas as pd
 from sklearn.preprocessing import normalize
 from ..core import Strict, SynapseCLRError, threads
-from ..data.results import run_table
-from ..data.features import feature_sets, standardised
+from ..data.results import read_results
+from ..data.features import read_feature_sets, zscore
 from ..data.tables import read_table
 
 # %% auto #0
-__all__ = ['QueryError', 'SimilarityIndex', 'retrieval', 'chance_precision', 'mean_average_precision', 'gain', 'QueryConfig',
-           'compare_retrieval', 'similar']
+__all__ = ['QueryError', 'SimilarityIndex', 'average_precision_per_query', 'chance_precision', 'mean_average_precision',
+           'paired_gain', 'QueryConfig', 'compare_retrieval', 'find_similar']
 
 # %% ../../nbs/analyse/02_query.ipynb #e29f5ec8
 class QueryError(SynapseCLRError):
@@ -70,7 +70,7 @@ class SimilarityIndex:
         return pd.DataFrame(dict(id=self.ids[rows], distance=distance/2 if self.metric == 'cosine' else distance**.5))
 
 # %% ../../nbs/analyse/02_query.ipynb #7620c648
-def retrieval(
+def average_precision_per_query(
     features: np.ndarray, # `(N, d)`
     groups: np.ndarray, # `(N,)` what a hit has in common: the neurite
     exclude: np.ndarray|None = None, # `(N,)` synapses that share this are not compared: the cleft
@@ -110,7 +110,7 @@ def mean_average_precision(
     return dict(mean_average_precision=by_group.average_precision.mean(), lo95=lo, hi95=hi, chance=by_group.chance.mean(), n_groups=len(values), n_queries=len(found))
 
 # %% ../../nbs/analyse/02_query.ipynb #f62da195
-def gain(
+def paired_gain(
     found: pd.DataFrame, than: pd.DataFrame, # From `retrieval`, on the same synapses
     seed: int = 0, n_bootstrap: int = 2000,
 ) -> tuple[float, float, float]: # Mean over groups, and its 95 % interval
@@ -133,30 +133,30 @@ def compare_retrieval(
     layer: str = 'backbone',
 ) -> pd.DataFrame: # One row per kind of features and set of synapses; `trained_leads` is by how much the trained features are better
     "Mean average precision over presynaptic neurites, pairs of one cleft excluded"
-    table,sets = feature_sets(run, layer, ['trained', 'untrained', 'morphometrics'])
-    sets['morphometrics'] = standardised(sets['morphometrics'])
+    table,sets = read_feature_sets(run, layer, ['trained', 'untrained', 'morphometrics'])
+    sets['morphometrics'] = zscore(sets['morphometrics'])
     strict = (table.blank_fraction < .1).to_numpy()
     subsets = {'all kept': np.ones(len(table), bool)} | ({'less than 10 % blank': strict} if 0 < strict.sum() < len(table) else {})
     rows = []
     for subset,which in subsets.items():
-        found = {name: retrieval(x[which], table.pre_root_id[which].to_numpy(), table.cleft_id[which].to_numpy()) for name,x in sets.items()}
+        found = {name: average_precision_per_query(x[which], table.pre_root_id[which].to_numpy(), table.cleft_id[which].to_numpy()) for name,x in sets.items()}
         for name,f in found.items():
             if not len(f): continue
-            lead = dict(zip(('trained_leads', 'leads_lo95', 'leads_hi95'), gain(found['trained'], f)))
+            lead = dict(zip(('trained_leads', 'leads_lo95', 'leads_hi95'), paired_gain(found['trained'], f)))
             rows.append(dict(synapses=subset, features=name) | mean_average_precision(f) | lead)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/analyse/02_query.ipynb #02933198
-def similar(
+def find_similar(
     run: str|Path, # Run folder, extracted and annotated
     what: int|list[int]|np.ndarray, # As of `SimilarityIndex.query`
     k: int = 10, # How many
     where: str = '', # Only among synapses of which this is true: `p_inhibitory_pre > .5 and island == 0`
-    features: str = 'trained', metric: str = 'cosine', # As of `feature_sets` and `SimilarityIndex`
-) -> pd.DataFrame: # Rows of `run_table`, the nearest first, with their `distance`; with `neuroglancer`, if the run has been exported
+    features: str = 'trained', metric: str = 'cosine', # As of `read_feature_sets` and `SimilarityIndex`
+) -> pd.DataFrame: # Rows of `read_results`, the nearest first, with their `distance`; with `neuroglancer`, if the run has been exported
     "Synapses that look alike. Raises `QueryError` if `where` cannot be understood"
-    table,sets = feature_sets(run, names=[features])
-    known,links = run_table(run, removed=False),Path(run)/'table.parquet'
+    table,sets = read_feature_sets(run, names=[features])
+    known,links = read_results(run, include_defects=False),Path(run)/'table.parquet'
     if links.exists() and 'neuroglancer' in (shown := read_table(links, 'table')): known = known.merge(shown[['id', 'neuroglancer']], on='id', how='left')
     try: allowed = known.query(where).id.to_numpy() if where else None
     except Exception as e: raise QueryError(f"where = '{where}': {e}; columns are {', '.join(known.columns)}") from None

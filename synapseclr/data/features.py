@@ -7,12 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow.parquet as pq
 from ..core import SynapseCLRError
-from .results import baseline, kept_synapses
-from .tables import read_tag
+from .results import MORPHOMETRIC_COLUMNS, read_kept
+from .tables import read_metadata
 
 # %% auto #0
-__all__ = ['known_nuisances', 'FeatureError', 'read_features', 'kind_of', 'features_made_by', 'without', 'feature_sets',
-           'standardised']
+__all__ = ['NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'parse_feature_name', 'feature_provenance', 'regress_out',
+           'read_feature_sets', 'zscore']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
 class FeatureError(SynapseCLRError):
@@ -25,17 +25,17 @@ def read_features(
     "Read one layer for all synapses. Raises `FeatureError` naming the file if any are missing, there twice, or not finite"
     paths = sorted(Path(folder).glob('*.parquet'))
     if not paths: raise FeatureError(f"{folder}: there are no features; make them with `synapseclr extract`")
-    tags = {p: read_tag(p) for p in paths}
+    tags = {p: read_metadata(p) for p in paths}
     for p,tag in tags.items():
         if tag.get('format') != 'features': raise FeatureError(f"{p}: not a feature file of synapseclr")
-        first = tags[paths[0]]['made_by']
-        if other := [k for k in first | tag['made_by'] if first.get(k) != tag['made_by'].get(k)]:
+        first = tags[paths[0]]['provenance']
+        if other := [k for k in first | tag['provenance'] if first.get(k) != tag['provenance'].get(k)]:
             raise FeatureError(f"{p}: made from other {', '.join(other)} than {paths[0].name}; finish the folder with `synapseclr extract`")
     if layer not in (layers := pq.read_schema(paths[0]).names[1:]): raise FeatureError(f"{folder}: there is no layer '{layer}'; there are {', '.join(layers)}")
     tables = [pq.read_table(p, columns=['id', layer]) for p in paths]
     ids = np.concatenate([t['id'].to_numpy() for t in tables])
     values = np.concatenate([t[layer].combine_chunks().flatten().to_numpy().reshape(len(t), -1) for t in tables])
-    n,file = tags[paths[0]]['made_by']['n_synapses'],np.repeat(paths, [len(t) for t in tables])
+    n,file = tags[paths[0]]['provenance']['n_synapses'],np.repeat(paths, [len(t) for t in tables])
     unique,first_row = np.unique(ids, return_index=True)
     if len(unique) < len(ids):
         twice = np.delete(np.arange(len(ids)), first_row)[0]
@@ -45,27 +45,27 @@ def read_features(
     return ids,values
 
 # %% ../../nbs/data/05_features.ipynb #45e7cc2d
-known_nuisances = dict(angle='cleft_cos_z', blanks='n_blank_sections', depth='ctr_z_nm') # What features can be asked for without, and the column that has it
+NUISANCE_COLUMNS = dict(angle='cleft_cos_z', blanks='n_blank_sections', depth='ctr_z_nm') # What features can be asked for without, and the column that has it
 
-def kind_of(
+def parse_feature_name(
     features: str, # `NAME`, or `NAME without NUISANCE`
 ) -> tuple[str, str]: # Which features, and the nuisance, if any
     "Take the name of a kind of features apart. Raises `FeatureError` for an unknown nuisance"
     name,_,nuisance = features.partition(' without ')
-    if nuisance and nuisance not in known_nuisances: raise FeatureError(f"features '{features}': they can be had without {', '.join(known_nuisances)}, not without '{nuisance}'")
+    if nuisance and nuisance not in NUISANCE_COLUMNS: raise FeatureError(f"features '{features}': they can be had without {', '.join(NUISANCE_COLUMNS)}, not without '{nuisance}'")
     return name,nuisance
 
-def features_made_by(
+def feature_provenance(
     run: str|Path, # Run folder, extracted and annotated
-    features: str, # Kind, as of `feature_sets`
-) -> dict: # As of `made_by`
+    features: str, # Kind, as of `read_feature_sets`
+) -> dict: # As of `provenance`
     "What made some features: weights, views, precision; for the record of what is made from them. Raises `FeatureError` if they are not there"
-    name = kind_of(features)[0]
+    name = parse_feature_name(features)[0]
     pattern = dict(morphometrics='synapses.parquet', trained='features/*.parquet').get(name, f'features_{name}/*.parquet')
     if not (paths := sorted(Path(run).glob(pattern))): raise FeatureError(f"{run}: there are no features '{name}'")
-    return read_tag(paths[0])['made_by']
+    return read_metadata(paths[0])['provenance']
 
-def without(
+def regress_out(
     x: np.ndarray, # `(N, d)` features
     nuisance: np.ndarray, # `(N,)` what is known of the imaging; where it is not, it counts as the mean
 ) -> np.ndarray: # `(N, d)`
@@ -74,35 +74,35 @@ def without(
     design = np.stack([np.ones_like(z), z, z**2], 1)
     return (x - design@np.linalg.lstsq(design, x, rcond=None)[0]).astype(x.dtype)
 
-def feature_sets(
+def read_feature_sets(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone', # Or `hidden`, `projection`
     names: list[str]|None = None, # Which kinds; all that lie in the run folder if None
-    removed: bool = False, # As of `kept_synapses`
-    first: str|None = None, # A kind that all others are put after
+    include_defects: bool = False, # As of `read_kept`
+    reference: str|None = None, # A kind that all others are put after
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses, and `(N, d)` float features of each kind
-    """Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms); each also `without` one of `known_nuisances`, fitted to all synapses that fetch kept.
+    """Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms); each also `without` one of `NUISANCE_COLUMNS`, fitted to all synapses that fetch kept.
     Raises `FeatureError` naming the folder if one describes other synapses than the table"""
-    run,every = Path(run),kept_synapses(run, removed=True)
-    table = every if removed else kept_synapses(run)
+    run,every = Path(run),read_kept(run, include_defects=True)
+    table = every if include_defects else read_kept(run)
     folders = {'trained': run/'features'} | {p.name.removeprefix('features_'): p for p in sorted(run.glob('features_*'))}
     known = [*folders, 'morphometrics']
-    names = list(dict.fromkeys([*([first] if first else []), *(names or known)]))
-    if absent := [n for n in names if kind_of(n)[0] not in known]: raise FeatureError(f"{run}: there are no features '{absent[0]}'; there are {', '.join(known)}")
+    names = list(dict.fromkeys([*([reference] if reference else []), *(names or known)]))
+    if absent := [n for n in names if parse_feature_name(n)[0] not in known]: raise FeatureError(f"{run}: there are no features '{absent[0]}'; there are {', '.join(known)}")
     def described(name):
-        if name == 'morphometrics': return np.log1p(every[baseline].fillna(0).to_numpy())
+        if name == 'morphometrics': return np.log1p(every[MORPHOMETRIC_COLUMNS].fillna(0).to_numpy())
         ids,x = read_features(folders[name], layer)
         rows = pd.Index(ids).get_indexer(every.id)
         if len(lost := every.id[rows < 0]): raise FeatureError(f"{folders[name]}: nothing about {len(lost)} synapses of the table, such as {lost.iloc[0]}; extract again")
         return x[rows]
     sets,rows = {},pd.Index(every.id).get_indexer(table.id)
     for n in names:
-        name,nuisance = kind_of(n)
+        name,nuisance = parse_feature_name(n)
         x = described(name)
-        sets[n] = (without(x, every[known_nuisances[nuisance]].to_numpy(float)) if nuisance else x)[rows]
+        sets[n] = (regress_out(x, every[NUISANCE_COLUMNS[nuisance]].to_numpy(float)) if nuisance else x)[rows]
     return table,sets
 
-def standardised(
+def zscore(
     x: np.ndarray, # `(N, d)`
 ) -> np.ndarray: # `(N, d)`, each number with mean 0 and sd 1; a constant one is 0
     "z-scored features"

@@ -11,48 +11,48 @@ from ..core import SynapseCLRError
 from .tables import TableError, read_table
 
 # %% auto #0
-__all__ = ['baseline', 'parts', 'kept_synapses', 'JoinError', 'run_table']
+__all__ = ['MORPHOMETRIC_COLUMNS', 'RESULT_FILES', 'read_kept', 'ResultError', 'read_results']
 
 # %% ../../nbs/data/04_results.ipynb #3c31aebf
-baseline = ['pre_um3', 'cleft_um3', 'post_um3', 'pre_mito_um3', 'post_mito_um3', 'contact_um2', 'cleft_planarity'] # The ruler's view of a synapse
+MORPHOMETRIC_COLUMNS = ['pre_um3', 'cleft_um3', 'post_um3', 'pre_mito_um3', 'post_mito_um3', 'contact_um2', 'cleft_planarity'] # The ruler's view of a synapse
 
-def kept_synapses(
+def read_kept(
     run: str|Path, # Run folder, annotated
-    removed: bool = False, # Also those that quality control removed
+    include_defects: bool = False, # Also those that quality control removed
 ) -> pd.DataFrame: # Rows of the synapse table
     "The synapses that count"
     run = Path(run)
     table = read_table(run/'synapses.parquet', 'synapses')
-    if lost := [c for c in baseline if c not in table]: raise TableError(f"{run/'synapses.parquet'}: no column {lost[0]}; run `synapseclr annotate` first")
+    if lost := [c for c in MORPHOMETRIC_COLUMNS if c not in table]: raise TableError(f"{run/'synapses.parquet'}: no column {lost[0]}; run `synapseclr annotate` first")
     keep = table.reject_reason == ''
-    if not removed and (run/'defects.parquet').exists():
+    if not include_defects and (run/'defects.parquet').exists():
         defects = read_table(run/'defects.parquet', 'defects')
         keep &= ~table.id.isin(defects.id[defects.removed])
     return table[keep].reset_index(drop=True)
 
-parts = dict(map='map', defects='defects', imputed='imputed', synapse_types='synapse types') # Files in a run folder, and their formats
+RESULT_FILES = dict(map='map', defects='defects', imputed='imputed', synapse_types='synapse types') # Files in a run folder, and their formats
 
-class JoinError(SynapseCLRError):
+class ResultError(SynapseCLRError):
     "Tables of a run do not fit together"
 
-def run_table(
+def read_results(
     run: str|Path, # Run folder, annotated
     neurons: pd.DataFrame|None = None, # From `read_neurons`
-    removed: bool = True, # Also synapses that quality control removed; nothing is imputed for them
-    names: Iterable[str] = tuple(parts), # Which tables to join
+    include_defects: bool = True, # Also synapses that quality control removed; nothing is imputed for them
+    names: Iterable[str] = tuple(RESULT_FILES), # Which tables to join
 ) -> pd.DataFrame: # Rows in the order of the synapse table
-    "All that is known of each synapse. Raises `JoinError` naming the file that has nothing about a synapse"
+    "All that is known of each synapse. Raises `ResultError` naming the file that has nothing about a synapse"
     run = Path(run)
-    table = kept_synapses(run, removed)
-    sound = set(kept_synapses(run).id)
+    table = read_kept(run, include_defects)
+    sound = set(read_kept(run).id)
     for name in names:
         path = run/f'{name}.parquet'
         if not path.exists(): continue
-        part = read_table(path, parts[name])
+        part = read_table(path, RESULT_FILES[name])
         if name == 'defects': part = part.rename(columns=dict(score='defect_score', fdr='defect_fdr')).drop(columns='prompt')
         if name == 'synapse_types': part = part.drop(columns=['p_inhibitory_pre', 'p_inhibitory_post']).rename(columns=dict(call_pre='pre_call', call_post='post_call'))
         due = set(table.id) if name in ('map', 'defects') else sound
-        if lost := due-set(part.id): raise JoinError(f"{path}: nothing about {len(lost)} synapses, such as {min(lost)}; run the stage again that makes it")
+        if lost := due-set(part.id): raise ResultError(f"{path}: nothing about {len(lost)} synapses, such as {min(lost)}; run the stage again that makes it")
         table = table.merge(part, on='id', how='left', validate='1:1')
     if neurons is not None:
         about = neurons.set_index('root_id')[[c for c in ('inhibitory', 'cell_type', 'subtype') if c in neurons]]

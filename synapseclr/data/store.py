@@ -11,7 +11,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from ..core import SynapseCLRError
 
 # %% auto #0
-__all__ = ['PRE', 'CLEFT', 'POST', 'MITO', 'EMPTY', 'StoreError', 'Chunk', 'ChunkStore', 'JoinedStores']
+__all__ = ['PRE', 'CLEFT', 'POST', 'MITO', 'EMPTY', 'StoreError', 'Chunk', 'ChunkStore', 'ConcatStore']
 
 # %% ../../nbs/data/03_store.ipynb #31d76529
 PRE,CLEFT,POST,MITO = 1,2,4,8
@@ -44,7 +44,7 @@ class ChunkStore:
         n_places: int, # Synapses that may come
         shape: tuple[int, int, int], # Of a chunk, `(z, y, x)`
         per_shard: int, # Synapses in a shard
-        **about, # What the group says of itself: `voxel_nm`, `made_by` ...
+        **about, # What the group says of itself: `voxel_nm`, `provenance` ...
     ) -> ChunkStore:
         "Make an empty store"
         group = zarr.create_group(path, attributes=dict(format=cls.format, version=cls.version, complete=False, **about))
@@ -139,7 +139,7 @@ def _tensorstore(path: Path, **mode) -> tensorstore.TensorStore:
     return tensorstore.open(dict(driver='zarr3', kvstore=dict(driver='file', path=f'{path.absolute()}/')), **mode).result()
 
 # %% ../../nbs/data/03_store.ipynb #f9da4563
-class JoinedStores:
+class ConcatStore:
     "Stores of the same chunk shape and voxel size, one after the other. Raises `StoreError` if they differ"
     def __init__(self,
         stores: list[ChunkStore], # At least one
@@ -151,7 +151,7 @@ class JoinedStores:
         self.stores,self.voxel_nm = stores,first.voxel_nm
         self.ends = np.cumsum([len(s) for s in stores])
         found = [s.attrs for s in stores]
-        self.attrs = dict(made_by=[a.get('made_by') for a in found])
+        self.attrs = dict(provenance=[a.get('provenance') for a in found])
         if all(a.get('mean') for a in found): self.attrs |= {k: float(np.mean([a[k] for a in found])) for k in ('mean', 'sd')}
 
     def __len__(self) -> int: return int(self.ends[-1])

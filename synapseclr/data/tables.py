@@ -13,9 +13,9 @@ import pyarrow as pa, pyarrow.parquet as pq
 from ..core import SynapseCLRError, atomic
 
 # %% auto #0
-__all__ = ['names', 'centres_nm', 'centres_vx', 'ids', 'neuron_names', 'neuron_types', 'TableError', 'write_table', 'read_tag',
-           'read_table', 'read_arrow', 'read_synapses', 'append_labels', 'read_labels', 'read_ids', 'read_neurons',
-           'untyped_words']
+__all__ = ['COLUMN_ALIASES', 'CENTRE_PATTERNS_NM', 'CENTRE_PATTERNS_VX', 'ID_COLUMNS', 'neuron_names', 'neuron_types',
+           'TableError', 'write_table', 'read_metadata', 'read_table', 'read_arrow', 'read_synapses', 'append_labels',
+           'read_labels', 'read_ids', 'read_neurons', 'unrecognised_cell_types']
 
 # %% ../../nbs/data/02_tables.ipynb #6469e68f
 class TableError(SynapseCLRError):
@@ -25,16 +25,16 @@ def write_table(
     table: pd.DataFrame|pa.Table, # Rows
     path: str|Path, # Parquet file
     format: str, # What kind of table it is, for `read_table`
-    origin: dict, # From `core.made_by`
+    origin: dict, # From `core.provenance`
     version: int = 1, # Of the format
 ):
     "Write `table` as a whole parquet file with its format and origin"
     if isinstance(table, pd.DataFrame): table = pa.Table.from_pandas(table, preserve_index=False)
-    tag = json.dumps(dict(format=format, version=version, made_by=origin))
+    tag = json.dumps(dict(format=format, version=version, provenance=origin))
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), b'synapseclr': tag.encode()})
     with atomic(path) as f: pq.write_table(table, f)
 
-def read_tag(path: str|Path) -> dict:
+def read_metadata(path: str|Path) -> dict:
     "The format, version and origin of a parquet file of ours; empty if it is not one"
     try: metadata = pq.read_schema(path).metadata or {}
     except FileNotFoundError: raise TableError(f"{path}: there is no such file; an earlier stage makes it, `synapseclr run` does all in order") from None
@@ -53,19 +53,19 @@ def read_arrow(
     path: str|Path, format: str, version: int = 1, # As of `read_table`
 ) -> pa.Table: # Rows
     "The same, for columns that hold lists"
-    tag = read_tag(path)
+    tag = read_metadata(path)
     if tag.get('format') != format: raise TableError(f"{path}: holds '{tag.get('format', 'something unknown')}', expected '{format}'")
     if tag['version'] > version: raise TableError(f"{path}: {format} version {tag['version']} is newer than this package knows ({version}); update synapseclr")
     return pq.read_table(path)
 
 # %% ../../nbs/data/02_tables.ipynb #1660be96
-names = dict(
+COLUMN_ALIASES = dict(
     id=['id', 'cleft_segid'], pre_root_id=['pre_root_id', 'presyn_segid', 'pre_pt_root_id'],
     post_root_id=['post_root_id', 'postsyn_segid', 'post_pt_root_id'],
     cleft_id=['cleft_id', 'cleft_segid'], cleft_vx=['cleft_vx', 'vx_count', 'size'])
-centres_nm = ['ctr_{}_nm', 'centroid_{}_nm', 'ctr_pt_{}_nm', 'ctr_pos_{}_nm']
-centres_vx = ['ctr_{}_vx', 'centroid_{}_vx', 'ctr_pos_{}_vx', 'ctr_pt_{}_vx', 'ctr_pt_position_{}']
-ids = ['id', 'pre_root_id', 'post_root_id']
+CENTRE_PATTERNS_NM = ['ctr_{}_nm', 'centroid_{}_nm', 'ctr_pt_{}_nm', 'ctr_pos_{}_nm']
+CENTRE_PATTERNS_VX = ['ctr_{}_vx', 'centroid_{}_vx', 'ctr_pos_{}_vx', 'ctr_pt_{}_vx', 'ctr_pt_position_{}']
+ID_COLUMNS = ['id', 'pre_root_id', 'post_root_id']
 
 # %% ../../nbs/data/02_tables.ipynb #be867fcf
 def _load(path: Path) -> pd.DataFrame:
@@ -78,7 +78,7 @@ def _load(path: Path) -> pd.DataFrame:
 
 def _centre_columns(table: pd.DataFrame) -> tuple[list[str], bool]:
     "The columns with x, y and z of the centre, and whether they are in voxels; none if there are none"
-    for patterns,in_vx in ((centres_nm, False), (centres_vx, True)):
+    for patterns,in_vx in ((CENTRE_PATTERNS_NM, False), (CENTRE_PATTERNS_VX, True)):
         for p in patterns:
             columns = [p.format(a) for a in 'xyz']
             if set(columns) <= set(table): return columns,in_vx
@@ -86,7 +86,7 @@ def _centre_columns(table: pd.DataFrame) -> tuple[list[str], bool]:
 
 def _centres(table: pd.DataFrame, columns: list[str], scale) -> np.ndarray|str:
     "Centres in nm, `(n, 3)` as x, y, z, or what is wrong with them"
-    if not columns: return f"no columns with the centre of the cleft: one of {', '.join(p.format('x') for p in centres_nm + centres_vx)}, and the same for y and z"
+    if not columns: return f"no columns with the centre of the cleft: one of {', '.join(p.format('x') for p in CENTRE_PATTERNS_NM + CENTRE_PATTERNS_VX)}, and the same for y and z"
     if scale is None: return f"positions are in voxels ({', '.join(columns)}): state the size of these voxels (table_voxel_nm)"
     try: return table[columns].to_numpy(np.float64) * scale[::-1]
     except (TypeError, ValueError): return f"columns {', '.join(columns)}: not numbers"
@@ -118,14 +118,14 @@ def read_synapses(
     path = Path(path)
     table = _renamed(path, _load(path), columns or {})
     if not len(table): raise TableError(f"{path}: no rows")
-    found = {ours: next((c for c in theirs if c in table), None) for ours,theirs in names.items()}
-    problems = [f"no column for {o} (one of {', '.join(names[o])})" for o in ids if found[o] is None]
-    unfit = {o: _id_problem(o, table[found[o]]) for o in ids if found[o]}
+    found = {ours: next((c for c in theirs if c in table), None) for ours,theirs in COLUMN_ALIASES.items()}
+    problems = [f"no column for {o} (one of {', '.join(COLUMN_ALIASES[o])})" for o in ID_COLUMNS if found[o] is None]
+    unfit = {o: _id_problem(o, table[found[o]]) for o in ID_COLUMNS if found[o]}
     problems += [o for o in unfit.values() if o]
     if (c := found['cleft_id']) and c != found['id'] and _whole(table[c]) is None: problems.append(_id_problem('cleft_id', table[c]))
     if found['id'] and not unfit['id'] and (twice := table[found['id']].duplicated()).any():
         problems.append(f"column {found['id']}: ids that came before in {_examples(twice)}" + ('; give synapses that share a cleft ids of their own, in a column id' if found['id'] != 'id' else ''))
-    if not any(unfit.get(o, True) for o in ids[1:]) and (self := table[found['pre_root_id']] == table[found['post_root_id']]).any():
+    if not any(unfit.get(o, True) for o in ID_COLUMNS[1:]) and (self := table[found['pre_root_id']] == table[found['post_root_id']]).any():
         problems.append(f"pre and post are the same cell in {_examples(self)}")
     at,in_vx = _centre_columns(table)
     centres = _centres(table, at, voxel_nm if in_vx else (1, 1, 1))
@@ -140,7 +140,7 @@ def read_synapses(
 
 def _renamed(path: Path, table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     "`table` with our names"
-    known = [*names, *(p.format(a) for p in centres_nm + centres_vx for a in 'xyz')]
+    known = [*COLUMN_ALIASES, *(p.format(a) for p in CENTRE_PATTERNS_NM + CENTRE_PATTERNS_VX for a in 'xyz')]
     wrong = [f"columns.{o}: is not one of {', '.join(known)}" for o in columns if o not in known]
     wrong += [f"columns.{o}: the table has no column '{c}'" for o,c in columns.items() if c not in table]
     if wrong: raise TableError('\n  '.join([f"{path}: cannot be used:"] + wrong + [_has(table)]))
@@ -245,7 +245,7 @@ def read_neurons(
     rest = table.drop(columns=[c for c in {found['root_id'], *soma} if c in table])
     return pd.concat([ours, rest], axis=1)[~root.duplicated()].reset_index(drop=True)
 
-def untyped_words(
+def unrecognised_cell_types(
     neurons: pd.DataFrame, # From `read_neurons`
 ) -> pd.Series: # How many cells have each
     "What is said of cells in words that are not among `neuron_types`"

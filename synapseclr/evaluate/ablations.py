@@ -9,24 +9,24 @@ from pathlib import Path
 import pandas as pd
 from ..learn.views import AugmentConfig, CubeConfig
 from ..core import Strict, read_config
-from .truth import known_synapses, score_nuisances, score_targets
+from .truth import load_with_truth, score_nuisances, score_targets
 from ..learn.extract import extract
 from ..learn.model import SynapseNet, load_weights
 from ..data.store import ChunkStore
-from ..learn.train import TrainConfig, measured, train
+from ..learn.train import TrainConfig, with_dataset_statistics, train
 
 # %% auto #0
-__all__ = ['TrialConfig', 'trial', 'score_trials']
+__all__ = ['AblationConfig', 'run_ablation', 'score_ablations']
 
 # %% ../../nbs/evaluate/03_ablations.ipynb #fc1f7a72
-class TrialConfig(Strict):
+class AblationConfig(Strict):
     "The part of a run's configuration that a trial can change"
     cube: CubeConfig = CubeConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
     model_config = dict(extra='ignore')
 
-def trial(
+def run_ablation(
     name: str, # What to call it
     config: str|Path, # TOML file of a run
     overrides: list[str], # `section.key=value`: what is tried
@@ -36,23 +36,23 @@ def trial(
     views: int = 1, # See `extract`
 ):
     "Train with some changes, and describe another volume; what is done already is not done again"
-    c,folder = read_config(TrialConfig, config, overrides),Path(out)/name
+    c,folder = read_config(AblationConfig, config, overrides),Path(out)/name
     if learn_from:
         folder.mkdir(parents=True, exist_ok=True)
         for o in ('chunks.zarr', 'synapses.parquet'):
             if not (folder/o).exists(): os.symlink((Path(learn_from)/o).resolve(), folder/o)
         net,about = load_weights(train(folder, c.train, c.augment, c.cube))
         law = AugmentConfig(**about['augment'])
-    else: net,law = SynapseNet(c.train.model, c.train.seed),measured(c.augment, ChunkStore.open(Path(read_on)/'chunks.zarr'))
+    else: net,law = SynapseNet(c.train.model, c.train.seed),with_dataset_statistics(c.augment, ChunkStore.open(Path(read_on)/'chunks.zarr'))
     extract(read_on, net, law, c.cube, f'features_{name}', views=views)
 
-def score_trials(
+def score_ablations(
     names: list[str], # Trials that have described the volume
     read_on: str|Path, # Run folder
     phantom: str|Path, # Folder of its phantom
 ) -> pd.DataFrame: # A row for each trial, and for what is always compared: masks, intensities, the generator's own latents
     "What each description knows of biology and of imaging"
-    everything,sets = known_synapses([(read_on, phantom)], {n: f'features_{n}' for n in names})
+    everything,sets = load_with_truth([(read_on, phantom)], {n: f'features_{n}' for n in names})
     sound = (everything.defect == '').to_numpy()
     table,sets = everything[sound].reset_index(drop=True),{k: x[sound] for k,x in sets.items()}
     targets = score_targets(table, sets).set_index(['target', 'within', 'features']).value.sort_index()

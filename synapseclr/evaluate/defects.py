@@ -7,16 +7,16 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..analyse.embed import Neighbours, read_neighbours
-from ..data.results import kept_synapses
+from ..data.results import read_kept
 from ..analyse.qc import DefectDetector, QCConfig, QCError, marked_cluster, read_clusters
-from ..data.features import feature_sets
-from ..metrics import precision_at
+from ..data.features import read_feature_sets
+from ..metrics import average_precision
 
 # %% auto #0
-__all__ = ['judge_detection', 'judge_run', 'marked_by_eye']
+__all__ = ['benchmark_detection', 'benchmark_run', 'sample_true_defects']
 
 # %% ../../nbs/evaluate/01_defects.ipynb #69b2b23c
-def judge_detection(
+def benchmark_detection(
     sets: dict[str, np.ndarray], # Kinds of features, `(N, d)` each
     defect: np.ndarray, # `(N,)` kind of defect, '' for none
     proofread: np.ndarray, # `(N,)` bool
@@ -54,34 +54,34 @@ def _found(score, removed: np.ndarray, y: np.ndarray, proofread: np.ndarray, pro
     precision = {}
     if score is not None:
         first = np.argsort(-score[rest])[:24]
-        precision = dict(average_precision=precision_at(y, score[rest]), at_10_percent=precision_at(y, score[rest], .1), found_in_first_24=y[first].sum()/max(y.sum(), 1))
+        precision = dict(average_precision=average_precision(y, score[rest]), at_10_percent=average_precision(y, score[rest], .1), found_in_first_24=y[first].sum()/max(y.sum(), 1))
     share = lambda which: removed[which].mean() if which.any() else np.nan
     return dict(n=int(y.sum())) | precision | dict(removed=removed.mean(), removed_proofread=share(proofread), removed_others=share(~proofread),
         found=share(y), sound_among_removed=(~y[removed]).mean() if removed.any() else np.nan)
 
 # %% ../../nbs/evaluate/01_defects.ipynb #6a171a61
-def judge_run(
+def benchmark_run(
     run: str|Path, # Run folder of a phantom, embedded
     phantom: str|Path, # Its folder
     config: QCConfig|None = None,
     n_draws: int = 20,
-) -> pd.DataFrame: # From `judge_detection`
+) -> pd.DataFrame: # From `benchmark_detection`
     "How well defects of a phantom are found from one, three and five, by each kind of features"
     config = config or QCConfig()
-    table,sets = feature_sets(run, config.layer, removed=True, first=config.features)
+    table,sets = read_feature_sets(run, config.layer, include_defects=True, reference=config.features)
     truth = pd.read_parquet(Path(phantom)/'truth.parquet').set_index('id').loc[table.id]
     checked = pd.read_csv(Path(phantom)/'neurons.csv').set_index('root_id').proofread
     proofread = table.pre_root_id.map(checked).eq(True) & table.post_root_id.map(checked).eq(True)
-    return judge_detection(sets, truth.defect.to_numpy(), proofread.to_numpy(), read_clusters(run, table.id.to_numpy()), read_neighbours(run)[1], fdr=config.fdr, n_draws=n_draws)
+    return benchmark_detection(sets, truth.defect.to_numpy(), proofread.to_numpy(), read_clusters(run, table.id.to_numpy()), read_neighbours(run)[1], fdr=config.fdr, n_draws=n_draws)
 
-def marked_by_eye(
+def sample_true_defects(
     run: str|Path, phantom: str|Path, # Run folder, and folder of its phantom
     n: int, kind: str = 'wrong partner', # How many of which kind, the one that is easiest to see; of the most frequent one if there is none of it
     seed: int = 0,
 ) -> list[int]: # Ids
     "Plays the person who marks defects"
     truth = pd.read_parquet(Path(phantom)/'truth.parquet')
-    kept = truth[truth.id.isin(kept_synapses(run, removed=True).id) & (truth.defect != '')]
+    kept = truth[truth.id.isin(read_kept(run, include_defects=True).id) & (truth.defect != '')]
     if not len(kept): raise QCError(f'{phantom}: none of the synapses of {run} has a defect')
     if kind not in set(kept.defect): kind = kept.defect.value_counts(sort=False).sort_index().idxmax()
     return kept[kept.defect == kind].id.sample(min(n, (kept.defect == kind).sum()), random_state=seed).tolist()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 from ..learn.augment import Augmenter
-from ..learn.views import AugmentConfig, View, draw_view, random_rotation
+from ..learn.views import AugmentConfig, ViewParameters, sample_view, random_rotation
 from ..core import key
 from ..data.store import CLEFT, POST, PRE
 
@@ -44,7 +44,7 @@ def reference_views(
     voxel_nm, out_size: int, out_voxel_nm: float, k: int, # As for `Augmenter`
 ) -> Tensor: # `(B, 1, D, D, D)`
     "Views of a batch in coupled mode, from library parts"
-    v = draw_view(config, np.random.default_rng(k), em.shape[1])
+    v = sample_view(config, np.random.default_rng(k), em.shape[1])
     x,generator = torch.from_numpy(em).float()/255,torch.Generator().manual_seed(key(k))
     seen = (x > 0) & ~torch.from_numpy(v.cut_sections)[None, :, None, None]
     if config.intensity_p:
@@ -74,7 +74,7 @@ def reference_views(
         active[i] = torch.from_numpy(np.isin(labels, ids[ids > 0]))
     return (x*active[:, None] - config.mean)/config.sd
 
-def _reference_grid(v: View, shape, voxel_nm, size: int, out_voxel_nm: float) -> Tensor:
+def _reference_grid(v: ViewParameters, shape, voxel_nm, size: int, out_voxel_nm: float) -> Tensor:
     "`affine_grid` of a view"
     n,voxel_nm = np.array(shape[1:]),np.array(voxel_nm)
     linear = v.turn*(size-1)/2*out_voxel_nm/voxel_nm[:, None]*2/(n-1)[:, None]
@@ -82,7 +82,7 @@ def _reference_grid(v: View, shape, voxel_nm, size: int, out_voxel_nm: float) ->
     theta = torch.tensor(np.c_[linear[::-1, ::-1], offset[::-1]], dtype=torch.float32).expand(shape[0], 3, 4)
     return F.affine_grid(theta, (shape[0], 1, *[size]*3), align_corners=True)
 
-def _reference_kept(v: View, cleft: Tensor, size: int) -> Tensor:
+def _reference_kept(v: ViewParameters, cleft: Tensor, size: int) -> Tensor:
     "What cutouts leave, sample by sample"
     kept = torch.ones_like(cleft)
     at = torch.stack(torch.meshgrid(*[torch.arange(size)+.5]*3, indexing='ij'), -1)

@@ -9,10 +9,10 @@ from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..ingest.cutout import DataConfig, FetchConfig, centres_vx, fetch_rows, needs_of
+from ..ingest.cutout import DataConfig, FetchConfig, centres_to_voxels, fetch_rows, layer_windows
 from ..ingest.fetch import fetch
 from ..phantom.build import make_phantom
-from ..phantom.connectome import PhantomConfig, sizes
+from ..phantom.connectome import PhantomConfig, SIZES
 from ..ingest.plan import plan_blocks
 from ..data.store import ChunkStore
 from ..data.tables import read_synapses
@@ -134,7 +134,7 @@ def _one_by_one(data: DataConfig, config: FetchConfig, way: str, n: int) -> pd.D
     layers = {o: open_layer(o, getattr(data, o), cache_bytes=256*2**20 if 'cache' in way else 0) for o in ('em', 'cleft', 'seg', 'mito')}
     rows = read_synapses(data.table)
     voxel_nm = layers['em'].voxel_nm
-    block = plan_blocks(needs_of(layers, config), centres_vx(rows, voxel_nm), config.capacity(voxel_nm))
+    block = plan_blocks(layer_windows(layers, config), centres_to_voxels(rows, voxel_nm), config.capacity(voxel_nm))
     rows = rows.iloc[np.argsort(block, kind='stable')[:n] if 'cache' in way else np.random.default_rng(0).permutation(len(rows))[:n]]
     with tempfile.TemporaryDirectory() as folder:
         store = ChunkStore.create(folder, n, config.shapes(voxel_nm)[1], n)
@@ -151,8 +151,8 @@ def bench_fetch(
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        phantom = make_phantom(folder/'phantom', PhantomConfig(seed=3, **sizes['small']))
-        shape,voxel_nm = PhantomConfig(**sizes['small']).shape,PhantomConfig().voxel_nm
+        phantom = make_phantom(folder/'phantom', PhantomConfig(seed=3, **SIZES['small']))
+        shape,voxel_nm = PhantomConfig(**SIZES['small']).shape,PhantomConfig().voxel_nm
         one = len(pd.read_parquet(phantom/'synapses.parquet'))
         copies = (2, 4, -(-n//(8*one)))
         with multiprocessing.get_context('spawn').Pool(1, maxtasksperchild=1) as pool:

@@ -13,9 +13,9 @@ from ..learn.views import AugmentConfig
 from .speed_augment import example_batch, reference_views
 from .speed_train import in_turn, shapes
 from ..core import n_cores, worker_pool
-from ..analyse.embed import layout, leiden, memberships, nearest_neighbours
+from ..analyse.embed import umap_layout, leiden, connectivities, nearest_neighbours
 from ..learn.model import SynapseNet
-from ..learn.precision import features_of, mode_of, plain_mode
+from ..learn.precision import forward_features, mode_of, BASELINE_MODE
 from ..analyse.query import SimilarityIndex
 
 # %% auto #0
@@ -36,7 +36,7 @@ def time_extract(
     net,augmenter = SynapseNet(preset).eval(),Augmenter(law, voxel_nm, size, out_voxel_nm)
     batch = 1 if plain else min(-(-n//2), 16)
     view = partial(reference_views, law, voxel_nm=voxel_nm, out_size=size, out_voxel_nm=out_voxel_nm) if plain else augmenter
-    mode = plain_mode if plain else mode_of('fp32', augmenter.device)
+    mode = BASELINE_MODE if plain else mode_of('fp32', augmenter.device)
     net.channels_last = mode['channels_last']
     def describe(start):
         some,of_views = (em[start:start+batch], mask[start:start+batch]),0.
@@ -44,7 +44,7 @@ def time_extract(
             begun = time.perf_counter()
             x = view(em=some[0], mask=some[1], k=v) if plain else view(*some, v)
             of_views += time.perf_counter()-begun
-            features_of(net, x, mode)
+            forward_features(net, x, mode)
         return of_views
     workers = 1 if plain else n_cores()
     with ThreadPoolExecutor(1) if plain else worker_pool(workers) as pool:
@@ -90,9 +90,9 @@ def time_map(
     lap('make')
     near = nearest_neighbours(x, k)
     lap('neighbours')
-    graph = memberships(near, umap_k)
+    graph = connectivities(near, umap_k)
     lap('graph')
-    layout(graph, x)
+    umap_layout(graph, x)
     lap('umap')
     del graph
     leiden(near)

@@ -14,9 +14,9 @@ from ..learn.views import AugmentConfig
 from .speed_augment import example_batch, reference_views
 from ..learn.loss import nt_xent
 from ..learn.model import SynapseNet
-from ..learn.precision import autocast, choose_mode, plain_mode
+from ..learn.precision import autocast, choose_mode, BASELINE_MODE
 from ..data.store import ChunkStore
-from ..learn.train import backward, batches
+from ..learn.train import cached_gradient_backward, batches
 
 # %% auto #0
 __all__ = ['shapes', 'in_turn', 'time_step', 'step_tflop', 'matmul_tflops', 'bench_steps', 'time_loss', 'bench_loss',
@@ -55,7 +55,7 @@ def time_step(
     net,law = SynapseNet(preset),AugmentConfig.paper()
     optimizer,augmenter = torch.optim.AdamW(net.parameters()),Augmenter(law, voxel_nm, size, out_voxel_nm)
     view = partial(reference_views, law, em, mask, voxel_nm, size, out_voxel_nm) if plain else partial(augmenter, em, mask)
-    mode = plain_mode if plain else choose_mode(net, torch.cat([view(k)[:16] for k in (0, 1)]))[0]
+    mode = BASELINE_MODE if plain else choose_mode(net, torch.cat([view(k)[:16] for k in (0, 1)]))[0]
     net.channels_last,seconds = mode['channels_last'],[]
     for k in range(1+repeats):
         start = time.perf_counter()
@@ -64,7 +64,7 @@ def time_step(
         def project(part, views=views):
             with autocast(torch.device('cpu'), mode): return [net(v[part]).projection for v in views]
         optimizer.zero_grad()
-        backward(net, [slice(i, i+(micro or batch)) for i in range(0, batch, micro or batch)], project, nt_xent)
+        cached_gradient_backward(net, [slice(i, i+(micro or batch)) for i in range(0, batch, micro or batch)], project, nt_xent)
         optimizer.step()
         seconds.append([time.perf_counter()-start, seen-start, time.perf_counter()-seen])
     return dict(zip(['s_per_synapse', 'views_s', 'network_s'], np.median(seconds[1:], 0)/batch)) | dict(bf16=float(mode['precision'] == 'bf16'), channels_last=float(mode['channels_last']))

@@ -8,9 +8,9 @@ import multiprocessing, resource, time
 import numpy as np, pandas as pd
 from sklearn.base import clone
 from sklearn.model_selection import GroupKFold
-from ..analyse.consensus import neurite_consensus, write_back
+from ..analyse.consensus import neurite_consensus, assign_to_synapses
 from ..analyse.gp_estimators import GPClassifier, GPRegressor
-from ..metrics import number_scores, type_scores
+from ..metrics import regression_scores, classification_scores
 
 # %% auto #0
 __all__ = ['inducing', 'example_traits', 'bench_gp', 'bench_consensus']
@@ -34,9 +34,9 @@ inducing = (400, 100, 200, 300, 10, 100, 100, 200, 300) # The paper's choice for
 
 def _score(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     "Scores of predictions"
-    if isinstance(model, GPClassifier): return type_scores(y, model.predict_proba(x)[:, 1])
+    if isinstance(model, GPClassifier): return classification_scores(y, model.predict_proba(x)[:, 1])
     mean,sd = model.predict(x, return_std=True)
-    return number_scores((y-model.y_mean_)/model.y_sd_, (mean-model.y_mean_)/model.y_sd_, sd/model.y_sd_)
+    return regression_scores((y-model.y_mean_)/model.y_sd_, (mean-model.y_mean_)/model.y_sd_, sd/model.y_sd_)
 
 def bench_gp(
     n: int = 5000, d: int = 512,
@@ -79,7 +79,7 @@ def _consensus_of(n_synapses: int, n_neurites: int) -> dict:
     start = time.process_time()
     found = [neurite_consensus(q, table[f'{side}_root_id'].to_numpy(), prior=.2, rho=.2).assign(polarity=side) for side,q in zip(('pre', 'post'), p)]
     typed = time.process_time()-start
-    write_back(table, pd.concat(found, ignore_index=True))
+    assign_to_synapses(table, pd.concat(found, ignore_index=True))
     return dict(synapses=n_synapses, neurites=len(found[0]), seconds_typing=typed, seconds=time.process_time()-start, gb_before=before, gb_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
 
 def bench_consensus(n_synapses: int = 3_200_000, n_neurites: int = 1_270_000) -> pd.DataFrame:

@@ -7,22 +7,22 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from scipy import ndimage
-from ..data.results import baseline
-from ..core import made_by, n_cores, threads, worker_pool
-from ..data.features import FeatureError, kind_of, known_nuisances, read_features, without
-from ..phantom.build import latents
+from ..data.results import MORPHOMETRIC_COLUMNS
+from ..core import provenance, n_cores, threads, worker_pool
+from ..data.features import FeatureError, parse_feature_name, NUISANCE_COLUMNS, read_features, regress_out
+from ..phantom.build import LATENTS
 from ..data.store import CLEFT, ChunkStore, POST, PRE
-from ..data.tables import read_table, read_tag, write_table
+from ..data.tables import read_table, read_metadata, write_table
 from ..learn.monitor import rank_me
 from ..analyse.qc import DefectDetector
-from ..metrics import auc, explained_variance, interval, neuron_bootstrap, out_of_fold, precision_at
+from ..metrics import roc_auc, explained_variance, percentile_interval, cluster_bootstrap, cross_val_predict_by_neuron, average_precision
 
 # %% auto #0
-__all__ = ['shells_nm', 'intensity_statistics', 'known_synapses', 'score_targets', 'auc_within', 'neurite_scores',
-           'score_defects', 'score_nuisances', 'evaluate', 'mean_of_runs', 'evaluate_apart']
+__all__ = ['SHELLS_NM', 'intensity_statistics', 'load_with_truth', 'score_targets', 'stratified_auc', 'neurite_scores',
+           'score_defects', 'score_nuisances', 'evaluate', 'average_runs', 'evaluate_each']
 
 # %% ../../nbs/evaluate/02_truth.ipynb #e7016d6d
-shells_nm = (0, 40, 80, 160, 320) # Edges of the profile around the cleft
+SHELLS_NM = (0, 40, 80, 160, 320) # Edges of the profile around the cleft
 
 def intensity_statistics(
     em: np.ndarray, # `(Z, Y, X)` uint8, 0 where missing
@@ -38,7 +38,7 @@ def intensity_statistics(
     distance = ndimage.distance_transform_edt((mask & CLEFT) == 0, sampling=voxel_nm)
     for name,bit in (('pre', PRE), ('post', POST)):
         side = there & ((mask & bit) > 0)
-        for a,b in zip(shells_nm, shells_nm[1:]):
+        for a,b in zip(SHELLS_NM, SHELLS_NM[1:]):
             grey = em[side & (distance > a) & (distance <= b)]
             found[f'{name}_{a}_to_{b}_nm'] = grey.mean() if len(grey) else np.nan
     around = em[len(em)//2][there[len(em)//2] & (mask[len(em)//2] == 0)]
@@ -46,9 +46,9 @@ def intensity_statistics(
     return found
 
 # %% ../../nbs/evaluate/02_truth.ipynb #bf86cb5a
-def known_synapses(
+def load_with_truth(
     runs: list[tuple[str|Path, str|Path]], # Run folder, annotated, and the folder of its phantom; neurons of different runs are different
-    networks: dict[str, str], # Names, as of `kind_of`, and folders of features in each run folder
+    networks: dict[str, str], # Names, as of `parse_feature_name`, and folders of features in each run folder
     layer: str = 'backbone',
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Kept synapses, and the features of each kind
     "Table, truth and all kinds of features of some runs, joined. Raises `FeatureError` if a kind is of another network in another run: one probe cannot read both"
@@ -63,14 +63,14 @@ def known_synapses(
             return intensity_statistics(c.em, c.mask, store.voxel_nm)
         with worker_pool(n_cores()) as pool: grey = pd.DataFrame(list(pool.map(measured, range(len(store)))))
         table['section_brightness'] = grey.pop('section_brightness')
-        parts = dict(morphometrics=np.log1p(table[baseline].fillna(0).to_numpy()), intensity=grey.fillna(grey.median()).to_numpy(), latents=table[latents].fillna(0).to_numpy())
+        parts = dict(morphometrics=np.log1p(table[MORPHOMETRIC_COLUMNS].fillna(0).to_numpy()), intensity=grey.fillna(grey.median()).to_numpy(), latents=table[LATENTS].fillna(0).to_numpy())
         parts['hand-made'] = np.hstack([parts['morphometrics'], parts['intensity']])
         for name,folder in networks.items():
             ids,x = read_features(Path(run)/folder, layer)
-            how = {o: v for o,v in read_tag(next(Path(run, folder).glob('*.parquet')))['made_by'].items() if o in ('weights', 'views', 'cube', 'precision')}
-            if how != described.setdefault(name, how): raise FeatureError(f"{Path(run)/folder}: described by another network, or in another way, than in {runs[0][0]}; use `evaluate_apart`")
-            x,nuisance = x[pd.Index(ids).get_indexer(table.id)],kind_of(name)[1]
-            parts[name] = without(x, table[known_nuisances[nuisance]].to_numpy(float)) if nuisance else x
+            how = {o: v for o,v in read_metadata(next(Path(run, folder).glob('*.parquet')))['provenance'].items() if o in ('weights', 'views', 'cube', 'precision')}
+            if how != described.setdefault(name, how): raise FeatureError(f"{Path(run)/folder}: described by another network, or in another way, than in {runs[0][0]}; use `evaluate_each`")
+            x,nuisance = x[pd.Index(ids).get_indexer(table.id)],parse_feature_name(name)[1]
+            parts[name] = regress_out(x, table[NUISANCE_COLUMNS[nuisance]].to_numpy(float)) if nuisance else x
         tables.append(table)
         for name,x in parts.items(): sets.setdefault(name, []).append(x)
     order = [*networks, 'morphometrics', 'intensity', 'hand-made', 'latents']
@@ -84,13 +84,13 @@ def _targets(table: pd.DataFrame) -> list[tuple]:
     found = []
     for side in ('pre', 'post'):
         y = (table[f'{side}_type'] == 'inhibitory').to_numpy()
-        found += [(f'{side}synaptic type', y, auc, side, within, where) for within,where in (('all', everywhere), ('shaft', ~spine), ('spine', spine))]
+        found += [(f'{side}synaptic type', y, roc_auc, side, within, where) for within,where in (('all', everywhere), ('shaft', ~spine), ('spine', spine))]
     found.append(('cleft size', np.log(table.cleft_vx.to_numpy(float)), explained_variance, 'pre', 'all', everywhere))
-    found.append(('mitochondrion', (table.mito_vx > 0).to_numpy(), auc, 'pre', 'all', everywhere))
+    found.append(('mitochondrion', (table.mito_vx > 0).to_numpy(), roc_auc, 'pre', 'all', everywhere))
     return found
 
 def score_targets(
-    table: pd.DataFrame, # Without defects, from `known_synapses`
+    table: pd.DataFrame, # Without defects, from `load_with_truth`
     sets: dict[str, np.ndarray],
     leaders: list[str]|tuple = (), # Kinds of features whose lead over the others is wanted
 ) -> pd.DataFrame: # A row for each target, place and kind of features: value, interval, and the leads of `leaders` with theirs
@@ -98,26 +98,26 @@ def score_targets(
     pre,post = table.pre_neuron.to_numpy(),table.post_neuron.to_numpy()
     targets,read = _targets(table),{}
     for name,y,*_ in targets:
-        if name not in read: read[name] = [out_of_fold(x, y, pre, post) for x in sets.values()]
+        if name not in read: read[name] = [cross_val_predict_by_neuron(x, y, pre, post) for x in sets.values()]
     y = targets[0][1]
-    grey = out_of_fold(sets['intensity'][:, [0, 5, 10]], y, pre, post) # the three means
+    grey = cross_val_predict_by_neuron(sets['intensity'][:, [0, 5, 10]], y, pre, post) # the three means
     decile = np.digitize(grey, np.nanquantile(grey, np.linspace(0, 1, 11)[1:-1]))
-    targets.append((targets[0][0], y, lambda y, s, w=None: auc_within(y, s, decile, w), 'pre', 'mean grey deciles', np.ones(len(y), bool)))
+    targets.append((targets[0][0], y, lambda y, s, w=None: stratified_auc(y, s, decile, w), 'pre', 'mean grey deciles', np.ones(len(y), bool)))
     rows = []
     for name,y,statistic,side,within,where in targets:
         scores = [np.where(where, s, np.nan) for s in read[name]]
-        draws = neuron_bootstrap(statistic, y, scores, table[f'{side}_neuron'].to_numpy())
+        draws = cluster_bootstrap(statistic, y, scores, table[f'{side}_neuron'].to_numpy())
         for i,features in enumerate(sets):
             row = dict(target=name, within=within, features=features, value=statistic(y, scores[i]))
-            row['lo95'],row['hi95'] = interval(draws[:, i])
+            row['lo95'],row['hi95'] = percentile_interval(draws[:, i])
             for leader in leaders:
                 j = list(sets).index(leader)
                 row[f'{leader}_leads'] = statistic(y, scores[j]) - row['value']
-                row[f'{leader}_leads_lo95'],row[f'{leader}_leads_hi95'] = interval(draws[:, j]-draws[:, i])
+                row[f'{leader}_leads_lo95'],row[f'{leader}_leads_hi95'] = percentile_interval(draws[:, j]-draws[:, i])
             rows.append(row)
     return pd.DataFrame(rows)
 
-def auc_within(
+def stratified_auc(
     y: np.ndarray, score: np.ndarray, # `(N,)`
     group: np.ndarray, # `(N,)` synapses are compared only with those of their own group
     weight: np.ndarray|None = None,
@@ -127,7 +127,7 @@ def auc_within(
     values,pairs = [],[]
     for g in np.unique(group):
         use = (group == g) & np.isfinite(score)
-        values.append(auc(y[use], score[use], weight[use]))
+        values.append(roc_auc(y[use], score[use], weight[use]))
         pairs.append(weight[use & y].sum()*weight[use & ~y].sum())
     use = np.isfinite(values)
     return float(np.average(np.array(values)[use], weights=np.array(pairs)[use])) if use.any() else np.nan
@@ -151,8 +151,8 @@ def neurite_scores(
             some = enough.sample(frac=1, random_state=int(rng.integers(2**31))).groupby('neuron').head(n).groupby('neuron').agg(y=('y', 'first'), s=('s', 'mean'))
             right = (some.s > 0) == some.y
             accuracy.append(right.groupby(some.y).mean().mean())
-            area.append(auc(some.y.to_numpy(), some.s.to_numpy()))
-        rows.append(dict(synapses=n, neurites=len(whole), inhibitory=int(whole.y.sum()), accuracy=np.mean(accuracy), auc=np.mean(area), auc_all_synapses=auc(whole.y.to_numpy(), whole.s.to_numpy())))
+            area.append(roc_auc(some.y.to_numpy(), some.s.to_numpy()))
+        rows.append(dict(synapses=n, neurites=len(whole), inhibitory=int(whole.y.sum()), accuracy=np.mean(accuracy), auc=np.mean(area), auc_all_synapses=roc_auc(whole.y.to_numpy(), whole.s.to_numpy())))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluate/02_truth.ipynb #ab254ed7
@@ -177,8 +177,8 @@ def score_defects(
 def _average_precision(x: np.ndarray, prompts: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     "Of the positives that are not prompts"
     shown = np.isin(np.arange(len(x)), prompts)
-    score = DefectDetector(placebos=1).fit(x, prompts).score(x)
-    return precision_at(y[~shown], score[~shown]),precision_at(y[~shown], score[~shown], .1)
+    score = DefectDetector(null_sets=1).fit(x, prompts).score(x)
+    return average_precision(y[~shown], score[~shown]),average_precision(y[~shown], score[~shown], .1)
 
 # %% ../../nbs/evaluate/02_truth.ipynb #64f4d6b2
 def score_nuisances(
@@ -191,7 +191,7 @@ def score_nuisances(
         row = dict(features=features)
         for name,y in nuisances.items():
             y = y.fillna(y.median()).to_numpy(float)
-            row[name] = explained_variance(y, out_of_fold(x, y, pre, post))
+            row[name] = explained_variance(y, cross_val_predict_by_neuron(x, y, pre, post))
         rows.append(row | dict(effective_rank=rank_me(torch.from_numpy(np.asarray(x, np.float64)))))
     return pd.DataFrame(rows)
 
@@ -203,19 +203,19 @@ def evaluate(
     out: str|Path, # Folder for the tables
 ) -> dict[str, pd.DataFrame]: # `targets`, `neurites`, `defects`, `nuisances`
     "All tables of an evaluation, written as `out/evaluation_NAME.parquet`"
-    everything,sets = known_synapses(runs, networks)
+    everything,sets = load_with_truth(runs, networks)
     sound = (everything.defect == '').to_numpy()
     table,kept = everything[sound].reset_index(drop=True),{k: x[sound] for k,x in sets.items()}
-    leaders = [o for o in networks if o != 'untrained' and not kind_of(o)[1]]
+    leaders = [o for o in networks if o != 'untrained' and not parse_feature_name(o)[1]]
     pre,post,y = table.pre_neuron.to_numpy(),table.post_neuron.to_numpy(),(table.pre_type == 'inhibitory').to_numpy()
-    neurites = [neurite_scores(table, out_of_fold(x, y, pre, post)).assign(features=k) for k,x in kept.items()]
+    neurites = [neurite_scores(table, cross_val_predict_by_neuron(x, y, pre, post)).assign(features=k) for k,x in kept.items()]
     found = dict(targets=score_targets(table, kept, leaders), neurites=pd.concat(neurites), defects=score_defects(everything, sets), nuisances=score_nuisances(table, kept))
-    sources = {name: read_tag(min(Path(runs[0][0], folder).glob('*.parquet')))['made_by'] for name,folder in networks.items()}
-    origin = made_by(networks=sorted(networks), sources=sources, n_synapses=len(everything))
+    sources = {name: read_metadata(min(Path(runs[0][0], folder).glob('*.parquet')))['provenance'] for name,folder in networks.items()}
+    origin = provenance(networks=sorted(networks), sources=sources, n_synapses=len(everything))
     for name,t in found.items(): write_table(t, Path(out)/f'evaluation_{name}.parquet', f'evaluation {name}', origin)
     return found
 
-def mean_of_runs(
+def average_runs(
     tables: list[pd.DataFrame], # One of those of `evaluate`, of each run
 ) -> pd.DataFrame: # The same columns; the counts are of all runs together
     "Means over runs that have nothing in common, with the intervals of such means"
@@ -228,10 +228,10 @@ def mean_of_runs(
     for end,value in ends.items(): found[end] = found[value] + (1 if end.endswith('hi95') else -1)*np.sqrt(found[end]/groups.size())
     return found.reset_index()[list(tables[0])]
 
-def evaluate_apart(
+def evaluate_each(
     runs: list[tuple[str|Path, str|Path]], # As of `evaluate`
     networks: dict[str, str], # As of `evaluate`
 ) -> dict[str, pd.DataFrame]: # As of `evaluate`
     "Where each run has trained a network of its own: each is evaluated by itself, then their mean is taken"
     apart = [evaluate([o], networks, o[0]) for o in runs]
-    return {name: mean_of_runs([o[name] for o in apart]) for name in apart[0]}
+    return {name: average_runs([o[name] for o in apart]) for name in apart[0]}

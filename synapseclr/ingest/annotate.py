@@ -8,10 +8,10 @@ import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import progress
-from ..data.results import baseline
-from .skeleton import soma_distances
+from ..data.results import MORPHOMETRIC_COLUMNS
+from .skeleton import path_lengths_to_soma
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE
-from ..data.tables import read_table, read_tag, write_table
+from ..data.tables import read_table, read_metadata, write_table
 
 # %% auto #0
 __all__ = ['contact_um2', 'cleft_plane', 'morphometrics', 'annotate']
@@ -66,14 +66,14 @@ def annotate(
     "Add the measurements of every kept synapse to `run/synapses.parquet`, shard by shard; goes on where it was stopped"
     run = Path(run)
     path = run/'synapses.parquet'
-    table,tag,store = read_table(path, 'synapses'),read_tag(path)['made_by'],ChunkStore.open(run/'chunks.zarr')
-    if not set(baseline) <= set(table):
+    table,tag,store = read_table(path, 'synapses'),read_metadata(path)['provenance'],ChunkStore.open(run/'chunks.zarr')
+    if not set(MORPHOMETRIC_COLUMNS) <= set(table):
         shard = store.places//store.per_shard
         parts = [_measured(run, store, int(k), np.flatnonzero(shard == k)) for k in progress(np.unique(shard), desc='annotate', unit='shard')]
         table = table.merge(pd.concat(parts), on='id', how='left', validate='1:1')
         write_table(table, path, 'synapses', tag)
     if skeletons and tag.get('skeletons') != skeletons:
-        ways = soma_distances(table, skeletons)
+        ways = path_lengths_to_soma(table, skeletons)
         table = pd.concat([table.drop(columns=[c for c in ways if c in table]), ways], axis=1)
         write_table(table, path, 'synapses', tag | dict(skeletons=skeletons))
     return table
@@ -82,7 +82,7 @@ def _measured(run: Path, store: ChunkStore, k: int, members: np.ndarray) -> pd.D
     "The measurements of a shard, from an earlier time if its record is still the same"
     path,record = run/'annotate'/f'{k:06d}.parquet',run/'fetch'/f'{k:06d}.json'
     origin = dict(record=hashlib.sha256(record.read_bytes()).hexdigest()[:16] if record.exists() else None, version=1)
-    if record.exists() and path.exists() and read_tag(path)['made_by'] == origin: return read_table(path, 'annotations')
+    if record.exists() and path.exists() and read_metadata(path)['provenance'] == origin: return read_table(path, 'annotations')
     em,mask = store.batch(members)
     rows = pd.DataFrame([dict(id=i) | morphometrics(e, m, store.voxel_nm) for i,e,m in zip(store.ids[members], em, mask)])
     write_table(rows, path, 'annotations', origin)

@@ -9,10 +9,11 @@ import numba, numpy as np, pandas as pd, pydantic
 from ..core import Box, Source, Strict
 from ..data.store import CLEFT, EMPTY, MITO, POST, PRE
 from ..data.volume import Layer, LayerSource, VolumeError, open_layer, read
-from .plan import Need, plan_reads
+from .plan import LayerWindow, plan_reads
 
 # %% auto #0
-__all__ = ['roles', 'DataConfig', 'FetchConfig', 'cleft_of', 'visible', 'open_layers', 'needs_of', 'centres_vx', 'fetch_rows']
+__all__ = ['LAYER_ORDER', 'DataConfig', 'FetchConfig', 'select_cleft', 'visible_mask', 'open_layers', 'layer_windows',
+           'centres_to_voxels', 'fetch_rows']
 
 # %% ../../nbs/ingest/02_cutout.ipynb #c225021b
 class DataConfig(Strict):
@@ -55,7 +56,7 @@ class FetchConfig(Strict):
         return min(self.per_shard, max(1, int(self.memory_gb*1e9/2/(2*np.prod(self.shapes(voxel_nm)[1])))))
 
 # %% ../../nbs/ingest/02_cutout.ipynb #175845c2
-def cleft_of(
+def select_cleft(
     cleft: np.ndarray, # `(z, y, x)` cleft ids of the window
     voxel_nm, # `(z, y, x)`
     wanted: int|None = None, # The id that the table gives, if it does
@@ -68,7 +69,7 @@ def cleft_of(
     return int(cleft[tuple(at[nearest])])
 
 # %% ../../nbs/ingest/02_cutout.ipynb #1ff62abb
-def visible(
+def visible_mask(
     mask: np.ndarray, # `(z, y, x)` role bits
     voxel_nm, # `(z, y, x)`
     reach_nm: float, # How far from the mask
@@ -115,19 +116,19 @@ def _over_rows(square, voxel_nm, limit, out):
                     least[x] = total if total < least[x] else least[x]
 
 # %% ../../nbs/ingest/02_cutout.ipynb #7e5cc1be
-roles = ['em', 'cleft', 'seg', 'mito'] # Layers, in the order in which they are read
+LAYER_ORDER = ['em', 'cleft', 'seg', 'mito'] # Layers, in the order in which they are read
 
 def open_layers(data: DataConfig) -> dict[str, Layer]:
     "The layers of a configuration. Raises `VolumeError` naming the one that cannot be opened"
-    return {o: open_layer(o, getattr(data, o), data.voxel_nm) for o in roles if getattr(data, o)}
+    return {o: open_layer(o, getattr(data, o), data.voxel_nm) for o in LAYER_ORDER if getattr(data, o)}
 
-def needs_of(layers: dict[str, Layer], config: FetchConfig) -> list[Need]:
+def layer_windows(layers: dict[str, Layer], config: FetchConfig) -> list[LayerWindow]:
     "What a synapse needs of each layer"
     window,shape = config.shapes(layers['em'].voxel_nm)
     about = lambda v: (tuple(int(c) for c in v.chunk_size)[::-1], np.dtype(v.dtype).itemsize)
-    return [Need(window if o == 'em' else shape, chunk, layer.box, size) for o,layer in layers.items() for chunk,size in [about(layer.volume)]]
+    return [LayerWindow(window if o == 'em' else shape, chunk, layer.box, size) for o,layer in layers.items() for chunk,size in [about(layer.volume)]]
 
-def centres_vx(rows: pd.DataFrame, voxel_nm) -> np.ndarray:
+def centres_to_voxels(rows: pd.DataFrame, voxel_nm) -> np.ndarray:
     "The voxels nearest to the centres of synapses, `(n, 3)`"
     return np.floor(rows[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)/voxel_nm + .5).astype(np.int64)
 
@@ -139,11 +140,11 @@ def fetch_rows(
     salvage: bool = False, # Give up single synapses that cannot be read, not all of them
 ) -> tuple: # ids `(n,)`, em and mask `(n, Z, Y, X)`, a record for each row, and the grey values in the masks, `(256,)`
     "Cut out some synapses. A rejected one has the id `EMPTY`, and its record says why. Raises `VolumeError` if layers cannot be read"
-    n,voxel_nm,needs = len(rows),layers['em'].voxel_nm,needs_of(layers, config)
+    n,voxel_nm,needs = len(rows),layers['em'].voxel_nm,layer_windows(layers, config)
     em,mask = (np.zeros((n, *config.shapes(voxel_nm)[1]), np.uint8) for _ in range(2))
     wanted = rows.cleft_id if 'cleft_id' in rows else [0]*n
     records = [dict(id=int(i), blank_fraction=0., cleft_id=int(c), visible_fraction=0., reject_reason='') for i,c in zip(rows.id, wanted)]
-    todo = plan_reads(needs, centres_vx(rows, voxel_nm), config.memory_gb*1e9/2) if n else []
+    todo = plan_reads(needs, centres_to_voxels(rows, voxel_nm), config.memory_gb*1e9/2) if n else []
     while todo:
         part = todo.pop()
         try: _fetch_read(layers, needs, rows, part, config, em, mask, records)
@@ -157,10 +158,10 @@ def fetch_rows(
     for i in np.flatnonzero(~lost): grey += np.bincount(em[i][(mask[i] & (PRE|CLEFT|POST)) > 0], minlength=256)
     return np.where(lost, EMPTY, rows.id),em,mask,records,grey
 
-def _fetch_read(layers, needs: list[Need], rows: pd.DataFrame, part: np.ndarray, config: FetchConfig, em: np.ndarray, mask: np.ndarray, records: list[dict]):
+def _fetch_read(layers, needs: list[LayerWindow], rows: pd.DataFrame, part: np.ndarray, config: FetchConfig, em: np.ndarray, mask: np.ndarray, records: list[dict]):
     "Fill `em`, `mask` and `records` for the rows of one read"
     voxel_nm,need = layers['em'].voxel_nm,dict(zip(layers, needs))
-    centres,pre,post = centres_vx(rows, voxel_nm),rows.pre_root_id.to_numpy(),rows.post_root_id.to_numpy()
+    centres,pre,post = centres_to_voxels(rows, voxel_nm),rows.pre_root_id.to_numpy(),rows.post_root_id.to_numpy()
 
     def windows(name: str):
         "Cut the windows of all synapses that are not rejected out of one read"
@@ -176,7 +177,7 @@ def _fetch_read(layers, needs: list[Need], rows: pd.DataFrame, part: np.ndarray,
         if records[i]['blank_fraction'] >= config.max_blank_fraction: records[i]['reject_reason'] = 'blank EM'
         else: em[i] = window[skip:skip+em.shape[1]]
     for i,window in windows('cleft'):
-        cleft_id = cleft_of(window, voxel_nm, records[i]['cleft_id'] or None)
+        cleft_id = select_cleft(window, voxel_nm, records[i]['cleft_id'] or None)
         if cleft_id: records[i]['cleft_id'],mask[i] = cleft_id,(window == cleft_id)*np.uint8(CLEFT)
         else: records[i]['reject_reason'] = 'no cleft'
     for i,window in windows('seg'):
@@ -187,6 +188,6 @@ def _fetch_read(layers, needs: list[Need], rows: pd.DataFrame, part: np.ndarray,
     for i,window in windows('mito') if 'mito' in layers else (): mask[i] |= ((window > 0) & ((mask[i] & (PRE|POST)) > 0))*np.uint8(MITO)
     for i in part:
         if records[i]['reject_reason']: continue
-        seen = visible(mask[i], voxel_nm, config.reach_nm)
+        seen = visible_mask(mask[i], voxel_nm, config.reach_nm)
         records[i]['visible_fraction'] = float(seen.mean())
         if config.context == 'masked': em[i] *= seen

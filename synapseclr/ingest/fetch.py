@@ -9,24 +9,24 @@ from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow.parquet as pq
 from taskqueue import queueable
-from ..core import atomic, digest, made_by
+from ..core import atomic, content_hash, provenance
 from ..data.store import ChunkStore, StoreError
-from ..data.tables import read_synapses, read_table, read_tag, write_table
+from ..data.tables import read_synapses, read_table, read_metadata, write_table
 from ..data.volume import Layer, VolumeError, check_layers
-from .cutout import DataConfig, FetchConfig, centres_vx, fetch_rows, needs_of, open_layers, roles
+from .cutout import DataConfig, FetchConfig, centres_to_voxels, fetch_rows, layer_windows, open_layers, LAYER_ORDER
 from .plan import plan_blocks, plan_costs
-from .queue import QueueError, attempt, dead_letters, do_here, revive
+from .queue import QueueError, attempt, dead_letters, run_local, clear_failures
 
 # %% auto #0
-__all__ = ['read_rows', 'in_blocks', 'plan_fetch', 'n_blocks', 'describe_plan', 'fetch_block', 'fetch_tasks', 'grey_moments',
-           'outcome', 'finish_fetch', 'fetch']
+__all__ = ['read_rows', 'assign_blocks', 'plan_fetch', 'n_blocks', 'describe_plan', 'fetch_block', 'fetch_tasks',
+           'intensity_mean_sd', 'summarize_fetch', 'finish_fetch', 'fetch']
 
 # %% ../../nbs/ingest/04_fetch.ipynb #08746982
 def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> dict:
     "What a store is made from"
     with open(data.table, 'rb') as f: table = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
     infos = {name: [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp] for name,layer in sorted(layers.items())}
-    return made_by(config, table=table, layers=digest(infos), voxel_nm=list(layers['em'].voxel_nm), **(dict(columns=data.columns) if data.columns else {}))
+    return provenance(config, table=table, layers=content_hash(infos), voxel_nm=list(layers['em'].voxel_nm), **(dict(columns=data.columns) if data.columns else {}))
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
     "Look at `n` synapses"
@@ -44,10 +44,10 @@ def read_rows(
     "Read a table whose synapses all layers have to hold. Raises `TableError` or `VolumeError`"
     em = layers['em']
     rows = read_synapses(table, data.table_voxel_nm, tuple(tuple(np.multiply(c, em.voxel_nm)) for c in (em.box.lo, em.box.hi)), data.columns)
-    check_layers(layers, centres_vx(rows, em.voxel_nm))
+    check_layers(layers, centres_to_voxels(rows, em.voxel_nm))
     return rows
 
-def in_blocks(
+def assign_blocks(
     rows: pd.DataFrame, # Synapses
     layers: dict[str, Layer], # From `open_layers`
     config: FetchConfig, # Window and rules
@@ -55,7 +55,7 @@ def in_blocks(
 ) -> pd.DataFrame: # Rows in order of block and id, with `plan_block`, `plan_row` and `plan_dropped`
     "Sort synapses into blocks"
     voxel_nm = layers['em'].voxel_nm
-    block = plan_blocks(needs_of(layers, config), centres_vx(rows, voxel_nm), config.capacity(voxel_nm))
+    block = plan_blocks(layer_windows(layers, config), centres_to_voxels(rows, voxel_nm), config.capacity(voxel_nm))
     return rows.assign(plan_block=first[0]+block, plan_row=first[1]+np.arange(len(rows)), plan_dropped=False).sort_values(['plan_block', 'id'], ignore_index=True)
 
 def _at_one_time(
@@ -64,7 +64,7 @@ def _at_one_time(
 ) -> DataConfig:
     "Layers that people go on editing are read as they were when the run was planned: by all blocks, and whenever they are fetched"
     pinned = {}
-    for name in roles:
+    for name in LAYER_ORDER:
         source = getattr(data, name)
         if source is None or source.timestamp is not None or not source.path.startswith('graphene://'): continue
         known = before.get(name) or {}
@@ -84,10 +84,10 @@ def plan_fetch(
     check_layers(layers)
     rows,origin = read_rows(data.table, data, layers),_identity(data, config, layers)
     path = run/'fetch/plan.parquet'
-    data = _at_one_time(data, read_tag(path)['made_by']['job']['data'] if path.exists() else {})
+    data = _at_one_time(data, read_metadata(path)['provenance']['job']['data'] if path.exists() else {})
     job = dict(data=data.model_dump(mode='json'), fetch=config.model_dump(mode='json'))
     if path.exists():
-        before = read_tag(path)['made_by']
+        before = read_metadata(path)['provenance']
         if other := [k for k in {*before, *origin} - {'job'} if before.get(k) != origin.get(k)]:
             if not _kept_none(run): raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration ({', '.join(sorted(_differs.get(o, o) for o in other))}); choose a new run folder, or delete this one")
             (run/'synapses.parquet').unlink() # nothing is lost
@@ -97,11 +97,11 @@ def plan_fetch(
     elif (run/'chunks.zarr/id/zarr.json').exists(): raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be read, but not gone on with")
     else:
         _probe(layers, rows, config)
-        write_table(in_blocks(rows, layers, config), path, 'fetch plan', origin | dict(job=job))
+        write_table(assign_blocks(rows, layers, config), path, 'fetch plan', origin | dict(job=job))
     if (run/'chunks.zarr/id/zarr.json').exists(): return
     shutil.rmtree(run/'chunks.zarr', ignore_errors=True) # of a fetch that died while it made the store
     capacity = config.capacity(origin['voxel_nm'])
-    ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(origin['voxel_nm'])[1], capacity, voxel_nm=origin['voxel_nm'], made_by=origin)
+    ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(origin['voxel_nm'])[1], capacity, voxel_nm=origin['voxel_nm'], provenance=origin)
 
 _differs = dict(config='[fetch] differs', table='the table differs', layers='the layers differ', voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
 
@@ -121,7 +121,7 @@ def describe_plan(
     layers = open_layers(data)
     check_layers(layers)
     rows,voxel_nm = read_rows(data.table, data, layers),layers['em'].voxel_nm
-    needs,centres = needs_of(layers, config),centres_vx(rows, voxel_nm)
+    needs,centres = layer_windows(layers, config),centres_to_voxels(rows, voxel_nm)
     c = plan_costs(needs, centres, plan_blocks(needs, centres, config.capacity(voxel_nm)), config.memory_gb*1e9/2, 2*int(np.prod(config.shapes(voxel_nm)[1])))
     outside = (1-needs[0].share_inside(centres) >= config.max_blank_fraction).sum()
     lost = f"\n{outside} of them will be rejected: {config.max_blank_fraction:.0%} or more of their window is outside the volume" if outside else ''
@@ -153,7 +153,7 @@ def _fetch_block(run: Path, block: int, last: bool):
 @lru_cache(1)
 def _job(run: Path, stamp: int) -> tuple[dict[str, Layer], FetchConfig, ChunkStore]:
     "What the tasks of a run have in common, as long as its plan is from the time `stamp`"
-    job = read_tag(run/'fetch/plan.parquet')['made_by']['job']
+    job = read_metadata(run/'fetch/plan.parquet')['provenance']['job']
     return open_layers(DataConfig(**job['data'])),FetchConfig(**job['fetch']),ChunkStore.open(run/'chunks.zarr', unfinished=True)
 
 def fetch_tasks(run: str|Path) -> list[partial]:
@@ -161,7 +161,7 @@ def fetch_tasks(run: str|Path) -> list[partial]:
     return [partial(fetch_block, run=str(Path(run).absolute()), block=k) for k in range(n_blocks(run)) if not (Path(run)/'fetch'/f'{k:06d}.json').exists()]
 
 # %% ../../nbs/ingest/04_fetch.ipynb #fe4c60ca
-def grey_moments(
+def intensity_mean_sd(
     grey: np.ndarray, # `(256,)` how often each grey value occurs
 ) -> tuple[float, float]: # Mean and standard deviation, on the scale from 0 to 1
     "Moments of the grey values that are not missing"
@@ -170,7 +170,7 @@ def grey_moments(
     return float(mean),float(np.average((value-mean)**2, weights=weight)**.5)
 
 # %% ../../nbs/ingest/04_fetch.ipynb #8bc3618a
-def outcome(table: pd.DataFrame) -> str:
+def summarize_fetch(table: pd.DataFrame) -> str:
     "How many synapses of a fetched table are kept, and why the others are not"
     reasons = table.reject_reason[table.reject_reason != ''].str.split(':').str[0].value_counts()
     return f"{(table.reject_reason == '').sum()} of {len(table)} synapses kept" + ''.join(f", {n} rejected: {r}" for r,n in reasons.items())
@@ -178,7 +178,7 @@ def outcome(table: pd.DataFrame) -> str:
 def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     "Join what the blocks found out to `run/synapses.parquet`, and mark the store as complete. Raises `QueueError` if blocks are missing"
     run = Path(run)
-    plan,tag = read_table(run/'fetch/plan.parquet', 'fetch plan'),read_tag(run/'fetch/plan.parquet')['made_by']
+    plan,tag = read_table(run/'fetch/plan.parquet', 'fetch plan'),read_metadata(run/'fetch/plan.parquet')['provenance']
     if missing := [t.keywords['block'] for t in fetch_tasks(run)]:
         dead = {int(k): v for k,v in dead_letters(run/'fetch').items()}
         lost = plan[plan.plan_block.isin(missing)]
@@ -191,7 +191,7 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     found = pd.DataFrame([o for d in done for o in d['synapses']] + dropped)
     rows = plan.sort_values('plan_row', ignore_index=True)
     table = rows.drop(columns=[c for c in (*found, 'plan_block', 'plan_row', 'plan_dropped') if c in rows and c != 'id']).merge(found, on='id', validate='1:1')
-    mean,sd = grey_moments(np.sum([d['grey'] for d in done], 0)) if (table.reject_reason == '').any() else (None, None)
+    mean,sd = intensity_mean_sd(np.sum([d['grey'] for d in done], 0)) if (table.reject_reason == '').any() else (None, None)
     ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
     write_table(table, run/'synapses.parquet', 'synapses', {k: v for k,v in tag.items() if k != 'job'})
     return table
@@ -208,6 +208,6 @@ def fetch(
     plan_fetch(data, config, run)
     tasks = fetch_tasks(run)
     if not tasks and (run/'synapses.parquet').exists() and ChunkStore.open(run/'chunks.zarr', unfinished=True).attrs['complete']: return read_table(run/'synapses.parquet', 'synapses')
-    revive(run/'fetch')
-    do_here(tasks, processes, desc='fetch', unit='block')
+    clear_failures(run/'fetch')
+    run_local(tasks, processes, desc='fetch', unit='block')
     return finish_fetch(run)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import progress
 from .cutout import DataConfig, FetchConfig, fetch_rows, open_layers
-from .fetch import in_blocks, n_blocks, read_rows
+from .fetch import assign_blocks, n_blocks, read_rows
 from ..data.store import ChunkStore, EMPTY, StoreError
-from ..data.tables import TableError, read_table, read_tag, write_table
+from ..data.tables import TableError, read_table, read_metadata, write_table
 
 # %% auto #0
 __all__ = ['verify', 'refetch', 'drop', 'missing', 'append']
@@ -21,7 +21,7 @@ def _plan(run: str|Path) -> tuple[pd.DataFrame, dict]:
     "The plan of a run, and what it is made by"
     path = Path(run)/'fetch/plan.parquet'
     if not path.exists(): raise StoreError(f"{path}: there is no plan; `synapseclr fetch` makes one")
-    return read_table(path, 'fetch plan'),read_tag(path)['made_by']
+    return read_table(path, 'fetch plan'),read_metadata(path)['provenance']
 
 def _job(tag: dict) -> tuple[DataConfig, FetchConfig]: return DataConfig(**tag['job']['data']),FetchConfig(**tag['job']['fetch'])
 
@@ -110,7 +110,7 @@ def append(
     new = rows[~rows.id.isin(plan.id)]
     if not len(new): return 0
     if other := set(new) ^ {c for c in plan if not c.startswith('plan_')}: raise TableError(f"{table}: columns {', '.join(sorted(other))} are only in this table, or only in that of the run; make them alike")
-    more = in_blocks(new, layers, config, (n_blocks(run), len(plan)))
+    more = assign_blocks(new, layers, config, (n_blocks(run), len(plan)))
     for c in ('pre_root_id', 'post_root_id'):
         if more[c].dtype != plan[c].dtype: more,plan = more.astype({c: np.uint64}),plan.astype({c: np.uint64})
     store = ChunkStore.open(run/'chunks.zarr', unfinished=True)

@@ -10,11 +10,12 @@ import numpy as np
 from ..core import Box
 
 # %% auto #0
-__all__ = ['Need', 'decoded_bytes', 'held_bytes', 'halve', 'split', 'plan_blocks', 'plan_reads', 'needed_chunks', 'plan_costs']
+__all__ = ['LayerWindow', 'decoded_bytes', 'held_bytes', 'halve', 'split', 'plan_blocks', 'plan_reads', 'needed_chunks',
+           'plan_costs']
 
 # %% ../../nbs/ingest/01_plan.ipynb #6122607a
 @dataclass(frozen=True)
-class Need:
+class LayerWindow:
     "What every synapse needs of one layer"
     window: tuple[int, int, int] # Voxels around the centre, `(z, y, x)`
     chunk: tuple[int, int, int] # Voxels of a storage chunk
@@ -48,14 +49,14 @@ class Need:
 
 # %% ../../nbs/ingest/01_plan.ipynb #fab45f40
 def decoded_bytes(
-    needs: list[Need], # EM first
+    needs: list[LayerWindow], # EM first
     lowest: np.ndarray, highest: np.ndarray, # `(..., 3)` corners of a box of centres
 ) -> np.ndarray: # `(...)`
     "Bytes of all storage chunks that a read decodes"
     return sum(n.n_chunks(lowest, highest)*n.chunk_bytes for n in needs)
 
 def held_bytes(
-    needs: list[Need], # EM first
+    needs: list[LayerWindow], # EM first
     centres: np.ndarray, # `(n, 3)` voxels
 ) -> int:
     "Bytes of what a read holds at once: the largest of its layers"
@@ -63,7 +64,7 @@ def held_bytes(
 
 # %% ../../nbs/ingest/01_plan.ipynb #907708c5
 def halve(
-    needs: list[Need], # EM first
+    needs: list[LayerWindow], # EM first
     centres: np.ndarray, # `(n, 3)` voxels, n > 1
 ) -> tuple[np.ndarray, int]: # Which of them are in the second half `(n,)`, and bytes that the two halves decode
     "The cheapest cut near the middle"
@@ -81,7 +82,7 @@ def halve(
     return cuts[costs.argmin()],int(costs.min())
 
 def split(
-    needs: list[Need], # EM first
+    needs: list[LayerWindow], # EM first
     centres: np.ndarray, # `(n, 3)` voxels
     enough: Callable, # Of a part's centres, and the bytes its halves would decode: is it to stay whole?
 ) -> list[np.ndarray]: # Numbers of the centres in each part
@@ -96,7 +97,7 @@ def split(
 
 # %% ../../nbs/ingest/01_plan.ipynb #2e274925
 def plan_blocks(
-    needs: list[Need], # EM first
+    needs: list[LayerWindow], # EM first
     centres: np.ndarray, # `(n, 3)` voxels
     most: int, # Synapses in a block
 ) -> np.ndarray: # `(n,)` number of each synapse's block
@@ -106,7 +107,7 @@ def plan_blocks(
     return block
 
 def plan_reads(
-    needs: list[Need], # EM first
+    needs: list[LayerWindow], # EM first
     centres: np.ndarray, # `(n, 3)` voxels of the synapses of a block
     memory: float, # Bytes that a read may hold, if it is of more than one synapse
 ) -> list[np.ndarray]: # Numbers of the synapses in each read
@@ -115,7 +116,7 @@ def plan_reads(
 
 # %% ../../nbs/ingest/01_plan.ipynb #3899e690
 def needed_chunks(
-    need: Need, # Of one layer
+    need: LayerWindow, # Of one layer
     centres: np.ndarray, # `(n, 3)` voxels
 ) -> int:
     "How many storage chunks hold something of some window"
@@ -127,7 +128,7 @@ def needed_chunks(
     return int((change.cumsum(0).cumsum(1).cumsum(2) > 0).sum())
 
 def plan_costs(
-    needs: list[Need], # EM first
+    needs: list[LayerWindow], # EM first
     centres: np.ndarray, # `(n, 3)` voxels
     block: np.ndarray, # `(n,)` from `plan_blocks`
     memory: float, # Bytes that a read may hold

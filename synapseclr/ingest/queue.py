@@ -15,10 +15,10 @@ from taskqueue.taskqueue import QueueEmptyError
 from ..core import SynapseCLRError, atomic, progress
 
 # %% auto #0
-__all__ = ['tries', 'QueueError', 'attempt', 'dead_letters', 'revive', 'do_here', 'enqueue', 'work']
+__all__ = ['MAX_ATTEMPTS', 'QueueError', 'attempt', 'dead_letters', 'clear_failures', 'run_local', 'enqueue', 'run_worker']
 
 # %% ../../nbs/ingest/03_queue.ipynb #e6618fd9
-tries = 3 # Beginnings that a unit of work has
+MAX_ATTEMPTS = 3 # Beginnings that a unit of work has
 
 class QueueError(SynapseCLRError):
     "Tasks cannot be queued, or could not be done"
@@ -31,15 +31,15 @@ def attempt(
     "Do a unit of work, unless it has been tried too often"
     begun,dead = folder/'tries'/unit,folder/'dead'/f'{unit}.json'
     before = len(list(begun.glob('*.json')))
-    if before >= tries: return _bury(begun, dead)
+    if before >= MAX_ATTEMPTS: return _bury(begun, dead)
     note = begun/f'{uuid.uuid4().hex}.json'
     about = dict(host=socket.gethostname(), pid=os.getpid(), begun=time.time())
     with atomic(note) as f: f.write_text(json.dumps(about))
-    try: do(before == tries-1)
+    try: do(before == MAX_ATTEMPTS-1)
     except Exception as e:
         if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): note.unlink(); raise
         with atomic(note) as f: f.write_text(json.dumps(about | dict(error=f'{type(e).__name__}: {e}')))
-        return _bury(begun, dead) if before == tries-1 else 'failed'
+        return _bury(begun, dead) if before == MAX_ATTEMPTS-1 else 'failed'
     except BaseException: note.unlink(); raise
     shutil.rmtree(begun, ignore_errors=True)
     dead.unlink(missing_ok=True)
@@ -58,12 +58,12 @@ def dead_letters(
     "What could not be done"
     return {p.stem: json.loads(p.read_text())['tries'][-1]['error'] for p in sorted((folder/'dead').glob('*.json'))}
 
-def revive(folder: Path):
+def clear_failures(folder: Path):
     "Forget all tries and dead letters, so that what failed is tried again"
     for o in ('tries', 'dead'): shutil.rmtree(folder/o, ignore_errors=True)
 
 # %% ../../nbs/ingest/03_queue.ipynb #c58f12b4
-def do_here(
+def run_local(
     tasks: list[partial], # To be done
     processes: int = 1, # At once
     **bar, # Of `progress`: `desc`, `unit`
@@ -91,7 +91,7 @@ def _open(url: str) -> TaskQueue:
     if not url.startswith(('fq://', 'sqs://')): raise QueueError(f"{url}: a queue is fq://FOLDER, a folder that all workers see, or sqs://NAME")
     return TaskQueue(url, progress=False)
 
-def work(
+def run_worker(
     url: str, # Queue
     lease_s: int = 900, # Longer than any task takes: after this a task is given to somebody else
     wait_s: float = 5, # Between looks at a queue whose tasks are all lent

@@ -10,10 +10,10 @@ from ..data.tables import TableError
 from ..data.volume import Layer, read
 
 # %% auto #0
-__all__ = ['points_nm', 'points_vx', 'cells_at', 'side_points', 'remap', 'what_changed']
+__all__ = ['points_nm', 'points_vx', 'root_ids_at', 'side_points', 'remap', 'summarize_remap']
 
 # %% ../../nbs/ingest/06_remap.ipynb #67b641cf
-def cells_at(
+def root_ids_at(
     seg: Layer, # Segmentation
     points_vx: np.ndarray, # `(n, 3)` voxels, z, y, x
 ) -> np.ndarray: # `(n,)` uint64; 0 where there is no cell, or no volume
@@ -56,13 +56,13 @@ def remap(
         at = side_points(table, side, voxel_nm)
         if not np.isfinite(at).all(): raise TableError(f"{side} points that are not finite in {(~np.isfinite(at)).any(1).sum()} rows")
         old = table[f'{side}_root_id'].to_numpy(np.uint64)
-        now = cells_at(seg, np.floor(at/seg.voxel_nm + .5).astype(np.int64))
+        now = root_ids_at(seg, np.floor(at/seg.voxel_nm + .5).astype(np.int64))
         status = np.select([now == 0, now == old], ['nothing there', 'same'], 'changed')
         table[f'{side}_root_id'],table[f'{side}_remap'] = np.where(now == 0, old, now),status
         moves.append(pd.DataFrame(dict(side=side, old=old, new=now, status=status)).value_counts(sort=False).rename('synapses').reset_index())
     return table,pd.concat(moves, ignore_index=True)
 
-def what_changed(moves: pd.DataFrame) -> str:
+def summarize_remap(moves: pd.DataFrame) -> str:
     "What `remap` found, in words"
     lines = []
     for side,m in moves.groupby('side', sort=False):

@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 from ..core import SynapseCLRError, progress
 
 # %% auto #0
-__all__ = ['far_nm', 'SkeletonError', 'Skeleton', 'skeleton_reader', 'soma_um', 'soma_distances']
+__all__ = ['MAX_SNAP_NM', 'SkeletonError', 'Skeleton', 'skeleton_reader', 'path_length_to_soma_um', 'path_lengths_to_soma']
 
 # %% ../../nbs/ingest/07_skeleton.ipynb #396c7afb
 class SkeletonError(SynapseCLRError):
@@ -67,9 +67,9 @@ def skeleton_reader(
     return lambda root_id: _from_nodes(groups[root_id], path) if root_id in groups else None
 
 # %% ../../nbs/ingest/07_skeleton.ipynb #4d597b31
-far_nm = 3000. # A cleft farther than this from every node is not on the skeleton
+MAX_SNAP_NM = 3000. # A cleft farther than this from every node is not on the skeleton
 
-def soma_um(
+def path_length_to_soma_um(
     skeleton: Skeleton|None, # Of one neuron
     points_nm: np.ndarray, # `(n, 3)` as z, y, x
 ) -> tuple[np.ndarray, list[str]]: # um along the skeleton, nan where unknown, and why it is unknown
@@ -83,11 +83,11 @@ def soma_um(
     way = dijkstra(graph, directed=False, indices=skeleton.somata, min_only=True)
     off,nearest = cKDTree(skeleton.nodes_nm).query(points_nm)
     um = way[nearest]/1e3
-    reasons = np.select([off > far_nm, np.isinf(um)], ['far from the skeleton', 'not connected to the soma'], '')
+    reasons = np.select([off > MAX_SNAP_NM, np.isinf(um)], ['far from the skeleton', 'not connected to the soma'], '')
     return np.where(reasons == '', um, np.nan),reasons.tolist()
 
 # %% ../../nbs/ingest/07_skeleton.ipynb #3b73c572
-def soma_distances(
+def path_lengths_to_soma(
     table: pd.DataFrame, # Synapses
     source: str, # As of `skeleton_reader`
 ) -> pd.DataFrame: # `pre_soma_um`, `pre_soma_reason`, `post_soma_um`, `post_soma_reason`, row by row
@@ -97,6 +97,6 @@ def soma_distances(
     for side in ('pre', 'post'):
         way,why = np.full(len(table), np.nan),np.full(len(table), '', object)
         for root_id,rows in progress(table.groupby(f'{side}_root_id').indices.items(), desc=f'{side} skeletons', unit='neuron'):
-            way[rows],why[rows] = soma_um(reader(int(root_id)), points[rows])
+            way[rows],why[rows] = path_length_to_soma_um(reader(int(root_id)), points[rows])
         found |= {f'{side}_soma_um': way, f'{side}_soma_reason': why}
     return pd.DataFrame(found, table.index)

@@ -10,15 +10,15 @@ from scipy.special import ndtri
 from torch import Tensor
 from ..core import SynapseCLRError, key, key as counter_key
 from ..data.store import CLEFT, POST, PRE
-from .views import AugmentConfig, View, draw_view
+from .views import AugmentConfig, ViewParameters, sample_view
 
 # %% auto #0
-__all__ = ['MISSING', 'distort', 'tone_table', 'look_up', 'fill_sections', 'quantiles', 'random_bits', 'add_noise',
-           'sampling_grid', 'affine_points', 'resample', 'in_boxes', 'blur', 'inflate', 'touching_cleft',
-           'touching_cleft_on_device', 'released', 'AugmentError', 'Augmenter']
+__all__ = ['MISSING', 'gamma_transform', 'intensity_lut', 'apply_lut', 'fill_sections', 'normal_quantiles', 'random_bits',
+           'add_noise', 'sampling_grid', 'affine_points', 'resample', 'in_boxes', 'blur', 'dilate', 'touching_cleft',
+           'touching_cleft_on_device', 'published_input', 'AugmentError', 'Augmenter']
 
 # %% ../../nbs/learn/02_augment.ipynb #af653ec1
-def distort(
+def gamma_transform(
     x: Tensor, # Grey values from 0 to 1
     curve: Tensor, # shift, scale, gamma in the last dimension; the others broadcast to `x`
 ) -> Tensor:
@@ -29,17 +29,17 @@ def distort(
 # %% ../../nbs/learn/02_augment.ipynb #ab7eeefc
 MISSING = -10.
 
-def tone_table(
+def intensity_lut(
     sectional: Tensor, # `(B, Z, 3)` shift, scale, gamma of each section
     volumetric: Tensor, # `(B, 3)` of the volume
     cut_sections: Tensor, # `(B, Z)` bool
 ) -> Tensor: # `(B, Z, 256)`
     "What becomes of each grey value in each section"
     grey = torch.arange(256, device=sectional.device)/255
-    table = distort(distort(grey, sectional[:, :, None]), volumetric[:, None, None])
+    table = gamma_transform(gamma_transform(grey, sectional[:, :, None]), volumetric[:, None, None])
     return table.masked_fill(cut_sections[:, :, None] | (grey == 0), MISSING)
 
-def look_up(
+def apply_lut(
     em: Tensor, # `(B, Z, Y, X)` uint8
     table: Tensor, # `(B, Z, 256)`
 ) -> Tensor: # `(B, Z, Y, X)` float
@@ -63,7 +63,7 @@ def fill_sections(
 
 # %% ../../nbs/learn/02_augment.ipynb #781ab0ce
 @cache
-def quantiles(device: torch.device) -> Tensor: # `(65536,)`
+def normal_quantiles(device: torch.device) -> Tensor: # `(65536,)`
     "Of the normal distribution, once for each device"
     return torch.from_numpy(ndtri((np.arange(2**16)+.5)/2**16)).float().to(device)
 
@@ -83,7 +83,7 @@ def add_noise(
     keys: list[int], # One for each sample, so that its noise does not depend on its batch
 ) -> Tensor:
     "Independent noise for every voxel, `A + M x`"
-    normal,out = quantiles(x.device),torch.empty_like(x)
+    normal,out = normal_quantiles(x.device),torch.empty_like(x)
     for i,k in enumerate(keys):
         a,m = random_bits((2, x[i].numel()), k, x.device)
         additive,multiplicative = (normal*sd[i, 0]).index_select(0, a),(normal*sd[i, 1]).exp_().index_select(0, m)
@@ -153,7 +153,7 @@ def blur(
         x = a*left + b*middle + c*right
     return x
 
-def inflate(
+def dilate(
     mask: Tensor, # `(B, D, D, D)` bool
     radius: np.ndarray, # `(B,)` voxels
 ) -> Tensor: # `(B, D, D, D)` bool
@@ -161,10 +161,10 @@ def inflate(
     out = torch.empty_like(mask)
     for r in np.unique(radius):
         which = torch.from_numpy(np.flatnonzero(radius == r)).to(mask.device, non_blocking=True)
-        out[which] = _inflate(mask[which], int(r))
+        out[which] = _dilate(mask[which], int(r))
     return out
 
-def _inflate(x: Tensor, radius: int) -> Tensor:
+def _dilate(x: Tensor, radius: int) -> Tensor:
     "All with the same radius, one axis after the other; along an axis, intervals grow by doubling"
     for axis in range(1, 4):
         x = F.pad(x, [0, 0]*(3-axis) + [radius, radius])
@@ -213,7 +213,7 @@ def touching_cleft_on_device(
     return torch.where(keep.any(1, keepdim=True), keep, inside).view(mask.shape)
 
 # %% ../../nbs/learn/02_augment.ipynb #1d304713
-def released(
+def published_input(
     em: Tensor, # `(B, Z, Y, X)` uint8
     mask: Tensor, # `(B, Z, Y, X)` uint8 role bits
     size: int = 96, # Of the cube
@@ -259,7 +259,7 @@ class Augmenter:
         "One view of each synapse. Raises `AugmentError` for arrays that are not a batch of chunks"
         em,mask = self._checked(em, mask)
         keys = [counter_key(key, first+i) for i in range(len(em))]
-        views = [draw_view(self.config, np.random.default_rng(k), em.shape[1]) for k in ([key] if self.config.coupled else keys)]
+        views = [sample_view(self.config, np.random.default_rng(k), em.shape[1]) for k in ([key] if self.config.coupled else keys)]
         if self.config.coupled: views = views*len(em)
         em,mask = (o.to(self.device, non_blocking=True) for o in (em, mask))
         if self.device.type != 'cpu': return self.apply(em, mask, views, keys)
@@ -274,13 +274,13 @@ class Augmenter:
             raise AugmentError(f"no cleft in the mask of synapses {torch.nonzero(~has).flatten().tolist()} of the batch")
         return em,mask
 
-    def apply(self, em: Tensor, mask: Tensor, views: list[View], keys: list[int]) -> Tensor:
+    def apply(self, em: Tensor, mask: Tensor, views: list[ViewParameters], keys: list[int]) -> Tensor:
         "The given views of a batch that is on the device"
         c = self.config
-        if c.geometry == 'released': return released(em, mask, self.out_size, c.mean, c.sd)
+        if c.geometry == 'released': return published_input(em, mask, self.out_size, c.mean, c.sd)
         if c.fill_blank: em = fill_sections(em)
         put = lambda field, dtype=torch.float32: torch.tensor(np.stack([getattr(v, field) for v in views]), dtype=dtype).to(self.device, non_blocking=True)
-        x = look_up(em, tone_table(put('sectional'), put('volumetric'), put('cut_sections', torch.bool))) if c.intensity_p or c.section_cutout_p else em.float().div_(255)
+        x = apply_lut(em, intensity_lut(put('sectional'), put('volumetric'), put('cut_sections', torch.bool))) if c.intensity_p or c.section_cutout_p else em.float().div_(255)
         if c.noise_p: x = add_noise(x, put('noise'), keys)
         turn,displacement = (np.stack([getattr(v, o) for v in views]) for o in ('turn', 'displacement'))
         grid = sampling_grid(turn, displacement*self.out_size*self.out_voxel_nm, em.shape[1:], self.voxel_nm, self.out_size, self.out_voxel_nm, self.device)
@@ -289,10 +289,10 @@ class Augmenter:
         if sigma.any(): x = blur(x, sigma)
         cleft,synapse = (roles & CLEFT) > 0,(roles & (PRE|CLEFT|POST)) > 0
         kept = self._kept(cleft, views)
-        active = self.connected(inflate(synapse & kept, np.array([v.inflation for v in views])) & kept, cleft)
+        active = self.connected(dilate(synapse & kept, np.array([v.inflation for v in views])) & kept, cleft)
         return ((torch.where(active, x, c.mean if c.background == 'mean' else 0.) - c.mean)/c.sd)[:, None]
 
-    def _kept(self, cleft: Tensor, views: list[View]) -> Tensor:
+    def _kept(self, cleft: Tensor, views: list[ViewParameters]) -> Tensor:
         "What cutouts and the centre crop leave; always the cleft itself"
         d,n = self.out_size,max(1, max(len(v.cutouts) for v in views))
         boxes = torch.tensor(np.stack([np.concatenate([v.cutouts, np.zeros((n-len(v.cutouts), 2, 3))]) for v in views])*d, dtype=torch.float32)

@@ -13,22 +13,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% auto #0
-__all__ = ['n_processes', 'process_rank', 'alone', 'processes', 'sum_all', 'gather', 'sum_gradients', 'GlobalBatchNorm',
-           'normalise_together']
+__all__ = ['get_world_size', 'get_rank', 'single_process', 'process_group', 'all_reduce_sum', 'all_gather', 'sum_gradients',
+           'GlobalBatchNorm', 'convert_sync_batchnorm']
 
 # %% ../../nbs/learn/04_distributed.ipynb #e534beb9
 _alone = False
 
-def n_processes() -> int:
+def get_world_size() -> int:
     "How many processes work together; 1 without `torchrun`"
     return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
-def process_rank() -> int:
+def get_rank() -> int:
     "Number of this process, from 0; the first one writes files"
     return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 @contextmanager
-def alone():
+def single_process():
     "What is computed inside concerns this process only"
     global _alone
     before,_alone = _alone,True
@@ -36,7 +36,7 @@ def alone():
     finally: _alone = before
 
 @contextmanager
-def processes(
+def process_group(
     device: str|torch.device, # Kind of device: `cpu`, `cuda`
 ) -> Iterator[torch.device]: # This process's own
     "Meet the other processes that `torchrun` started, and part at the end"
@@ -62,21 +62,21 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient): return _Sum.apply(gradient)
 
-def sum_all(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     "Sum of `x` over all processes; its gradient is that of the sum of all shares"
-    return _Sum.apply(x) if n_processes() > 1 else x
+    return _Sum.apply(x) if get_world_size() > 1 else x
 
-def gather(
+def all_gather(
     x: Tensor, # `(n, ...)`, the same shape in each process
 ) -> Tensor: # `(processes * n, ...)`, in the order of ranks
     "The rows of all processes"
-    if n_processes() == 1: return x
-    before,after = process_rank()*len(x),(n_processes()-1-process_rank())*len(x)
-    return sum_all(torch.cat([x.new_zeros(before, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])]))
+    if get_world_size() == 1: return x
+    before,after = get_rank()*len(x),(get_world_size()-1-get_rank())*len(x)
+    return all_reduce_sum(torch.cat([x.new_zeros(before, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])]))
 
 def sum_gradients(net: nn.Module):
     "Give the parameters the gradient of the sum of all shares, in one exchange"
-    if n_processes() == 1: return
+    if get_world_size() == 1: return
     gradients = [p.grad for p in net.parameters() if p.grad is not None]
     total = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(total)
@@ -88,22 +88,22 @@ class GlobalBatchNorm(_BatchNorm):
     def _check_input_dim(self, x): pass
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or n_processes() == 1: return super().forward(x)
+        if not self.training or get_world_size() == 1: return super().forward(x)
         others = [0, *range(2, x.ndim)]
-        n = n_processes()*x.numel()/x.shape[1]
+        n = get_world_size()*x.numel()/x.shape[1]
         column = lambda v: v.view(1, -1, *[1]*(x.ndim-2))
-        mean = sum_all(x.sum(others))/n
+        mean = all_reduce_sum(x.sum(others))/n
         centred = x - column(mean)
-        variance = sum_all(centred.square().sum(others))/n
+        variance = all_reduce_sum(centred.square().sum(others))/n
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance*n/(n-1), self.momentum)
             self.num_batches_tracked += 1
         return centred*column((variance+self.eps).rsqrt()*self.weight) + column(self.bias)
 
-def normalise_together(net: nn.Module) -> nn.Module:
+def convert_sync_batchnorm(net: nn.Module) -> nn.Module:
     "Let all batch normalisations of `net` see all processes' batches"
-    if n_processes() == 1: return net
+    if get_world_size() == 1: return net
     if next(net.parameters()).is_cuda: return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for m in net.modules():
         if isinstance(m, _BatchNorm): m.__class__ = GlobalBatchNorm # the same parameters and buffers

@@ -10,12 +10,12 @@ from typing import Literal
 import numpy as np, pyarrow as pa, pydantic, torch
 from .augment import Augmenter
 from .views import AugmentConfig, CubeConfig
-from ..core import Source, Strict, digest, made_by, n_cores, progress, threads, worker_pool, write_once
+from ..core import Source, Strict, content_hash, provenance, n_cores, progress, threads, worker_pool, write_once
 from .model import Features, SynapseNet
-from .precision import Precision, choose_forward_mode, features_of, mode_of, say_if_emulated
+from .precision import Precision, choose_forward_mode, forward_features, mode_of, say_if_emulated
 from ..data.features import FeatureError, read_features
 from ..data.store import ChunkStore
-from ..data.tables import read_tag, write_table
+from ..data.tables import read_metadata, write_table
 
 # %% auto #0
 __all__ = ['ExtractConfig', 'weights_digest', 'agreed_precision', 'extract']
@@ -49,15 +49,15 @@ def agreed_precision(
     "The precision of all features of a run: bf16 only if it suits all networks. If it is left open, the first process to ask decides it on the first synapses, and notes it in the run folder for all others"
     if precision in ('fp32', 'bf16'): return precision
     run = Path(run)
-    about = made_by(asked=precision, networks=[[weights_digest(net), digest(augment), digest(cube)] for net,augment,cube in networks])
-    note = run/f'extract/precision_{digest(about)}.json'
+    about = provenance(asked=precision, networks=[[weights_digest(net), content_hash(augment), content_hash(cube)] for net,augment,cube in networks])
+    note = run/f'extract/precision_{content_hash(about)}.json'
     if note.exists(): return json.loads(note.read_text())['precision']
     store = ChunkStore.open(run/'chunks.zarr')
     some = store.batch(range(min(32, len(store))))
     chosen = []
     with threads(1):
         for net,augment,cube in networks:
-            augmenter = Augmenter(augment.still(), store.voxel_nm, cube.size, cube.voxel_nm, device)
+            augmenter = Augmenter(augment.deterministic(), store.voxel_nm, cube.size, cube.voxel_nm, device)
             chosen.append(choose_forward_mode(net.to(device).eval(), augmenter(*some, 0), precision))
     agreed = 'bf16' if all(o['precision'] == 'bf16' for o in chosen) else 'fp32'
     return json.loads(write_once(note, json.dumps(about | dict(precision=agreed, compared=chosen))))['precision']
@@ -83,16 +83,16 @@ def extract(
     say_if_emulated(mode, augmenter.device)
     net = net.to(device).eval()
     net.channels_last = mode['channels_last']
-    origin = made_by(weights=weights_digest(net), preset=net.preset, augment=digest(law), views=views, cube=cube.model_dump(), n_synapses=len(store), batch_size=batch_size, precision=precision, device=augmenter.device.type)
+    origin = provenance(weights=weights_digest(net), preset=net.preset, augment=content_hash(law), views=views, cube=cube.model_dump(), n_synapses=len(store), batch_size=batch_size, precision=precision, device=augmenter.device.type)
     with worker_pool(2 if augmenter.device.type == 'cuda' else n_cores()) as pool:
         def describe(batch):
             chunks = store.batch(batch)
-            seen = [features_of(net, augmenter(*chunks, v), mode) for v in range(views)]
+            seen = [forward_features(net, augmenter(*chunks, v), mode) for v in range(views)]
             return Features(*(torch.stack(layer).mean(0) for layer in zip(*seen)))
         shard = store.places//store.per_shard
         for k in progress(np.unique(shard) if shards is None else shards, desc='extract', unit='shard'):
             path,members = folder/f'{k:06d}.parquet',np.flatnonzero(shard == k)
-            if path.exists() and read_tag(path).get('made_by') == origin: continue
+            if path.exists() and read_metadata(path).get('provenance') == origin: continue
             parts = list(pool.map(describe, np.split(members, range(batch_size, len(members), batch_size))))
             features = Features(*(torch.cat(layer).cpu().numpy() for layer in zip(*parts)))
             write_table(_feature_table(store.ids[members], features), path, 'features', origin)

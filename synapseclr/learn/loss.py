@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from .distributed import gather, n_processes, process_rank
+from .distributed import all_gather, get_world_size, get_rank
 
 # %% auto #0
 __all__ = ['nt_xent', 'nt_xent_start', 'nt_xent_floor', 'vicreg']
@@ -26,9 +26,9 @@ def nt_xent(
     """NT-Xent of a batch of positive pairs (Methods, loss function); in several processes, this process's share of that of all batches together.
     Raises `ValueError` for fewer than two pairs or unequal shapes"""
     n = _checked(z1, z2)
-    every = torch.cat([gather(F.normalize(_wide(z), dim=1)) for z in (z1, z2)])
-    cells = None if neurites is None else torch.cat([gather(o) for o in neurites])
-    own = torch.arange(n, device=z1.device) + process_rank()*n
+    every = torch.cat([all_gather(F.normalize(_wide(z), dim=1)) for z in (z1, z2)])
+    cells = None if neurites is None else torch.cat([all_gather(o) for o in neurites])
+    own = torch.arange(n, device=z1.device) + get_rank()*n
     own = torch.cat([own, own + len(every)//2])
     part = partial(_rows, every, temperature, cells)
     if len(own) <= rows: return part(own)/len(every)
@@ -73,10 +73,10 @@ def vicreg(
     """VICReg of a batch of positive pairs; in several processes, this process's share of that of all batches together.
     Raises `ValueError` for fewer than two pairs or unequal shapes"""
     _checked(z1, z2)
-    views = [gather(_wide(z)) for z in (z1, z2)]
+    views = [all_gather(_wide(z)) for z in (z1, z2)]
     loss = invariance*F.mse_loss(*views)
     for z in views:
         c = torch.cov(z.T)
         sd,others = (c.diagonal()+1e-4).sqrt(),c - torch.diag(c.diagonal())
         loss = loss + variance*F.relu(1-sd).mean() + covariance*others.square().sum()/len(c)
-    return loss/n_processes()
+    return loss/get_world_size()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core import SynapseCLRError, atomic
 
 # %% auto #0
-__all__ = ['presets', 'initialize', 'Features', 'FoldVoxels', 'Block', 'Backbone', 'ModelError', 'Projector', 'SynapseNet',
+__all__ = ['PRESETS', 'initialize', 'Features', 'SpaceToDepth', 'BasicBlock', 'Backbone', 'ModelError', 'Projector', 'SynapseNet',
            'save_weights', 'load_weights', 'read_network']
 
 # %% ../../nbs/learn/03_model.ipynb #129941fd
@@ -37,14 +37,14 @@ class Features(NamedTuple):
     hidden: Tensor # `(B, 512)`: the projector's first layer, before normalisation
     projection: Tensor # `(B, 128)`: what the loss compares, not normalised
 
-class FoldVoxels(nn.Module):
+class SpaceToDepth(nn.Module):
     "Each 2 x 2 x 2 voxels become eight channels of one"
     def forward(self, x: Tensor) -> Tensor:
         b,c,z,y,x_ = x.shape
         x = x.view(b, c, z//2, 2, y//2, 2, x_//2, 2)
         return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, 8*c, z//2, y//2, x_//2)
 
-class Block(nn.Module):
+class BasicBlock(nn.Module):
     "Two 3 x 3 x 3 convolutions, and a shortcut past them"
     def __init__(self, before: int, width: int, stride: int, bare: bool):
         super().__init__()
@@ -72,7 +72,7 @@ class Backbone(nn.Module):
         self.conv1,self.bn1 = nn.Conv3d(channels, width, kernel, stride, kernel//2, bias=False),nn.BatchNorm3d(width)
         self.pool,self.stages = pool,list(stages)
         for name,(wide,stride,n) in stages.items():
-            self.add_module(name, nn.Sequential(*[Block(wide if i else width, wide, 1 if i else stride, bare) for i in range(n)]))
+            self.add_module(name, nn.Sequential(*[BasicBlock(wide if i else width, wide, 1 if i else stride, bare) for i in range(n)]))
             width = wide
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         return x.mean((2, 3, 4))
 
 _resnet18 = dict(channels=1, width=64, kernel=7, stride=2, stages=dict(layer1=(64, 1, 2), layer2=(128, 2, 2), layer3=(256, 2, 2), layer4=(512, 2, 2)))
-presets = dict(
+PRESETS = dict(
     paper=_resnet18,
     demo=dict(channels=8, width=16, kernel=3, stride=1, stages=dict(layer2=(64, 2, 1), layer3=(128, 2, 1))),
     medicalnet=_resnet18 | dict(pool=True, bare=True))
@@ -108,12 +108,12 @@ class SynapseNet(nn.Module):
         seed: int = 0, # Of the initial weights
     ):
         super().__init__()
-        if preset not in presets: raise ModelError(f"there is no network '{preset}'; there are {', '.join(presets)}")
+        if preset not in PRESETS: raise ModelError(f"there is no network '{preset}'; there are {', '.join(PRESETS)}")
         self.preset,self.channels_last = preset,True # fp32 on a CPU: 1.4 times as fast; `08b_precision` measures
-        width = [*presets[preset]['stages'].values()][-1][0]
+        width = [*PRESETS[preset]['stages'].values()][-1][0]
         self.reduction = dict(paper=16, demo=8, medicalnet=32)[preset] # Side of the input over side of the last feature map
-        self.fold = FoldVoxels() if preset == 'demo' else nn.Identity()
-        self.backbone = Backbone(**presets[preset])
+        self.fold = SpaceToDepth() if preset == 'demo' else nn.Identity()
+        self.backbone = Backbone(**PRESETS[preset])
         self.projector = Projector(width, 128)
         initialize(self, torch.Generator().manual_seed(seed))
 

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from .augment import Augmenter
 from ..core import atomic, key
-from .distributed import alone
+from .distributed import single_process
 from .model import SynapseNet
 from .precision import autocast
-from ..data.store import JoinedStores
-from ..metrics import auc, explained_variance, out_of_fold
+from ..data.store import ConcatStore
+from ..metrics import roc_auc, explained_variance, cross_val_predict_by_neuron
 
 # %% auto #0
-__all__ = ['rank_me', 'alignment', 'uniformity', 'neighbour_vote', 'probe', 'Watch', 'TrainingLog']
+__all__ = ['rank_me', 'alignment', 'uniformity', 'knn_predict', 'online_probe', 'TrainingMonitor', 'TrainingLog']
 
 # %% ../../nbs/learn/07_monitor.ipynb #a3a691c7
 def rank_me(
@@ -44,7 +44,7 @@ def uniformity(
     return torch.pdist(F.normalize(z.double(), dim=1)).square().mul(-2).exp().mean().log().item()
 
 # %% ../../nbs/learn/07_monitor.ipynb #dc7c2024
-def neighbour_vote(
+def knn_predict(
     features: np.ndarray, # `(N, d)`
     y: np.ndarray, # `(N,)` bool
     pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
@@ -58,7 +58,7 @@ def neighbour_vote(
     vote = y[nearest].mean(1)
     return np.where(np.isfinite(np.take_along_axis(s, nearest, 1)).sum(1) == k, vote, np.nan)
 
-def probe(
+def online_probe(
     features: np.ndarray, # `(N, d)`
     table: pd.DataFrame, # pre, post; and those of inhibitory, cleft_cos_z, n_blank_sections that are known
 ) -> dict: # `type_auc`, `orientation_r2`, `blank_sections_r2`, as far as the table goes
@@ -68,13 +68,13 @@ def probe(
         use = table.inhibitory.notna().to_numpy()
         t,x = table[use],features[use]
         y = t.inhibitory.to_numpy(bool)
-        found['type_auc'] = auc(y, neighbour_vote(x, y, t.pre.to_numpy(), t.post.to_numpy()))
+        found['type_auc'] = roc_auc(y, knn_predict(x, y, t.pre.to_numpy(), t.post.to_numpy()))
     for name,column in (('orientation_r2', 'cleft_cos_z'), ('blank_sections_r2', 'n_blank_sections')):
         if column not in table: continue
         use = table[column].notna().to_numpy()
         t = table[use]
         y = t[column].to_numpy(float)
-        found[name] = explained_variance(y, out_of_fold(features[use], y, t.pre.to_numpy(), t.post.to_numpy()))
+        found[name] = explained_variance(y, cross_val_predict_by_neuron(features[use], y, t.pre.to_numpy(), t.post.to_numpy()))
     return found
 
 # %% ../../nbs/learn/07_monitor.ipynb #fcbde783
@@ -87,18 +87,18 @@ def _batch_statistics(net: SynapseNet):
     for k,b in net.named_buffers(): b.copy_(kept[k])
     net.eval()
 
-class Watch:
+class TrainingMonitor:
     "The synapses that are looked at after each epoch"
     def __init__(self,
         augmenter: Augmenter, # Of the training
-        store: JoinedStores, # Chunks
+        store: ConcatStore, # Chunks
         held_out: np.ndarray, watched: np.ndarray, # Synapses, by number
         table: pd.DataFrame, # A row for each synapse of the store, see `probe`
         seed: int, # Of the run
         objective: Callable[[Tensor, Tensor], Tensor],
     ):
         a = augmenter
-        still = Augmenter(a.config.still(), a.voxel_nm, a.out_size, a.out_voxel_nm, a.device)
+        still = Augmenter(a.config.deterministic(), a.voxel_nm, a.out_size, a.out_voxel_nm, a.device)
         self.views,held = still(*store.batch(watched)).cpu(),store.batch(held_out)
         self.pairs = [a(*held, key(seed, -1, view)).cpu() for view in (0, 1)]
         self.table,self.objective,self.device = table.iloc[watched],objective,a.device
@@ -109,13 +109,13 @@ class Watch:
         def look(x, layer):
             with autocast(self.device, mode): return torch.cat([getattr(net(v.to(self.device)), layer) for v in x.chunk(-(-len(x)//64))]).float() # even parts, none of a single synapse
         net.eval()
-        with alone():
+        with single_process():
             backbone,projection = look(self.views, 'backbone'),look(self.views, 'projection')
             with _batch_statistics(net): z = [look(x, 'projection') for x in self.pairs]
             loss = self.objective(*z).item()
         net.train()
         found = dict(held_out_loss=loss, alignment=alignment(*z), uniformity=uniformity(projection), rank_backbone=rank_me(backbone), rank_projection=rank_me(projection),
-            feature_sd=backbone.std(0).mean().item()) | probe(backbone.cpu().numpy(), self.table)
+            feature_sd=backbone.std(0).mean().item()) | online_probe(backbone.cpu().numpy(), self.table)
         return {k: v for k,v in found.items() if math.isfinite(v)}
 
 # %% ../../nbs/learn/07_monitor.ipynb #e30fc393

@@ -14,8 +14,8 @@ from .loss import nt_xent
 from .model import Features, SynapseNet
 
 # %% auto #0
-__all__ = ['Precision', 'plain_mode', 'PrecisionError', 'has_bf16_units', 'say_if_emulated', 'mode_of', 'autocast',
-           'measure_mode', 'compare_modes', 'check_mode', 'choose_mode', 'features_of', 'choose_forward_mode']
+__all__ = ['Precision', 'BASELINE_MODE', 'PrecisionError', 'has_bf16_units', 'say_if_emulated', 'mode_of', 'autocast',
+           'time_mode', 'compare_modes', 'check_mode', 'choose_mode', 'forward_features', 'choose_forward_mode']
 
 # %% ../../nbs/learn/06_precision.ipynb #7039ec8d
 Precision = Literal['auto', 'fp32', 'bf16', 'fastest']
@@ -38,13 +38,13 @@ def say_if_emulated(mode: dict, device: torch.device):
         print(f'hint: this is computed in bf16, as its beginning was or as you asked; {device.type} here has no units for bf16 and emulates it, tens of times slower', flush=True)
 
 # %% ../../nbs/learn/06_precision.ipynb #bd112f47
-plain_mode = dict(precision='fp32', channels_last=False, compile=False)
+BASELINE_MODE = dict(precision='fp32', channels_last=False, compile=False)
 
 def mode_of(
     precision: str, # `fp32` or `bf16`
     device: torch.device,
     compile: bool = False, # Whether to use `torch.compile`
-) -> dict: # As `plain_mode`
+) -> dict: # As `BASELINE_MODE`
     "The mode for a precision, with the layout that is usually the fastest"
     return dict(precision=precision, channels_last=device.type == 'cpu' or precision == 'bf16', compile=compile)
 
@@ -52,7 +52,7 @@ def autocast(device: torch.device, mode: dict):
     "Mixed precision in bf16; fp32 is plain"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=mode['precision'] == 'bf16')
 
-def measure_mode(
+def time_mode(
     net: SynapseNet, # Left as it was
     views: Tensor, # `(2 B, 1, D, D, D)` real input, both views
     mode: dict, # precision, channels_last, compile
@@ -81,13 +81,13 @@ def compare_modes(
     net: SynapseNet, # Left as it was
     views: Tensor, # `(2 B, 1, D, D, D)` real input
     modes: list[dict], # To compare with plain fp32
-    repeats: int = 0, # As of `measure_mode`
+    repeats: int = 0, # As of `time_mode`
 ) -> list[dict]: # Each mode, its seconds, and the cosines between its results and those of plain fp32
     "How well, and how fast, each mode computes a step"
-    _,plain_z,plain_gradient = measure_mode(net, views, plain_mode)
+    _,plain_z,plain_gradient = time_mode(net, views, BASELINE_MODE)
     compared = []
     for mode in modes:
-        measured,z,gradient = measure_mode(net, views, mode, repeats)
+        measured,z,gradient = time_mode(net, views, mode, repeats)
         projection = F.cosine_similarity(plain_z.double(), z.double()).min()
         compared.append(measured | dict(projection_cosine=projection.item(), gradient_cosine=F.cosine_similarity(plain_gradient.double(), gradient.double(), 0).item()))
     return compared
@@ -129,15 +129,15 @@ def choose_mode(
     formats = ['fp32', 'bf16'] if try_bf16 else ['fp32']
     ways = [dict(precision=o, channels_last=layout, compile=compile) for o in formats for layout in (False, True)]
     compared = compare_modes(net, views, ways, repeats=2)
-    best = min((o for o in compared if _agrees(o)), key=lambda o: o['seconds'], default=plain_mode)
-    return {k: best[k] for k in plain_mode},compared
+    best = min((o for o in compared if _agrees(o)), key=lambda o: o['seconds'], default=BASELINE_MODE)
+    return {k: best[k] for k in BASELINE_MODE},compared
 
 # %% ../../nbs/learn/06_precision.ipynb #1777c9b0
 @torch.inference_mode()
-def features_of(
+def forward_features(
     net: SynapseNet, # In evaluation mode
     views: Tensor, # `(B, 1, D, D, D)`
-    mode: dict, # As of `plain_mode`
+    mode: dict, # As of `BASELINE_MODE`
 ) -> Features: # fp32
     "Describe views; on a processor as many at a time as suit its cache: one of 96 voxels a side, all of 28"
     parts = views.split(len(views) if views.is_cuda else max(1, 2**20//views[0].numel()))
@@ -147,14 +147,14 @@ def choose_forward_mode(
     net: SynapseNet, # In evaluation mode
     views: Tensor, # `(B, 1, D, D, D)` real input
     precision: Precision = 'fp32',
-) -> dict: # As of `plain_mode`; if it was compared, with `cosine`, the least between fp32 and bf16 over synapses and layers
+) -> dict: # As of `BASELINE_MODE`; if it was compared, with `cosine`, the least between fp32 and bf16 over synapses and layers
     "How to compute features"
     device = views.device
     if precision in ('fp32', 'bf16'): return mode_of(precision, device)
     if not has_bf16_units(device): return mode_of('fp32', device)
     def look(name):
         start = time.perf_counter()
-        features = features_of(net, views, mode_of(name, device))
+        features = forward_features(net, views, mode_of(name, device))
         if views.is_cuda: torch.cuda.synchronize()
         return features,time.perf_counter()-start
     if precision == 'fastest': look('fp32'),look('bf16') # warms up

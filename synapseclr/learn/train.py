@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from .augment import Augmenter
 from .views import AugmentConfig, CubeConfig
-from ..core import Source, Strict, SynapseCLRError, atomic, digest, key, made_by, n_cores, progress, worker_pool
-from .distributed import alone, n_processes, normalise_together, process_rank, processes, sum_all, sum_gradients
+from ..core import Source, Strict, SynapseCLRError, atomic, content_hash, key, provenance, n_cores, progress, worker_pool
+from .distributed import single_process, get_world_size, convert_sync_batchnorm, get_rank, process_group, all_reduce_sum, sum_gradients
 from .loss import nt_xent, nt_xent_floor, nt_xent_start, vicreg
 from .model import SynapseNet, save_weights
-from .monitor import TrainingLog, Watch
-from .precision import Precision, autocast, check_mode, choose_mode, measure_mode
-from ..data.store import ChunkStore, JoinedStores
+from .monitor import TrainingLog, TrainingMonitor
+from .precision import Precision, autocast, check_mode, choose_mode, time_mode
+from ..data.store import ChunkStore, ConcatStore
 from ..data.tables import read_ids, read_table
 
 # %% auto #0
-__all__ = ['TrainConfig', 'TrainingError', 'batch_indices', 'held_out_and_watched', 'learning_rate', 'pair_indices', 'batches',
-           'frozen_statistics', 'backward', 'save_checkpoint', 'load_checkpoint', 'measured', 'train', 'read_log']
+__all__ = ['TrainConfig', 'TrainingError', 'batch_indices', 'split_held_out', 'learning_rate', 'pair_indices', 'batches',
+           'frozen_batch_norm', 'cached_gradient_backward', 'save_checkpoint', 'load_checkpoint',
+           'with_dataset_statistics', 'train', 'read_log']
 
 # %% ../../nbs/learn/08_train.ipynb #3920d63f
 class TrainConfig(Strict):
@@ -72,7 +73,7 @@ def batch_indices(
     epoch,i = divmod(step, n//batch_size)
     return np.random.default_rng(key(seed, epoch)).permutation(n)[i*batch_size:(i+1)*batch_size]
 
-def held_out_and_watched(
+def split_held_out(
     allowed: np.ndarray, # Synapses that are not excluded
     watch: int, # How many to look at
     seed: int, # Of the run
@@ -129,7 +130,7 @@ def batches(
 
 # %% ../../nbs/learn/08_train.ipynb #74b10a76
 @contextmanager
-def frozen_statistics(net: nn.Module):
+def frozen_batch_norm(net: nn.Module):
     "The running statistics of batch normalisation stay as they are inside"
     norms = [m for m in net.modules() if isinstance(m, _BatchNorm)]
     momenta = [m.momentum for m in norms]
@@ -138,7 +139,7 @@ def frozen_statistics(net: nn.Module):
     finally:
         for m,o in zip(norms, momenta): m.momentum = o
 
-def backward(
+def cached_gradient_backward(
     net: nn.Module, # Receives the gradient
     parts: list[slice], # Of the process's batch
     project: Callable[[slice], tuple[Tensor, Tensor]], # Projections of both views of a part, with their graph
@@ -149,7 +150,7 @@ def backward(
         loss = objective(*project(parts[0]))
         loss.backward()
         return loss.detach()
-    with torch.no_grad(), frozen_statistics(net): z = [project(p) for p in parts]
+    with torch.no_grad(), frozen_batch_norm(net): z = [project(p) for p in parts]
     z = [torch.cat(view).requires_grad_() for view in zip(*z)]
     loss = objective(*z)
     loss.backward()
@@ -192,7 +193,7 @@ def load_checkpoint(
 
 # %% ../../nbs/learn/08_train.ipynb #2def8c38
 def _table(
-    store: JoinedStores,
+    store: ConcatStore,
     types: pd.Series|None, # By root id: whether a neuron is inhibitory
 ) -> pd.DataFrame: # A row for each synapse: id, pre, post, and what the monitor can use
     tables = []
@@ -210,7 +211,7 @@ def _allowed(config: TrainConfig, table: pd.DataFrame) -> np.ndarray:
     if len(lost := np.setdiff1d(ids, table.id)) == len(ids): raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(lost)} ids is in this run")
     return np.flatnonzero(~(table.id.isin(ids) & (table.store == 0)))
 
-def measured(
+def with_dataset_statistics(
     config: AugmentConfig, # Whose mean and sd may be left open
     store: ChunkStore, # What fetch measured
 ) -> AugmentConfig:
@@ -230,20 +231,20 @@ def train(
 ) -> Path: # The weights
     """Train on the synapses of a run into `run/train/`, with all processes that `torchrun` started; goes on from the newest checkpoint.
     Raises `TrainingError` if it cannot start, if the loss is not a number or the features have collapsed"""
-    with processes(device) as device, worker_pool(2) as pool: return _train(Path(run), config, augment or AugmentConfig(), cube or CubeConfig(), restart, device, types, pool)
+    with process_group(device) as device, worker_pool(2) as pool: return _train(Path(run), config, augment or AugmentConfig(), cube or CubeConfig(), restart, device, types, pool)
 
 def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeConfig, restart: bool, device: torch.device, types: pd.Series|None, pool: Executor) -> Path:
-    folder,store = run/'train',JoinedStores([ChunkStore.open(p) for p in (run/'chunks.zarr', *config.more)])
-    augment,table = measured(augment, store),_table(store, types)
-    training,held_out,watched = held_out_and_watched(_allowed(config, table), config.watch, config.seed)
-    n,world = len(training),n_processes()
+    folder,store = run/'train',ConcatStore([ChunkStore.open(p) for p in (run/'chunks.zarr', *config.more)])
+    augment,table = with_dataset_statistics(augment, store),_table(store, types)
+    training,held_out,watched = split_held_out(_allowed(config, table), config.watch, config.seed)
+    n,world = len(training),get_world_size()
     if n < config.batch_size: raise TrainingError(f"{run}: {n} synapses to train on ({len(held_out)} are held out) do not fill a batch of {config.batch_size}; lower train.batch_size")
     if config.batch_size%world: raise TrainingError(f"train.batch_size = {config.batch_size} cannot be shared among {world} processes; choose a multiple of {world}")
     n_own,steps_per_epoch = config.batch_size//world,n//config.batch_size
-    first,n_steps = process_rank()*n_own,config.epochs*steps_per_epoch
-    origin = made_by(config.model_copy(update=dict(more=[], exclude=None)), seed=config.seed, augment=digest(augment), cube=digest(cube), chunks=digest(store.attrs['made_by']), training=digest(table.id[training].tolist()))
-    if process_rank() == 0: _warn_of_few(n_steps, steps_per_epoch, config.warmup_steps)
-    if restart and process_rank() == 0: _forget(folder)
+    first,n_steps = get_rank()*n_own,config.epochs*steps_per_epoch
+    origin = provenance(config.model_copy(update=dict(more=[], exclude=None)), seed=config.seed, augment=content_hash(augment), cube=content_hash(cube), chunks=content_hash(store.attrs['provenance']), training=content_hash(table.id[training].tolist()))
+    if get_rank() == 0: _warn_of_few(n_steps, steps_per_epoch, config.warmup_steps)
+    if restart and get_rank() == 0: _forget(folder)
     if world > 1: dist.barrier()
 
     net = SynapseNet(config.model, config.seed).to(device)
@@ -254,23 +255,23 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
         raise TrainingError(f"{folder}: was trained with another configuration or other data; choose a new run folder, begin again with `synapseclr train --restart`, or go on with this network from `synapseclr extract`")
     if not about:
         mode,compared = {},[]
-        if process_rank() == 0:
+        if get_rank() == 0:
             some = store.batch(training[:max(2, min(16, n_own, 2**22//cube.size**3))])
-            with alone(): mode,compared = _choose_mode(config, net, torch.cat([augmenter(*some, view) for view in (0, 1)]), n_own*n_steps)
+            with single_process(): mode,compared = _choose_mode(config, net, torch.cat([augmenter(*some, view) for view in (0, 1)]), n_own*n_steps)
         agreed = [dict(step=0, mode=mode, measured=compared, origin=origin)]
         if world > 1: dist.broadcast_object_list(agreed)
         about = agreed[0]
     mode = about['mode']
-    said = dict(cube=cube.model_dump(), augment=augment.model_dump(mode='json'), made_by=origin, mode=mode)
+    said = dict(cube=cube.model_dump(), augment=augment.model_dump(mode='json'), provenance=origin, mode=mode)
     torch.set_num_threads(mode['threads'])
     if about['step'] < n_steps: check_mode(mode, net, cube.size, device)
-    net = normalise_together(net)
+    net = convert_sync_batchnorm(net)
     net.channels_last = mode['channels_last']
     if mode['compile']: net.compile()
     def objective(z1, z2, neurites=None): return vicreg(z1, z2) if config.objective == 'vicreg' else nt_xent(z1, z2, config.temperature, neurites)
-    if process_rank() == 0:
+    if get_rank() == 0:
         log = TrainingLog(folder, about['step'], mode, about.get('measured'))
-        watch = Watch(augmenter, store, held_out, watched, table, config.seed, objective)
+        watch = TrainingMonitor(augmenter, store, held_out, watched, table, config.seed, objective)
 
     def indices(step):
         "Synapses of both views of a step, this process's part"
@@ -281,7 +282,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     parts = [slice(i, min(i+(config.micro_batch or n_own), n_own)) for i in range(0, n_own, config.micro_batch or n_own)]
     if parts[-1].stop-parts[-1].start < 2: raise TrainingError(f"train.micro_batch = {config.micro_batch} leaves a part of one synapse, which cannot be normalised; choose another")
     cells = torch.from_numpy(table[['pre', 'post']].to_numpy())
-    bar = progress(total=n_steps, initial=about['step'], desc=f"train ({mode['precision']})", unit='step', **dict(disable=True) if process_rank() else {})
+    bar = progress(total=n_steps, initial=about['step'], desc=f"train ({mode['precision']})", unit='step', **dict(disable=True) if get_rank() else {})
     losses,norms,waited = [],[],0.
     for step,chunks,seconds in batches(store, range(about['step'], n_steps), indices):
         epoch,i = divmod(step, steps_per_epoch)
@@ -294,7 +295,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
             with autocast(device, mode): return [net(v).projection for v in views] if not config.joint_norm else net(torch.cat(views)).projection.chunk(2)
 
         optimizer.zero_grad()
-        losses.append(sum_all(backward(net, parts, project, partial(objective, neurites=neurites))))
+        losses.append(all_reduce_sum(cached_gradient_backward(net, parts, project, partial(objective, neurites=neurites))))
         sum_gradients(net)
         norms.append(nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm or math.inf))
         optimizer.step()
@@ -305,13 +306,13 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
         if not (end_of_epoch or checkpoint): continue
         values = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
         if not np.isfinite(values[0]).all(): raise TrainingError(f"the loss is not a number at step {step+1-len(losses)+int(np.argmin(np.isfinite(values[0])))}; {_last_good(folder)}")
-        if process_rank() == 0:
+        if get_rank() == 0:
             log.steps(step, *values, config.batch_size, waited)
             if end_of_epoch: _epoch(log, watch(net, mode) | dict(lr=optimizer.param_groups[0]['lr']), step, epoch, config, net, folder, said, bar)
             if checkpoint: save_checkpoint(folder, net, optimizer, config.keep_checkpoints, step=step+1, mode=mode, origin=origin)
         losses,norms,waited = [],[],0.
     bar.close()
-    if process_rank() == 0:
+    if get_rank() == 0:
         log.close()
         save_weights(net.eval(), folder/'weights.safetensors', **said, steps=n_steps)
     if world > 1: dist.barrier()
@@ -332,7 +333,7 @@ def _choose_mode(config: TrainConfig, net: SynapseNet, views: Tensor, n_synapses
     threads = config.threads or n_cores()
     torch.set_num_threads(threads)
     mode,compared = choose_mode(net, views, config.precision, config.compile)
-    one_step,_,_ = measure_mode(net, views, mode | dict(compile=False), repeats=1)
+    one_step,_,_ = time_mode(net, views, mode | dict(compile=False), repeats=1)
     _warn_of_days(2*one_step['seconds']/len(views)*n_synapses, views.device)
     return mode | dict(threads=threads),compared
 

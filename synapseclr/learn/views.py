@@ -10,8 +10,8 @@ import numpy as np, pydantic
 from ..core import Strict
 
 # %% auto #0
-__all__ = ['Probability', 'turns', 'AugmentConfig', 'CubeConfig', 'View', 'random_rotation', 'random_flips', 'random_octahedral',
-           'draw_view']
+__all__ = ['Probability', 'ROTATIONS', 'AugmentConfig', 'CubeConfig', 'ViewParameters', 'random_rotation', 'random_flips',
+           'random_octahedral', 'sample_view']
 
 # %% ../../nbs/learn/01_views.ipynb #8fefa532
 Probability = pydantic.confloat(ge=0, le=1)
@@ -60,7 +60,7 @@ class AugmentConfig(Strict):
         off = dict.fromkeys(['section_cutout_p', 'intensity_p', 'noise_p', 'displacement', 'blur_p', 'corner_cutout_p', 'cubic_cutout_p', 'centre_crop_p'], 0)
         return cls(**off | dict(turn='none', flip=False, inflation=(3, 3)) | changes)
 
-    def still(self, **changes) -> AugmentConfig:
+    def deterministic(self, **changes) -> AugmentConfig:
         "How to look at synapses, without anything random, for a network that was trained with this law"
         return self.extract(**{k: getattr(self, k) for k in ('mean', 'sd', 'fill_blank', 'background', 'geometry')} | changes)
 
@@ -76,7 +76,7 @@ class CubeConfig(Strict):
 
 # %% ../../nbs/learn/01_views.ipynb #78fd3db7
 @dataclass(frozen=True)
-class View:
+class ViewParameters:
     "One drawn transformation. Lengths are shares of the output cube, in the order z, y, x"
     cut_sections: np.ndarray # `(Z,)` bool
     sectional: np.ndarray # `(Z, 3)` shift, scale, gamma
@@ -111,14 +111,14 @@ def random_octahedral(
     "One of the 48 signed permutations of the axes"
     return np.diag(rng.choice([-1., 1.], 3))[rng.permutation(3)]
 
-turns = dict(so3=random_rotation, octahedral=random_octahedral, none=lambda rng: np.eye(3))
+ROTATIONS = dict(so3=random_rotation, octahedral=random_octahedral, none=lambda rng: np.eye(3))
 
 # %% ../../nbs/learn/01_views.ipynb #a5c521c7
-def draw_view(
+def sample_view(
     config: AugmentConfig, # The law
     rng: np.random.Generator, # Fresh from a key
     n_sections: int, # Of the chunk
-) -> View:
+) -> ViewParameters:
     "Draw a transformation"
     c,chance = config,lambda p: rng.random() < p
     def curve(*shape):
@@ -126,10 +126,10 @@ def draw_view(
         if not chance(c.intensity_p): shift,scale,gamma = np.zeros((3, *shape))
         return np.stack([c.intensity_shift*shift, 1+c.intensity_scale*scale, 1+c.intensity_gamma*gamma], -1)
     n_cut = min(n_sections, rng.poisson(c.section_cutout_fraction*n_sections))*chance(c.section_cutout_p)
-    return View(
+    return ViewParameters(
         cut_sections=rng.permutation(n_sections) < n_cut, sectional=curve(n_sections), volumetric=curve(),
         noise=rng.uniform(0, 1, 2)*(c.noise_additive, c.noise_multiplicative)*chance(c.noise_p),
-        turn=turns[c.turn](rng) @ (random_flips(rng) if c.flip else np.eye(3)),
+        turn=ROTATIONS[c.turn](rng) @ (random_flips(rng) if c.flip else np.eye(3)),
         displacement=rng.uniform(-1, 1, 3)*c.displacement, blur_sigma=rng.choice(c.blur_sigmas)*chance(c.blur_p),
         cutouts=np.concatenate([_corner(rng)[:chance(c.corner_cutout_p)], _cubes(rng, *c.cubic_cutout_side)[:2*chance(c.cubic_cutout_p)]]),
         crop=_crop(rng, c) if chance(c.centre_crop_p) else np.array([[-2.]*3, [2.]*3]), inflation=int(rng.integers(c.inflation[0], c.inflation[1]+1)))

@@ -8,16 +8,16 @@ import json
 from pathlib import Path
 import numpy as np, pandas as pd
 from scipy import ndimage
-from ..core import atomic, made_by, progress
+from ..core import atomic, provenance, progress
 from ..data.volume import write_layer
-from .connectome import Cell, PhantomConfig, PhantomError, Plan, plan_axons, plan_dendrites, plan_filler
+from .connectome import Cell, PhantomConfig, PhantomError, Blueprint, plan_axons, plan_dendrites, plan_filler
 from .neuropil import Tissue, empty_tissue, evenly, grow, paint_cells, paint_mitochondrion, paint_nucleus, paint_synapse, paint_tube, paint_vesicles, take_images, unit
 
 # %% auto #0
-__all__ = ['latents', 'paint', 'add_defects', 'write_tables', 'make_phantom']
+__all__ = ['LATENTS', 'paint', 'add_defects', 'write_tables', 'make_phantom']
 
 # %% ../../nbs/phantom/03_build.ipynb #5ea856ab
-def paint(plan: Plan, tissue: Tissue, rng: np.random.Generator) -> pd.DataFrame: # One row per synapse that came out
+def paint(plan: Blueprint, tissue: Tissue, rng: np.random.Generator) -> pd.DataFrame: # One row per synapse that came out
     "Grow the cells, then paint what is in them"
     t = tissue
     field_ = (t.cost, t.rival_cost, t.owner)
@@ -97,7 +97,7 @@ def _merge(t: Tissue, row, cell: int, other: int, rng):
     box,at = _around(t, row.cleft_nm, radius)
     t.owner[box][(t.owner[box] == other) & ((at**2).sum(-1) < radius**2)] = cell
 
-def _false_clefts(plan: Plan, t: Tissue, table: pd.DataFrame, n: int, rng) -> list[dict]:
+def _false_clefts(plan: Blueprint, t: Tissue, table: pd.DataFrame, n: int, rng) -> list[dict]:
     "Label clefts where an axon merely touches another cell"
     taken,axons = np.array(table['cleft_nm'].to_list()),{c.number for c in plan.cells if c.compartment == 'axon'}
     rows,margin = [],400.
@@ -114,7 +114,7 @@ def _false_clefts(plan: Plan, t: Tissue, table: pd.DataFrame, n: int, rng) -> li
         rows.append(dict(pre=pre, post=post, number=number, cleft_vx=size, cleft_nm=total/size*t.voxel_nm, place='none', defect='false cleft'))
     return rows
 
-def add_defects(plan: Plan, config: PhantomConfig, t: Tissue, table: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame: # With `seen_pre`, `seen_post`: the partners by the segmentation
+def add_defects(plan: Blueprint, config: PhantomConfig, t: Tissue, table: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame: # With `seen_pre`, `seen_post`: the partners by the segmentation
     "Spoil the segmentation, the table and the clefts of some synapses, each in one way"
     proofread = {c.number: c.proofread for c in plan.cells}
     rate = np.where(table.pre.map(proofread) & table.post.map(proofread), config.defects_proofread, config.defects)
@@ -134,7 +134,7 @@ def add_defects(plan: Plan, config: PhantomConfig, t: Tissue, table: pd.DataFram
     return pd.concat([table, false.assign(seen_pre=false.pre, seen_post=false.post)] if len(false) else [table], ignore_index=True)
 
 # %% ../../nbs/phantom/03_build.ipynb #ddfcbb4c
-def write_tables(folder: Path, config: PhantomConfig, plan: Plan, t: Tissue, table: pd.DataFrame, lost: np.ndarray, root: np.ndarray, rng: np.random.Generator) -> np.ndarray: # `(n,)` synapse id of each cleft number
+def write_tables(folder: Path, config: PhantomConfig, plan: Blueprint, t: Tissue, table: pd.DataFrame, lost: np.ndarray, root: np.ndarray, rng: np.random.Generator) -> np.ndarray: # `(n,)` synapse id of each cleft number
     "What a lab has, `synapses.parquet`, `neurons.csv` and skeletons; and what only we know, `truth.parquet`"
     ids = np.zeros(int(table.number.max())+1, np.uint32)
     ids[table.number] = rng.permutation(len(table)) + 1
@@ -147,7 +147,7 @@ def write_tables(folder: Path, config: PhantomConfig, plan: Plan, t: Tissue, tab
     true = dict(id=seen['id'], defect=table.defect, place=table.place, pre_type=type_of('pre'), post_type=type_of('post'),
         pre_kind=kinds['pre'], post_kind=kinds['post'], true_pre_root_id=root[table.pre], true_post_root_id=root[table.post],
         spine_um3=4/3*np.pi*(table.head_nm/1e3)**3, n_lost_sections=[int(lost[max(0, z-8):z+9].sum()) for z in np.round(at[:, 0]/t.voxel_nm[0]).astype(int)],
-        **{c: table[c] for c in latents + ['n_vesicles', 'mito_vx']})
+        **{c: table[c] for c in LATENTS + ['n_vesicles', 'mito_vx']})
     with atomic(folder/'truth.parquet') as f: pd.DataFrame(true).sort_values('id').to_parquet(f, index=False)
     neurons = pd.DataFrame([dict(root_id=root[c.number], cell_type='inhibitory' if c.inhibitory else 'excitatory', subtype=c.kind, compartment=c.compartment,
         soma_x_nm=c.soma_nm[2], soma_y_nm=c.soma_nm[1], soma_z_nm=c.soma_nm[0], proofread=c.proofread) for c in plan.cells])
@@ -157,7 +157,7 @@ def write_tables(folder: Path, config: PhantomConfig, plan: Plan, t: Tissue, tab
         with atomic(folder/'skeletons'/f'{root[c.number]}.swc') as f: f.write_text(_swc(c))
     return ids
 
-latents = ['psd_post_nm', 'psd_pre_nm', 'psd_dark', 'density', 'elongation', 'scatter', 'psd_radius_nm', 'bouton_nm', 'head_nm', 'p_mito'] # What the generator drew for a synapse
+LATENTS = ['psd_post_nm', 'psd_pre_nm', 'psd_dark', 'density', 'elongation', 'scatter', 'psd_radius_nm', 'bouton_nm', 'head_nm', 'p_mito'] # What the generator drew for a synapse
 
 def _swc(c: Cell) -> str:
     "The skeleton of a neuron, nm: its soma, and its paths, each joined to the soma by its nearer end"
@@ -174,14 +174,14 @@ def make_phantom(
 ) -> Path: # `folder`
     "Make a phantom: layers em, seg, cleft and mito, tables and skeletons. Done already, it is left alone; raises `PhantomError` if another phantom is there"
     folder,config = Path(folder),config or PhantomConfig()
-    note,origin = folder/'phantom.json',dict(made_by(config, seed=config.seed), options=config.model_dump(mode='json'))
+    note,origin = folder/'phantom.json',dict(provenance(config, seed=config.seed), options=config.model_dump(mode='json'))
     if note.exists():
         if json.loads(note.read_text()) == origin: return folder
         raise PhantomError(f"{folder}: holds a phantom of other options; choose another folder, or delete it")
     rng = np.random.default_rng(config.seed)
     bar = progress(total=7, desc='phantom', unit='step')
     t = empty_tissue(config.shape, config.voxel_nm, rng); bar.update()
-    plan = Plan()
+    plan = Blueprint()
     for part in (plan_dendrites, plan_axons, plan_filler): part(plan, config, t.extent_nm, rng)
     if len(plan.synapses) < 10: raise PhantomError(f"only {len(plan.synapses)} synapses fit into {config.shape} voxels of {config.voxel_nm} nm; make it larger")
     bar.update()

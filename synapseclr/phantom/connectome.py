@@ -14,11 +14,11 @@ from ..core import Strict, SynapseCLRError
 from .neuropil import Curve, evenly, rough, unit, wander
 
 # %% auto #0
-__all__ = ['habits', 'sizes', 'Habit', 'PhantomConfig', 'PhantomError', 'Cell', 'Plan', 'plan_dendrites', 'plan_axons',
-           'plan_filler']
+__all__ = ['CELL_TYPES', 'SIZES', 'CellTypeParams', 'PhantomConfig', 'PhantomError', 'Cell', 'Blueprint', 'plan_dendrites',
+           'plan_axons', 'plan_filler']
 
 # %% ../../nbs/phantom/02_connectome.ipynb #e519a5a8
-class Habit(Strict):
+class CellTypeParams(Strict):
     "What the synapses of a kind of neuron are like: means, before the differences between its neurons and between their synapses"
     psd_post_nm: float # Thickness of the postsynaptic density
     psd_pre_nm: float # Of the presynaptic one
@@ -32,10 +32,10 @@ class Habit(Strict):
     p_spine: float # That a synapse on a spiny dendrite is on a spine
     p_soma: float # That a synapse near a soma is on it
 
-habits = dict(
-    pyramidal=Habit(psd_post_nm=42, psd_pre_nm=10, psd_dark=.23, vesicles=0, elongation=1.08, scatter=.50, psd_radius_nm=190, bouton_extra_nm=70, p_mito=.40, p_spine=.86, p_soma=0),
-    basket=Habit(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.90, psd_radius_nm=200, bouton_extra_nm=110, p_mito=.62, p_spine=.08, p_soma=.5),
-    martinotti=Habit(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.85, psd_radius_nm=172, bouton_extra_nm=65, p_mito=.34, p_spine=.30, p_soma=0))
+CELL_TYPES = dict(
+    pyramidal=CellTypeParams(psd_post_nm=42, psd_pre_nm=10, psd_dark=.23, vesicles=0, elongation=1.08, scatter=.50, psd_radius_nm=190, bouton_extra_nm=70, p_mito=.40, p_spine=.86, p_soma=0),
+    basket=CellTypeParams(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.90, psd_radius_nm=200, bouton_extra_nm=110, p_mito=.62, p_spine=.08, p_soma=.5),
+    martinotti=CellTypeParams(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.85, psd_radius_nm=172, bouton_extra_nm=65, p_mito=.34, p_spine=.30, p_soma=0))
 
 # %% ../../nbs/phantom/02_connectome.ipynb #d4ce8e9d
 class PhantomConfig(Strict):
@@ -53,7 +53,7 @@ class PhantomConfig(Strict):
     defects_proofread: float = .007 # ... where both partners are proofread
     blank_sections: float = .035
 
-sizes = dict(small=dict(shape=(96, 384, 384)), demo=dict(), paper=dict(shape=(256, 768, 768), voxel_nm=(40., 7.16, 7.16)))
+SIZES = dict(small=dict(shape=(96, 384, 384)), demo=dict(), paper=dict(shape=(256, 768, 768), voxel_nm=(40., 7.16, 7.16)))
 
 class PhantomError(SynapseCLRError):
     "A phantom cannot be made"
@@ -74,7 +74,7 @@ class Cell:
     def inhibitory(self) -> bool: return self.kind != 'pyramidal'
 
 @dataclass
-class Plan:
+class Blueprint:
     "Everything that is to be painted"
     cells: list[Cell] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
@@ -100,7 +100,7 @@ def _kinds(n: int, inhibitory: float, rng) -> list[str]:
     m = max(2, round(n*inhibitory))
     return list(rng.permutation(['basket']*(m//2) + ['martinotti']*(m-m//2) + ['pyramidal']*(n-m)))
 
-def plan_dendrites(plan: Plan, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
+def plan_dendrites(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
     "Dendrites that cross the block, and a soma or two at its faces with dendrites of their own"
     volume = extent_nm.prod()/1e9
     n = max(3, round(volume*config.dendrites_per_um3))
@@ -127,7 +127,7 @@ def plan_dendrites(plan: Plan, config: PhantomConfig, extent_nm: np.ndarray, rng
             plan.curves.append(Curve(cell.number, path, (width*rough(rng, len(path), 9, .16 if cell.kind == 'pyramidal' else .24)).clip(150, 620)))
 
 # %% ../../nbs/phantom/02_connectome.ipynb #72636f29
-def plan_axons(plan: Plan, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
+def plan_axons(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
     "Axons that wander through the block, look for targets on their way, and bend to reach them"
     targets = _Targets(plan, extent_nm)
     taken = np.zeros((0, 3))
@@ -161,7 +161,7 @@ def _bend(path: np.ndarray, stops: list) -> np.ndarray:
 
 class _Targets:
     "Dendrites and somata that an axon can meet"
-    def __init__(self, plan: Plan, extent_nm: np.ndarray):
+    def __init__(self, plan: Blueprint, extent_nm: np.ndarray):
         dendrites = [c for c in plan.curves if len(c.points_nm) > 1]
         kinds = {c.number: c for c in plan.cells}
         self.extent_nm,self.somata = extent_nm,plan.somata
@@ -179,7 +179,7 @@ class _Targets:
     def choose(self, axon: Cell, p: np.ndarray, rng: np.random.Generator, taken: np.ndarray) -> dict|None:
         "A synapse of `axon` near `p`; None if there is no room"
         if not self.inside(p): return None
-        h,nature,g = habits[axon.kind],axon.nature,rng.normal(size=12)
+        h,nature,g = CELL_TYPES[axon.kind],axon.nature,rng.normal(size=12)
         psd_radius = float(np.clip(h.psd_radius_nm*math.exp(.14*nature[0] + .27*g[0]), 80, 330))
         bouton = float(np.clip(psd_radius*1.12 + h.bouton_extra_nm + 20*nature[1] + 32*g[1], 140, 460))
         soma = next((s for s in self.somata if abs(np.linalg.norm(p-s[1])-s[2]) < 1300), None)
@@ -219,7 +219,7 @@ class _Targets:
             elongation=float(max(1, h.elongation + .04*nature[7] + .07*g[7])), scatter=float(h.scatter*math.exp(.10*g[8])),
             p_mito=p_mito, has_mito=bool(rng.random() < p_mito))
 
-def plan_filler(plan: Plan, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
+def plan_filler(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
     "Thin processes of neurons that make no synapse here"
     for _ in range(round(extent_nm.prod()/1e9*config.filler_per_um3)):
         path = evenly(wander(rng, extent_nm, 11000, 450, .18), 50)

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['what_stages_do', 'readers']
+__all__ = ['STAGE_HELP', 'PARALLEL_STAGES']
 
 # %% ../../nbs/pipeline/01_catalogue.ipynb #65b5253c
-what_stages_do = dict(
+STAGE_HELP = dict(
     phantom='Make a volume of which everything is known',
     fetch='Cut every synapse of the table out of the volume',
     annotate='Measure every synapse: volumes, contact area, cleft, missing sections, the way to the somata',
@@ -23,4 +23,4 @@ what_stages_do = dict(
     manifold='Find the axes along which synapses vary',
     export='Write what other programs read: a table with links, AnnData, an annotation layer for neuroglancer',
     evaluate="Compare what was learnt with the phantom's truth")
-readers = dict(embed=(), qc=('embed',), query=('qc',), impute=('qc',), consensus=('impute',), manifold=('embed', 'qc', 'impute'), export=('embed', 'qc', 'impute', 'consensus'), evaluate=()) # Stages that read features, and whose results each reads besides: they can share the cores, all others need them whole
+PARALLEL_STAGES = dict(embed=(), qc=('embed',), query=('qc',), impute=('qc',), consensus=('impute',), manifold=('embed', 'qc', 'impute'), export=('embed', 'qc', 'impute', 'consensus'), evaluate=()) # Stages that read features, and whose results each reads besides: they can share the cores, all others need them whole

@@ -11,23 +11,23 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from ..core import SynapseCLRError, asset, atomic, read_config
-from ..analyse.embed import layout, memberships, nearest_neighbours
-from ..data.results import run_table
+from ..analyse.embed import umap_layout, connectivities, nearest_neighbours
+from ..data.results import read_results
 from ..show.plot import draw_chunk
-from .report import execute_notebook, page, side_by_side, write_index
-from ..data.features import feature_sets
+from .report import execute_notebook, html_page, run_parallel, write_index
+from ..data.features import read_feature_sets
 from .stages import RunConfig, known_neurons
 from ..data.store import ChunkStore
 from ..data.tables import read_table
 
 # %% auto #0
-__all__ = ['figure_style', 'FigureError', 'FigureRun', 'letter', 'figure_names', 'draw_figures']
+__all__ = ['FIGURE_STYLE', 'FigureError', 'FigureRun', 'panel_label', 'figure_names', 'draw_figures']
 
 # %% ../../nbs/pipeline/04_figures.ipynb #c5808489
 class FigureError(SynapseCLRError):
     "A figure that this run has not what is needed for"
 
-figure_style = {'font.size': 6, 'axes.titlesize': 7, 'axes.labelsize': 6, 'axes.linewidth': .5, 'xtick.labelsize': 5, 'ytick.labelsize': 5, 'xtick.major.width': .5, 'ytick.major.width': .5,
+FIGURE_STYLE = {'font.size': 6, 'axes.titlesize': 7, 'axes.labelsize': 6, 'axes.linewidth': .5, 'xtick.labelsize': 5, 'ytick.labelsize': 5, 'xtick.major.width': .5, 'ytick.major.width': .5,
     'xtick.major.size': 2, 'ytick.major.size': 2, 'legend.fontsize': 5, 'legend.frameon': False, 'pdf.fonttype': 42, 'savefig.dpi': 300, 'figure.dpi': 110, 'axes.spines.top': False, 'axes.spines.right': False}
 
 class FigureRun:
@@ -38,7 +38,7 @@ class FigureRun:
         self.folder = Path(folder)
         if not (self.folder/'config.toml').exists(): raise FigureError(f"{folder}: not the folder of a run, it has no config.toml")
         self.config = read_config(RunConfig, self.folder/'config.toml', [f'run={folder}'])
-        plt.rcParams.update(figure_style)
+        plt.rcParams.update(FIGURE_STYLE)
 
     def needs(self, *files: str):
         "Raise `FigureError` unless these files are in the run folder"
@@ -51,7 +51,7 @@ class FigureRun:
     @cached_property
     def everything(self) -> pd.DataFrame:
         "All that is known of each synapse, also of those that quality control removed"
-        return run_table(self.folder, self.neurons)
+        return read_results(self.folder, self.neurons)
     @cached_property
     def table(self) -> pd.DataFrame:
         "All that is known of each sound synapse"
@@ -72,12 +72,12 @@ class FigureRun:
     def features(self, layer: str = 'backbone', name: str|None = None) -> np.ndarray:
         "Features of the sound synapses, `(N, d)`: of the kind that the map is drawn of, or another"
         name = name or self.config.embed.features
-        return feature_sets(self.folder, layer, [name])[1][name]
+        return read_feature_sets(self.folder, layer, [name])[1][name]
 
     def map_of(self, x: np.ndarray) -> np.ndarray:
         "A map of other features, `(N, 2)`, drawn as the run's own"
         c = self.config.embed
-        return layout(memberships(nearest_neighbours(x, c.neighbours, c.metric), c.umap_neighbours), x, 2, c.min_dist, c.epochs or None, c.seed)
+        return umap_layout(connectivities(nearest_neighbours(x, c.neighbours, c.metric), c.umap_neighbours), x, 2, c.min_dist, c.epochs or None, c.seed)
 
     @cached_property
     def feature_names(self) -> list[str]:
@@ -94,7 +94,7 @@ class FigureRun:
         folder.mkdir(exist_ok=True)
         for kind in ('pdf', 'png'): fig.savefig(folder/f'{name}.{kind}', bbox_inches='tight', pad_inches=.03, metadata={'CreationDate': None} if kind == 'pdf' else None)
 
-def letter(ax: plt.Axes, text: str, x: float = 0., y: float = 1.):
+def panel_label(ax: plt.Axes, text: str, x: float = 0., y: float = 1.):
     "The letter of a panel, at the upper left of its axes"
     ax.annotate(text, (x, y), xycoords='axes fraction', xytext=(-4, 6), textcoords='offset points', fontsize=9, fontweight='bold', ha='right', va='bottom', annotation_clip=False)
 
@@ -119,11 +119,11 @@ def draw_figures(
             return str(e)
         return ''
     order = (only or names)[::-1] # the table at the end takes longest
-    done = dict(side_by_side({name: partial(draw, name) for name in order}, at_once=at_once))
+    done = dict(run_parallel({name: partial(draw, name) for name in order}, at_once=at_once))
     drawn = [n for n in names if (out/f'{n}.html').exists()]
     def shown(name): return f'<h2><a href="{name}.html">{name}</a></h2>' + (f'<p><a href="{name}.pdf"><img alt="{name}" src="{name}.png"></a></p>' if (out/f'{name}.png').exists() else '')
     missing = ''.join(f'<li>{n}: {html.escape(why)}</li>' for n,why in done.items() if why)
     body = f"<h1>Figures</h1><p>Drawn from the run {html.escape(Path(run).resolve().name)}; a click leads to the notebook or to the vector graphic.</p>{''.join(map(shown, drawn))}" + (f'<h2>Not drawn</h2><ul>{missing}</ul>' if missing else '')
-    with atomic(out/'index.html') as f: f.write_text(page('figures', body))
+    with atomic(out/'index.html') as f: f.write_text(html_page('figures', body))
     if (c.folder/'report').exists(): write_index(c)
     return done

@@ -13,15 +13,15 @@ import matplotlib.pyplot as plt
 import numpy as np, pandas as pd, psutil
 import synapseclr
 from ..core import SynapseCLRError, asset, atomic, n_cores
-from ..analyse.impute import few_neurons, traits_told
-from ..data.results import run_table
-from ..show.plot import draw_map, tell_figure, training_curve
+from ..analyse.impute import MIN_NEURONS, traits_above_chance
+from ..data.results import read_results
+from ..show.plot import draw_map, plot_probe_scores, training_curve
 from .stages import RunConfig, known_neurons, open_run, stages
 from ..data.tables import read_table
 from ..learn.train import read_log
 
 # %% auto #0
-__all__ = ['headless', 'execute_notebook', 'run_notebook', 'page', 'write_index', 'side_by_side']
+__all__ = ['headless', 'execute_notebook', 'run_notebook', 'html_page', 'write_index', 'run_parallel']
 
 # %% ../../nbs/pipeline/03_report.ipynb #aa17a155
 @contextmanager
@@ -91,7 +91,7 @@ def _tidy(notebook: Path):
 _style = """body{font:16px/1.5 system-ui,sans-serif;max-width:52em;margin:2em auto;padding:0 1em} img{max-width:100%} small,blockquote{color:#555} blockquote{margin:0}
 table{border-collapse:collapse;display:block;overflow:auto;border:0;font-size:.85em;margin:1em 0} td,th{padding:.2em .8em;text-align:right;border:0;border-bottom:1px solid #ddd} pre{background:#f6f6f6;padding:.6em 1em;overflow:auto;font-size:.8em} .anchor-link{display:none}"""
 
-def page(title: str, body: str) -> str:
+def html_page(title: str, body: str) -> str:
     "A whole HTML page, which loads nothing"
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>synapseclr: {html.escape(title)}</title><style>{_style}</style><body>{body}</body></html>'
 
@@ -100,7 +100,7 @@ def _to_html(notebook: Path):
     from nbconvert import HTMLExporter
     exporter = HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True)
     body,_ = exporter.from_filename(str(notebook))
-    notebook.with_suffix('.html').write_text(page(notebook.stem, f'<p><a href="index.html">overview</a></p>{body}'))
+    notebook.with_suffix('.html').write_text(html_page(notebook.stem, f'<p><a href="index.html">overview</a></p>{body}'))
 
 # %% ../../nbs/pipeline/03_report.ipynb #dde36165
 def _picture(fig: plt.Figure) -> str:
@@ -131,7 +131,7 @@ def _training(c: RunConfig) -> tuple[str, str]:
 
 def _map(c: RunConfig) -> tuple[str, str]:
     "The map, and what features tell"
-    table = run_table(c.folder, known_neurons(c), names=['map'])
+    table = read_results(c.folder, known_neurons(c), names=['map'])
     shown = {'cluster': table.cluster.astype(str), 'log cleft volume': np.log10(table.cleft_um3.where(table.cleft_um3 > 0))}
     if 'pre_inhibitory' in table: shown = {'presynaptic type, where known': table.pre_inhibitory.map({0.: 'excitatory', 1.: 'inhibitory'})} | shown
     fig,axes = plt.subplots(1, len(shown), figsize=(2.6*len(shown), 2.6), layout='constrained')
@@ -141,7 +141,7 @@ def _map(c: RunConfig) -> tuple[str, str]:
 
 def _told(c: RunConfig) -> tuple[str, str]:
     told = read_table(c.folder/'told.parquet', 'told')
-    return '',f'<h2>What features tell</h2><p>To the left what they should tell, to the right what they should not, each about neurons that the probe has not seen.</p>{_picture(tell_figure(told))}'
+    return '',f'<h2>What features tell</h2><p>To the left what they should tell, to the right what they should not, each about neurons that the probe has not seen.</p>{_picture(plot_probe_scores(told))}'
 
 def _defects(c: RunConfig) -> tuple[str, str]:
     "What quality control removed"
@@ -161,12 +161,12 @@ def _imputed(c: RunConfig) -> tuple[str, str]:
     scores = scores.assign(score=score, value=value)
     chosen = scores[scores.features == c.impute.features].set_index('trait')
     out = pd.DataFrame(dict(score=chosen.score, value=[f'{r.value:.3f} [{r.lo95:.2f}, {r.hi95:.2f}]' for r in chosen.itertuples()], known=chosen.n, neurons=chosen.neurons), index=chosen.index)
-    few = f'; with fewer than {few_neurons} known neurons chance can look like knowledge' if (chosen.neurons < few_neurons).any() else ''
+    few = f'; with fewer than {MIN_NEURONS} known neurons chance can look like knowledge' if (chosen.neurons < MIN_NEURONS).any() else ''
     leads = {o: scores[scores.features == o].set_index('trait').reindex(out.index) for o in ('untrained', 'morphometrics')}
     for other,lead in leads.items(): out[f'lead over {other}'] = [f'{r.lead:+.3f} [{r.lead_lo95:+.2f}, {r.lead_hi95:+.2f}]' for r in lead.itertuples()]
-    clear = chosen[traits_told(scores, c.impute.features)]
+    clear = chosen[traits_above_chance(scores, c.impute.features)]
     for o in leads: out.loc[~out.index.isin(clear.index), f'lead over {o}'] = '' # nothing leads with nothing
-    names = [f'{_words[r.Index]} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < few_neurons else '') + ')' for r in clear.sort_values('value', ascending=False).itertuples()]
+    names = [f'{_words[r.Index]} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < MIN_NEURONS else '') + ')' for r in clear.sort_values('value', ascending=False).itertuples()]
     better = [_words[t] for t in clear.index if leads['morphometrics'].lead_lo95.get(t, -1) > 0]
     short = f"For neurons that no model has seen, the features tell {', '.join(names) or 'nothing'}; they do not tell {', '.join(_words[t] for t in chosen.index.drop(clear.index)) or 'nothing'}. Clearly better than measuring the masks: {', '.join(better) or 'nothing'}."
     return short,f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.features)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'
@@ -175,7 +175,7 @@ def _neurites(c: RunConfig) -> tuple[str, str]:
     "What neurites were called"
     found = read_table(c.folder/'neurites.parquet', 'neurites')
     found = found[found.n_synapses > 0]
-    clear = traits_told(read_table(c.folder/'imputation.parquet', 'imputation'), c.impute.features)
+    clear = traits_above_chance(read_table(c.folder/'imputation.parquet', 'imputation'), c.impute.features)
     silent = [dict(pre='axons', post='dendrites')[o] for o in ('pre', 'post') if not clear.get(f'inhibitory_{o}', True)]
     why = f"The features do not tell the type of {' and '.join(silent)} here, so none is called." if silent else ''
     counts = found.assign(call=found.call.astype('object').replace({'E': 'excitatory', 'I': 'inhibitory', 'abstain': 'not called'})).groupby(['polarity', 'call']).size().unstack(fill_value=0)
@@ -206,11 +206,11 @@ def write_index(c: RunConfig) -> Path:
     body = f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}. In short:</p><ul>{short}</ul>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><details><summary>all options</summary><pre>{html.escape((c.folder/"config.toml").read_text())}</pre></details>'
     path = c.folder/'report/index.html'
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as f: f.write_text(page(c.folder.resolve().name, body))
+    with atomic(path) as f: f.write_text(html_page(c.folder.resolve().name, body))
     return path
 
 # %% ../../nbs/pipeline/03_report.ipynb #27f68703
-def side_by_side(
+def run_parallel(
     jobs: dict[str, Callable], # Each executes a notebook
     after: dict[str, Iterable[str]]|None = None, # Which others a job waits for
     at_once: int = 2,

@@ -11,37 +11,37 @@ from taskqueue import queueable
 from ..ingest.annotate import annotate
 from ..learn.views import AugmentConfig, CubeConfig
 from ..analyse.consensus import ConsensusConfig, type_neurites
-from .catalogue import what_stages_do
-from ..core import ConfigError, Strict, asset, made_by, read_config, write_toml
+from .catalogue import STAGE_HELP
+from ..core import ConfigError, Strict, asset, provenance, read_config, write_toml
 from ..analyse.embed import EmbedConfig, embed
 from ..evaluate.truth import evaluate
 from ..show.export import export
 from ..show.neuroglancer import ExportConfig
 from ..learn.extract import ExtractConfig, agreed_precision, extract
 from ..ingest.cutout import DataConfig, FetchConfig
-from ..ingest.fetch import fetch, outcome
+from ..ingest.fetch import fetch, summarize_fetch
 from ..analyse.impute import ImputeConfig, impute
-from ..data.results import run_table
+from ..data.results import read_results
 from ..analyse.manifold import ManifoldConfig, manifold
 from ..learn.model import SynapseNet, load_weights, read_network
-from ..analyse.probe import what_features_tell
+from ..analyse.probe import probe_run
 from ..phantom.build import make_phantom
 from ..phantom.connectome import PhantomConfig
-from ..evaluate.defects import marked_by_eye
-from ..analyse.qc import QCConfig, remove_defects
+from ..evaluate.defects import sample_true_defects
+from ..analyse.qc import QCConfig, detect_defects
 from ..analyse.query import QueryConfig, compare_retrieval
 from ..ingest.queue import attempt
-from ..data.features import features_made_by, kind_of
+from ..data.features import feature_provenance, parse_feature_name
 from ..data.store import ChunkStore
-from ..data.tables import read_neurons, read_table, untyped_words, write_table
-from ..learn.train import TrainConfig, TrainingError, measured, train
+from ..data.tables import read_neurons, read_table, unrecognised_cell_types, write_table
+from ..learn.train import TrainConfig, TrainingError, with_dataset_statistics, train
 from ..data.volume import LayerSource
 
 # %% auto #0
 __all__ = ['stages', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage',
-           'describing_networks', 'extract_shard', 'shipped', 'embed_stage', 'qc_stage', 'query_stage', 'neurons_of',
-           'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage',
-           'stages_of']
+           'describing_networks', 'extract_shard', 'pretrained_network', 'embed_stage', 'qc_stage', 'query_stage',
+           'read_run_neurons', 'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage',
+           'evaluate_stage', 'stages_of']
 
 # %% ../../nbs/pipeline/02_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -102,7 +102,7 @@ def fetch_stage(c: RunConfig, processes: int = 1):
     table = fetch(c.source, c.fetch, c.folder, processes)
     kept,why = (table.reject_reason == '').mean(),table.reject_reason[table.reject_reason != ''].mode()
     if 0 < kept < .5: print(f'hint: most synapses are rejected, of {len(table)}: {why[0]}. {_advice(why[0])}')
-    if not kept: raise ConfigError(f"{outcome(table)}; {table.blank_fraction.median():.0%} of the median window is blank or outside the volume. {_advice(why[0])}")
+    if not kept: raise ConfigError(f"{summarize_fetch(table)}; {table.blank_fraction.median():.0%} of the median window is blank or outside the volume. {_advice(why[0])}")
     if (neurons := known_neurons(c)) is not None: _say_of(neurons, table, c.source.neurons)
     return table
 
@@ -115,7 +115,7 @@ def _say_of(neurons: pd.DataFrame, table: pd.DataFrame, path: str):
     "Say what of the table of neurons is not used; raise `ConfigError` if that is all of it"
     if not neurons.root_id.isin(table.pre_root_id).any() and not neurons.root_id.isin(table.post_root_id).any():
         raise ConfigError(f"{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, is a partner of any synapse; are its root_id and the synapse table of the same version of the segmentation?")
-    if len(words := untyped_words(neurons)): print(f"hint: {path}: {words.sum()} of {len(neurons)} cells are neither excitatory nor inhibitory by their words: {', '.join(f'{w} ({n})' for w,n in words.head(5).items())}")
+    if len(words := unrecognised_cell_types(neurons)): print(f"hint: {path}: {words.sum()} of {len(neurons)} cells are neither excitatory nor inhibitory by their words: {', '.join(f'{w} ({n})' for w,n in words.head(5).items())}")
 
 def annotate_stage(c: RunConfig):
     return annotate(c.folder, c.source.skeletons)
@@ -134,17 +134,17 @@ def describing_networks(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConf
     "The networks that describe a run, and the views each of them is shown, by folder; the trained one is the last. Raises `TrainingError` or `ConfigError` if it is not there, or not for these views"
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
-    networks = dict(features_shipped=shipped(c.folder)) if c.extract.shipped else {}
+    networks = dict(features_shipped=pretrained_network(c.folder)) if c.extract.shipped else {}
     for path in c.extract.weights:
         net,about = read_network(path)
-        augment = AugmentConfig(**about['augment']) if about.get('augment') else measured(c.augment, ChunkStore.open(c.folder/'chunks.zarr'))
+        augment = AugmentConfig(**about['augment']) if about.get('augment') else with_dataset_statistics(c.augment, ChunkStore.open(c.folder/'chunks.zarr'))
         networks[f'features_{Path(path).stem}'] = net,augment,CubeConfig(**about['cube']) if about.get('cube') else c.cube
     net,about = load_weights(weights)
     cube,augment = CubeConfig(**about['cube']),AugmentConfig(**about['augment'])
     other = [f'{name}.{k} = {asked} (trained with {getattr(was, k)})' for name,was in (('cube', cube), ('augment', augment)) for k,asked in getattr(c, name)
         if k not in ('mean', 'sd') and asked != getattr(was, k)]
     if other: raise ConfigError(f"{weights}: the network was trained on other views than are asked for: {', '.join(other)}; train again (`synapseclr train --restart`), or take that back")
-    networks['features_untrained'] = SynapseNet(net.preset, about['made_by']['seed']),augment,cube
+    networks['features_untrained'] = SynapseNet(net.preset, about['provenance']['seed']),augment,cube
     networks['features'] = net,augment,cube
     return networks
 
@@ -157,39 +157,39 @@ def extract_shard(
     c = read_config(RunConfig, Path(run)/'config.toml').model_copy(update=dict(run=run))
     return attempt(Path(run)/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
 
-def shipped(
+def pretrained_network(
     run: str|Path, # Run folder, fetched
 ) -> tuple[SynapseNet, AugmentConfig, CubeConfig]:
     "The network that comes with the package, with the z-score of the run's own data"
     net,about = load_weights(asset('weights/demo.safetensors'))
     law = AugmentConfig(**{k: v for k,v in about['augment'].items() if k not in ('mean', 'sd')})
-    return net,measured(law, ChunkStore.open(Path(run)/'chunks.zarr')),CubeConfig(**about['cube'])
+    return net,with_dataset_statistics(law, ChunkStore.open(Path(run)/'chunks.zarr')),CubeConfig(**about['cube'])
 
 def embed_stage(c: RunConfig):
-    found,told = embed(c.folder, c.embed),what_features_tell(c.folder, known_neurons(c), c.embed.layer, first=c.embed.features)
-    write_table(told, c.folder/'told.parquet', 'told', made_by(c.embed, source=features_made_by(c.folder, c.embed.features)))
+    found,told = embed(c.folder, c.embed),probe_run(c.folder, known_neurons(c), c.embed.layer, reference=c.embed.features)
+    write_table(told, c.folder/'told.parquet', 'told', provenance(c.embed, source=feature_provenance(c.folder, c.embed.features)))
     return found,told
 
 def qc_stage(c: RunConfig):
     if c.qc.play and not c.phantom: raise ConfigError('[qc] play needs a phantom, whose defects are known; here name some in [qc] prompts')
-    return remove_defects(c.folder, c.qc, marked_by_eye(c.folder, c.phantom_folder, c.qc.play) if c.qc.play else ())
+    return detect_defects(c.folder, c.qc, sample_true_defects(c.folder, c.phantom_folder, c.qc.play) if c.qc.play else ())
 
 def query_stage(c: RunConfig):
     table = compare_retrieval(c.folder, c.query.layer)
-    write_table(table, c.folder/'retrieval.parquet', 'retrieval', made_by(c.query, source=features_made_by(c.folder, 'trained')))
+    write_table(table, c.folder/'retrieval.parquet', 'retrieval', provenance(c.query, source=feature_provenance(c.folder, 'trained')))
     return table
 
-def neurons_of(c: RunConfig) -> pd.DataFrame:
+def read_run_neurons(c: RunConfig) -> pd.DataFrame:
     "What is known of the cells of a run"
     if not c.source.neurons: raise ConfigError('this run has no table of neurons; name one in [data] neurons')
     return read_neurons(c.source.neurons, c.source.table_voxel_nm)
 
 def known_neurons(c: RunConfig) -> pd.DataFrame|None:
-    "As `neurons_of`; None if the run has no such table"
-    return neurons_of(c) if c.source.neurons else None
+    "As `read_run_neurons`; None if the run has no such table"
+    return read_run_neurons(c) if c.source.neurons else None
 
 def impute_stage(c: RunConfig):
-    neurons = neurons_of(c)
+    neurons = read_run_neurons(c)
     _say_of(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source.neurons)
     scores,skipped = impute(c.folder, neurons, c.impute)
     if skipped: print(f"hint: not imputed: {'; '.join(skipped)}")
@@ -199,7 +199,7 @@ def consensus_stage(c: RunConfig):
     return type_neurites(c.folder, c.consensus)
 
 def manifold_stage(c: RunConfig):
-    return manifold(c.folder, run_table(c.folder, known_neurons(c), removed=False, names=('map', 'defects', 'imputed')), c.manifold)
+    return manifold(c.folder, read_results(c.folder, known_neurons(c), include_defects=False, names=('map', 'defects', 'imputed')), c.manifold)
 
 def export_stage(c: RunConfig):
     layers = {o: getattr(c.source, o) for o in ('em', 'seg', 'cleft')}
@@ -209,12 +209,12 @@ def evaluate_stage(c: RunConfig):
     if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
     networks = {'trained': 'features', 'untrained': 'features_untrained'}
     if c.extract.shipped: networks = {'shipped': 'features_shipped'} | networks
-    name,nuisance = kind_of(c.embed.features)
+    name,nuisance = parse_feature_name(c.embed.features)
     if nuisance and name in networks: networks[c.embed.features] = networks[name]
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
 
-stages: dict[str, Callable] = {name: globals()[f'{name}_stage'] for name in what_stages_do}
-for _name,_f in stages.items(): _f.__doc__ = what_stages_do[_name]
+stages: dict[str, Callable] = {name: globals()[f'{name}_stage'] for name in STAGE_HELP}
+for _name,_f in stages.items(): _f.__doc__ = STAGE_HELP[_name]
 
 def stages_of(c: RunConfig) -> list[str]:
     "The stages that a run has: phantom and evaluation only with a phantom, quality control only if defects are marked, imputation and consensus only with a table of neurons"

@@ -14,14 +14,14 @@ import matplotlib, numpy as np, pandas as pd
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from ..core import SynapseCLRError, asset, atomic, progress
-from ..data.results import run_table
-from .plot import colours
+from ..data.results import read_results
+from .plot import COLOURS
 from ..data.store import CLEFT, Chunk, ChunkStore, POST, PRE, StoreError
 from ..data.tables import append_labels, read_labels, read_table
 
 # %% auto #0
-__all__ = ['ExploreError', 'NotThere', 'draw_slices', 'column_of', 'Map', 'make_server', 'serve', 'open_map', 'write_static',
-           'write_map']
+__all__ = ['ExploreError', 'NotFound', 'draw_slices', 'encode_column', 'ExplorerData', 'make_server', 'serve', 'open_map',
+           'write_static', 'write_map']
 
 # %% ../../nbs/show/02_explore.ipynb #c9ff549d
 _libraries = ('regl.js', 'pub-sub-es.js', 'regl-scatterplot.js', 'LICENSE')
@@ -29,7 +29,7 @@ _libraries = ('regl.js', 'pub-sub-es.js', 'regl-scatterplot.js', 'LICENSE')
 class ExploreError(SynapseCLRError):
     "The map cannot be shown"
 
-class NotThere(ExploreError):
+class NotFound(ExploreError):
     "The page asked for something that the map does not have"
 
 # %% ../../nbs/show/02_explore.ipynb #e95e851c
@@ -59,7 +59,7 @@ def draw_slices(
 
 _greys,_parts = 48,(PRE, POST, CLEFT)
 _dark,_white = _greys+len(_parts),_greys+len(_parts)+1
-_palette = [round(i*255/(_greys-1)) for i in range(_greys) for _ in range(3)] + [int(colours[p][i:i+2], 16) for p in _parts for i in (1, 3, 5)] + [0]*3 + [255]*3
+_palette = [round(i*255/(_greys-1)) for i in range(_greys) for _ in range(3)] + [int(COLOURS[p][i:i+2], 16) for p in _parts for i in (1, 3, 5)] + [0]*3 + [255]*3
 
 def _section(em, mask, height: int, width: int) -> np.ndarray:
     "One section, as indices into the palette"
@@ -76,7 +76,7 @@ def _section(em, mask, height: int, width: int) -> np.ndarray:
 _shown = 15
 _other,_missing = _shown,_shown+1
 
-def column_of(
+def encode_column(
     values: pd.Series, # One for each synapse
 ) -> tuple[dict, bytes]: # `kind`, with `values`, `counts`, `n_values` or `lo`, `hi`; uint8 code or float32 of each synapse
     "A column as the page wants it"
@@ -103,7 +103,7 @@ def _words(v) -> str:
     if not isinstance(v, float): return str(v)
     return f'{v:.1f}' if abs(v) >= 1000 else f'{v:.4g}'
 
-class Map:
+class ExplorerData:
     "The synapses of a table, as the files that the page asks for. Raises `ExploreError` if the table has no map or no such column"
     rows_in_page = 100
 
@@ -126,9 +126,9 @@ class Map:
             raise ExploreError(f"there is no column '{colour}'" + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(self.columns)}"))
         self.about = dict(name=name, columns=self.columns, colour=colour or next(iter(self.columns), None), rows_in_page=self.rows_in_page, static=False,
             key=hashlib.sha256(self.table.id.to_numpy('<i8').tobytes()).hexdigest()[:16], other=_other, missing=_missing,
-            parts={'pre': colours[PRE], 'post': colours[POST], 'cleft': colours[CLEFT]}, ramp=[matplotlib.colors.to_hex(matplotlib.colormaps['viridis_r'](o)) for o in np.linspace(.08, 1, 64)])
+            parts={'pre': COLOURS[PRE], 'post': COLOURS[POST], 'cleft': COLOURS[CLEFT]}, ramp=[matplotlib.colors.to_hex(matplotlib.colormaps['viridis_r'](o)) for o in np.linspace(.08, 1, 64)])
         self.row_of = {int(i): k for k,i in enumerate(store.ids)}
-        self.column = lru_cache(8)(lambda k: column_of(self.table[self.columns[k]]))
+        self.column = lru_cache(8)(lambda k: encode_column(self.table[self.columns[k]]))
 
     def points(self) -> bytes:
         "x of all, then y of all, float32, in a square from -1 to 1"
@@ -138,25 +138,25 @@ class Map:
 
     def rows(self, page: int) -> list[dict]:
         "Some rows of the table, in words"
-        if page*self.rows_in_page >= len(self.table): raise NotThere(f'there is no page {page} of rows')
+        if page*self.rows_in_page >= len(self.table): raise NotFound(f'there is no page {page} of rows')
         some = self.table.iloc[page*self.rows_in_page : (page+1)*self.rows_in_page]
         return [{c: _words(v) for c,v in zip(some.columns, row)} for row in some.itertuples(index=False, name=None)]
 
     def slices(self, id: int) -> bytes:
         "PNG of a synapse"
-        if id not in self.row_of or (self.pictured is not None and id not in self.pictured): raise NotThere(f'there is no picture of synapse {id}')
+        if id not in self.row_of or (self.pictured is not None and id not in self.pictured): raise NotFound(f'there is no picture of synapse {id}')
         return draw_slices(self.store[self.row_of[id]], self.store.voxel_nm)
 
     def file(self,
         path: str, # As the page asks for it, without the first slash
     ) -> bytes:
-        "Content of a path. Raises `NotThere`"
+        "Content of a path. Raises `NotFound`"
         match re.fullmatch(r'(column|rows|slices)/([0-9]{1,19})\.(json|bin|png)', path):
             case None: pass
             case m if m[1] == 'slices' and m[3] == 'png': return self.slices(int(m[2]))
             case m if m[1] == 'rows' and m[3] == 'json': return json.dumps(self.rows(int(m[2]))).encode()
             case m if m[1] == 'column' and m[3] != 'png':
-                if int(m[2]) >= len(self.columns): raise NotThere(f'there is no column {m[2]}')
+                if int(m[2]) >= len(self.columns): raise NotFound(f'there is no column {m[2]}')
                 said,values = self.column(int(m[2]))
                 return values if m[3] == 'bin' else json.dumps(said).encode()
         if path in ('', 'index.html'): return asset('explorer/index.html').read_bytes()
@@ -164,14 +164,14 @@ class Map:
         if path == 'ids.bin': return self.table.id.to_numpy('<i8').tobytes()
         if path == 'points.bin': return self.points()
         if path.startswith('lib/') and path[4:] in _libraries: return asset(f'explorer/scatterplot/{path[4:]}').read_bytes()
-        raise NotThere('there is no such page')
+        raise NotFound('there is no such page')
 
 # %% ../../nbs/show/02_explore.ipynb #b3c42c11
 _types = {'': 'text/html; charset=utf-8', 'html': 'text/html; charset=utf-8', 'js': 'text/javascript; charset=utf-8', 'json': 'application/json', 'png': 'image/png', 'bin': 'application/octet-stream', 'LICENSE': 'text/plain; charset=utf-8'}
 _most = 64*2**20 # Bytes of a POST
 
 def make_server(
-    m: Map, # What to show
+    m: ExplorerData, # What to show
     labels: str|Path, # `labels.csv`, made when the first label comes
     port: int = 0, # 0 for any that is free
 ) -> ThreadingHTTPServer: # Its `server_port` is where it listens, once `serve_forever` runs
@@ -203,7 +203,7 @@ def make_server(
             try:
                 content = json.dumps({str(i): o for i,o in read_labels(labels).items()}).encode() if path == 'labels.json' else m.file(path)
                 self.answer(200, content, _types[re.split(r'[./]', path)[-1]])
-            except NotThere as e: self.answer(404, str(e))
+            except NotFound as e: self.answer(404, str(e))
             except StoreError as e: self.answer(500, str(e))
 
         def do_POST(self):
@@ -247,11 +247,11 @@ def open_map(
     run: str|Path, # Run folder, with a map
     colour: str|None = None, # Column to begin with
     pictured: np.ndarray|None = None, # Synapses that have slices, if not all have
-) -> Map:
+) -> ExplorerData:
     "The map of a run, with the links of `synapseclr export` if it has been done"
-    table,links = run_table(run),Path(run)/'table.parquet'
+    table,links = read_results(run),Path(run)/'table.parquet'
     if links.exists() and 'neuroglancer' in (found := read_table(links, 'table')): table = table.merge(found[['id', 'neuroglancer']], on='id', how='left', validate='1:1')
-    return Map(table, ChunkStore.open(Path(run)/'chunks.zarr'), Path(run).resolve().name, colour, pictured)
+    return ExplorerData(table, ChunkStore.open(Path(run)/'chunks.zarr'), Path(run).resolve().name, colour, pictured)
 
 # %% ../../nbs/show/02_explore.ipynb #30f1de43
 def write_static(
@@ -264,7 +264,7 @@ def write_static(
     write_map(open_map(run, colour), out, slices)
 
 def write_map(
-    m: Map, # What to show
+    m: ExplorerData, # What to show
     out: str|Path, # Folder to make
     slices: int = 500, # Synapses with pictures
 ):
@@ -274,7 +274,7 @@ def write_map(
     with_chunk = m.table.id[m.table.id.isin(m.store.ids)].to_numpy()
     some = with_chunk[np.unique(np.linspace(0, len(with_chunk)-1, min(slices, len(with_chunk))).astype(int))]
     table = m.table if len(some) == len(m.table) else m.table.assign(slices=np.where(m.table.id.isin(some), 'yes', 'no'))
-    m = Map(table, m.store, m.about['name'], m.about['colour'], some)
+    m = ExplorerData(table, m.store, m.about['name'], m.about['colour'], some)
     m.about['static'] = True
     paths = ['index.html', *(f'lib/{o}' for o in _libraries), 'ids.bin', 'points.bin', *(f'column/{k}.{o}' for k in range(len(m.columns)) for o in ('json', 'bin')),
         *(f'rows/{k}.json' for k in range(-(-len(m.table)//m.rows_in_page))), *(f'slices/{i}.png' for i in some), 'map.json']

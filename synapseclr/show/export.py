@@ -8,12 +8,12 @@ import json, re
 from pathlib import Path
 from urllib.parse import quote
 import anndata, numpy as np, pandas as pd, scipy.sparse as sp
-from ..core import atomic, made_by
-from ..data.features import feature_sets
-from ..data.results import run_table
-from ..data.tables import read_tag, write_table
+from ..core import atomic, provenance
+from ..data.features import read_feature_sets
+from ..data.results import read_results
+from ..data.tables import read_metadata, write_table
 from ..data.volume import LayerSource
-from ..analyse.embed import memberships, read_neighbours
+from ..analyse.embed import connectivities, read_neighbours
 from .neuroglancer import ExportConfig, ExportError, layer_urls, links, write_annotations
 
 # %% auto #0
@@ -30,25 +30,25 @@ def to_anndata(
     layer: str = 'backbone', # That the map was made of
 ) -> anndata.AnnData:
     "All synapses of a run with all that is known. Raises `ExportError` if the map is of other synapses than the table"
-    run,table = Path(run),run_table(run, neurons)
+    run,table = Path(run),read_results(run, neurons)
     ids,near = read_neighbours(run)
     if not np.array_equal(ids, table.id): raise ExportError(f"{run/'neighbours.parquet'}: of other synapses than the table; run `synapseclr embed` again")
     names = ['backbone'] if features == 'morphometrics' else ['backbone', 'hidden', 'projection']
-    layers = {name: feature_sets(run, name, [features], removed=True)[1][features].astype(np.float32) for name in names}
+    layers = {name: read_feature_sets(run, name, [features], include_defects=True)[1][features].astype(np.float32) for name in names}
     obs = table.set_index(table.id.astype(str).to_numpy()).rename_axis(None)
     for c in obs.columns[obs.dtypes.map(lambda t: pd.api.types.is_object_dtype(t) or isinstance(t, pd.StringDtype))]: obs[c] = obs[c].astype('category')
     obs['leiden'] = pd.Categorical(obs.cluster.astype(str), [str(i) for i in sorted(obs.cluster.unique())]) # 10 after 9, as scanpy has it
     maps = {re.match(r'umap\d*', c)[0]: None for c in obs if re.fullmatch(r'umap\d*_\d+', c)}
     obsm = {f'X_{m}': obs[[c for c in obs if re.fullmatch(rf'{m}_\d+', c)]].to_numpy(np.float32) for m in maps}
     obs = obs.drop(columns=[c for c in obs if re.fullmatch(r'umap\d*_\d+', c)])
-    n,k = near.rows.shape
-    distances = sp.csr_matrix((near.distance.flatten(), near.rows.flatten(), np.arange(0, n*k+1, k)), (n, n))
+    n,k = near.indices.shape
+    distances = sp.csr_matrix((near.distances.flatten(), near.indices.flatten(), np.arange(0, n*k+1, k)), (n, n))
     distances.sort_indices()
-    origin = read_tag(run/'map.parquet')['made_by']
-    uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap', metric=read_tag(run/'neighbours.parquet')['made_by']['metric'], use_rep='X' if layer == 'backbone' else f'X_{layer}', random_state=0)),
-        umap=dict(params=dict(a=0., b=0.)), leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)), synapseclr=json.dumps(dict(format='synapses', version=h5ad_version, made_by=origin)))
+    origin = read_metadata(run/'map.parquet')['provenance']
+    uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap', metric=read_metadata(run/'neighbours.parquet')['provenance']['metric'], use_rep='X' if layer == 'backbone' else f'X_{layer}', random_state=0)),
+        umap=dict(params=dict(a=0., b=0.)), leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)), synapseclr=json.dumps(dict(format='synapses', version=h5ad_version, provenance=origin)))
     return anndata.AnnData(X=layers['backbone'], obs=obs, var=pd.DataFrame(index=[f'{features}_{i}' for i in range(layers['backbone'].shape[1])]),
-        obsm=obsm | {f'X_{name}': layers[name] for name in names[1:]}, obsp=dict(distances=distances, connectivities=memberships(near, umap_neighbours)), uns=uns)
+        obsm=obsm | {f'X_{name}': layers[name] for name in names[1:]}, obsp=dict(distances=distances, connectivities=connectivities(near, umap_neighbours)), uns=uns)
 
 def read_anndata(
     path: str|Path, # `synapses.h5ad`
@@ -63,7 +63,7 @@ def read_anndata(
 
 # %% ../../nbs/show/04_export.ipynb #6d19dfb6
 def annotation_properties(
-    table: pd.DataFrame, # From `run_table`
+    table: pd.DataFrame, # From `read_results`
 ) -> pd.DataFrame: # As of `record_type`
     "What neuroglancer shows of each synapse"
     found = {}
@@ -87,7 +87,7 @@ def export(
     "Write `table.parquet`, `synapses.h5ad` and `annotations/` into the run folder"
     run,config = Path(run),config or ExportConfig()
     if not (run/'map.parquet').exists(): raise ExportError(f"{run/'map.parquet'}: there is no map; run `synapseclr embed` first")
-    table,origin = run_table(run, neurons),made_by(config, map=read_tag(run/'map.parquet')['made_by'])
+    table,origin = read_results(run, neurons),provenance(config, map=read_metadata(run/'map.parquet')['provenance'])
     found = to_anndata(run, features, umap_neighbours, neurons, layer) # first, as it also checks that the parts fit together
     if config.annotations: write_annotations(run/'annotations', table, annotation_properties(table))
     if config.links:

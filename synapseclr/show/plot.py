@@ -12,12 +12,12 @@ from ..analyse.query import SimilarityIndex
 from ..data.store import CLEFT, Chunk, ChunkStore, MITO, POST, PRE
 
 # %% auto #0
-__all__ = ['colours', 'model_colours', 'type_colours', 'category_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet',
-           'distance_histogram', 'draw_map', 'tell_figure', 'axis_figure', 'grid_sheet', 'training_curve',
+__all__ = ['COLOURS', 'model_colours', 'type_colours', 'category_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet',
+           'distance_histogram', 'draw_map', 'plot_probe_scores', 'axis_figure', 'grid_sheet', 'training_curve',
            'reliability_diagram', 'risk_coverage_curve']
 
 # %% ../../nbs/show/01_plot.ipynb #640dc07d
-colours = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
+COLOURS = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
 model_colours = {'trained': '#0072B2', 'shipped': '#56B4E9', 'untrained': '#999999', 'morphometrics': '#D55E00'} # Of features; others take what is left
 type_colours = {'excitatory': '#0072B2', 'inhibitory': '#E69F00'} # One dark and one light, also in print without colour
 category_colours = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000']
@@ -38,7 +38,7 @@ def draw_chunk(
     ax.imshow(em, cmap='gray', vmin=0, vmax=255, rasterized=True)
     for bit in (PRE, POST, CLEFT):
         part = (mask & bit) > 0
-        if part.any() and not part.all(): ax.contour(part, [.5], colors=colours[bit], linewidths=.6 if masked else 1)
+        if part.any() and not part.all(): ax.contour(part, [.5], colors=COLOURS[bit], linewidths=.6 if masked else 1)
     ax.plot([3, 3+250/voxel_nm[2]], [em.shape[0]-4]*2, c='w', lw=2)
     ax.set_title(title, fontsize=7, pad=2); ax.axis('off')
 
@@ -114,8 +114,8 @@ def draw_map(
     ax.set_title(title, fontsize=7); ax.set(xticks=[], yticks=[], frame_on=False); ax.set_aspect('equal', 'datalim')
 
 # %% ../../nbs/show/01_plot.ipynb #9c970d7e
-def tell_figure(
-    told: pd.DataFrame, # From `what_features_tell`
+def plot_probe_scores(
+    told: pd.DataFrame, # From `probe_run`
 ) -> plt.Figure:
     "How much of biology and of imaging each kind of features tells"
     order = dict(biology='biology', both='biology', nuisance='nuisance')

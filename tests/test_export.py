@@ -21,7 +21,7 @@ def run(tmp_path_factory):
     run = tiny_fetched(tmp_path_factory.mktemp('export'))
     annotate(run)
     extract(run, SynapseNet('demo'), AugmentConfig(), CubeConfig(size=16, voxel_nm=40.), 'features', device='cpu')
-    embed(run, EmbedConfig(neighbours=5, umap_neighbours=4, dimensions=[2], epochs=20))
+    embed(run, EmbedConfig(n_neighbors=5, umap_n_neighbors=4, n_components=[2], n_epochs=20))
     ids = ChunkStore.open(run/'chunks.zarr').ids
     calls = pd.Categorical.from_codes([i%3 for i in range(len(ids))], ['E', 'I', 'abstain'])
     write_table(pd.DataFrame(dict(id=ids, call_pre=calls, call_post=calls[::-1], p_inhibitory_pre=.5, p_inhibitory_post=.5)), run/'synapse_types.parquet', 'synapse types', {})

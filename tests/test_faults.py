@@ -11,7 +11,7 @@ from synapseclr.ingest.queue import QueueError, dead_letters, enqueue, run_worke
 from synapseclr.data.store import ChunkStore
 from synapseclr.ingest.maintain import drop, missing, refetch, verify
 
-config = FetchConfig(window_nm=(600, 768, 768), per_shard=4, max_blank_fraction=.5)
+config = FetchConfig(window_nm=(600, 768, 768), max_per_shard=4, max_blank_fraction=.5)
 
 def source(tiny, address=None, **options):
     "The tiny volume, on disk or served"

@@ -129,7 +129,7 @@ def test_killed_and_resumed(whole, tiny, tmp_path):
 def test_any_voxel(voxel_nm, tmp_path):
     "One configuration in nm serves every anisotropy"
     from synapseclr.dev.fixtures import tiny_volume
-    c = open_run(tiny_volume(tmp_path, n=4, voxel_nm=voxel_nm), [f'run={tmp_path/"run"}', 'train.batch_size=2', 'train.epochs=1', 'fetch.keep_sections=60'])
+    c = open_run(tiny_volume(tmp_path, n=4, voxel_nm=voxel_nm), [f'run={tmp_path/"run"}', 'train.batch_size=2', 'train.epochs=1', 'fetch.central_sections=60'])
     for name in stages_of(c): stages[name](c)
     store = ChunkStore.open(tmp_path/'run/chunks.zarr')
     assert store.voxel_nm == voxel_nm and store.chunk_shape == (min(60, round(880/voxel_nm[0])), *(round(896/v) for v in voxel_nm[1:]))

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not data.exists(), reason='the VNC volume is not
 def run(tmp_path_factory):
     "The whole line, with one epoch of training"
     folder = tmp_path_factory.mktemp('vnc')
-    done = synapseclr('run', '--config', root/'configs/vnc.toml', '--set', f'run={folder}', '--set', 'train.epochs=1', '--set', 'train.checkpoint_steps=5', cwd=folder)
+    done = synapseclr('run', '--config', root/'configs/vnc.toml', '--set', f'run={folder}', '--set', 'train.epochs=1', '--set', 'train.checkpoint_every_steps=5', cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -159,19 +159,19 @@ class EmbedConfig(Strict):
     features: str = 'trained' # Which kind, as of `read_feature_sets`; such as `trained without angle`
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
     metric: Literal['cosine', 'euclidean'] = 'cosine'
-    neighbours: int = pydantic.Field(100, ge=2) # Of each synapse in the graph
+    n_neighbors: int = pydantic.Field(100, ge=2) # Of each synapse in the graph
     exact_up_to: int = 200_000 # Synapses of which all pairs are compared
-    recall: float = pydantic.Field(.95, gt=0, le=1) # Of the graph, beyond
-    umap_neighbours: int = pydantic.Field(30, ge=2) # How many of them the map is drawn from
-    dimensions: list[pydantic.PositiveInt] = [2, 3, 5] # Of the maps
+    min_recall: float = pydantic.Field(.95, gt=0, le=1) # Of the graph, beyond
+    umap_n_neighbors: int = pydantic.Field(30, ge=2) # How many of them the map is drawn from
+    n_components: list[pydantic.PositiveInt] = [2, 3, 5] # Of the maps
     min_dist: float = pydantic.Field(.1, ge=0) # How dense a map may get
-    epochs: pydantic.NonNegativeInt = 0 # Passes over the graph; 0 for UMAP's own choice
+    n_epochs: pydantic.NonNegativeInt = 0 # Passes over the graph; 0 for UMAP's own choice
     resolution: float = pydantic.Field(1., gt=0) # Of the clusters
     seed: int = 42
 
     @pydantic.model_validator(mode='after')
     def _has_two(self):
-        if 2 not in self.dimensions: raise ValueError('dimensions: the map of two dimensions is needed')
+        if 2 not in self.n_components: raise ValueError('dimensions: the map of two dimensions is needed')
         return self
 
 def coordinates(dimensions: int) -> list[str]:
@@ -191,11 +191,11 @@ def embed(
     origin = provenance(config, source=feature_provenance(run, config.features), n_synapses=len(table))
     done = run/'map.parquet'
     if done.exists() and read_metadata(done).get('provenance') == origin: return read_table(done, 'map')
-    near = nearest_neighbours(x, config.neighbours, config.metric, config.exact_up_to, config.recall, config.seed)
+    near = nearest_neighbours(x, config.n_neighbors, config.metric, config.exact_up_to, config.min_recall, config.seed)
     list_of = lambda values: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
     write_table(pa.table(dict(id=table.id.to_numpy(), rows=list_of(near.indices), distance=list_of(near.distances))), run/'neighbours.parquet', 'neighbours', origin | dict(metric=config.metric, recall=near.recall))
-    graph = connectivities(near, config.umap_neighbours)
-    maps = {d: umap_layout(graph, x, d, config.min_dist, config.epochs, config.seed) for d in sorted(set(config.dimensions))}
+    graph = connectivities(near, config.umap_n_neighbors)
+    maps = {d: umap_layout(graph, x, d, config.min_dist, config.n_epochs, config.seed) for d in sorted(set(config.n_components))}
     found = pd.DataFrame(dict(id=table.id) | {name: xy[:, i] for d,xy in maps.items() for i,name in enumerate(coordinates(d))})
     found = found.assign(cluster=leiden(near, config.resolution, config.seed), island=islands(maps[2]))
     write_table(found, done, 'map', origin)

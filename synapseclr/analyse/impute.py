@@ -108,8 +108,8 @@ class ImputeConfig(Strict):
     kernel: Literal['rbf', 'laplace', 'linear'] = 'rbf'
     method: Literal['exact', 'sgpr', 'vsgp'] = 'exact'
     n_inducing: pydantic.PositiveInt = 200 # Of `sgpr` and `vsgp`
-    folds: int = pydantic.Field(4, ge=2) # Hands that the neurons of each side are dealt into
-    labelled: float = pydantic.Field(1., gt=0, le=1) # Share of the typed neurons whose type may be used
+    n_splits: int = pydantic.Field(4, ge=2) # Hands that the neurons of each side are dealt into
+    label_fraction: float = pydantic.Field(1., gt=0, le=1) # Share of the typed neurons whose type may be used
 
     @property
     def model(self) -> dict: return dict(kernel=self.kernel, method=self.method, n_inducing=self.n_inducing)
@@ -133,7 +133,7 @@ def cross_validate_trait(
         x,model = x[at],model_for(trait, **config.model)
         random,_ = _apart(model, x, y, np.arange(len(y)), ShuffleSplit(5, test_size=.1, random_state=0).split(x))
         random = pd.DataFrame([score_trait(trait, y[test], p, logs.mean(), logs.std())[0] for test,p in random])
-        folds,tuned = _apart(model, x, y, groups, neuron_disjoint_folds(pre, post, y, config.folds))
+        folds,tuned = _apart(model, x, y, groups, neuron_disjoint_folds(pre, post, y, config.n_splits))
         apart = np.full((len(y), 1 if trait.is_type else 4), np.nan)
         for test,p in folds: apart[test] = p
         scores,ingredients[name] = score_trait(trait, y, apart, logs.mean(), logs.std())
@@ -190,7 +190,7 @@ def impute(
     run,config = Path(run),config or ImputeConfig()
     table,sets = read_feature_sets(run, config.layer, reference=config.features)
     sets = {name: zscore(x) for name,x in sets.items()}
-    known,skipped = known_targets(table, hide_labels(neurons, config.labelled))
+    known,skipped = known_targets(table, hide_labels(neurons, config.label_fraction))
     if not len(known.columns): raise ImputeError('\n  '.join(['there is no trait to learn:'] + skipped))
     pre,post = table.pre_root_id.to_numpy(),table.post_root_id.to_numpy()
     def one(t):

@@ -103,7 +103,7 @@ nuisance = ['cleft_cos_z', 'n_blank_sections', 'ctr_z_nm'] # ... and what should
 
 class ManifoldConfig(Strict):
     "Which axes"
-    least: int = pydantic.Field(50, ge=3) # Synapses of an island that has axes
+    min_synapses: int = pydantic.Field(50, ge=3) # Synapses of an island that has axes
     columns: pydantic.PositiveInt = 7 # Of the grid of examples
     rows: pydantic.PositiveInt = 5
 
@@ -122,8 +122,8 @@ def axes_of(
     if 'island' not in table: raise ManifoldError('the synapses are not on a map; run `synapseclr embed` first')
     dimensions = [d for d in range(2, 20) if set(coordinates(d)) <= set(table)]
     size = table.island[table.island >= 0].value_counts()
-    large = sorted(size.index[size >= config.least])
-    if not large: raise ManifoldError(f'no island of the map has {config.least} synapses; the largest has {size.max() if len(size) else 0}')
+    large = sorted(size.index[size >= config.min_synapses])
+    if not large: raise ManifoldError(f'no island of the map has {config.min_synapses} synapses; the largest has {size.max() if len(size) else 0}')
     places,found = [],[]
     for island in large:
         t = table[table.island == island]

@@ -120,11 +120,11 @@ class QCConfig(Strict):
     "How to look for defects"
     prompts: list[int] = [] # Ids of defective synapses; with the ones called `defect` in RUN/labels.csv
     clean: list[int] = [] # Ids of sound ones, if known; with the ones called `clean` there
-    rule: Literal['score', 'cluster'] = 'score' # The scored rule, or the paper's
+    method: Literal['score', 'cluster'] = 'score' # The scored rule, or the paper's
     fdr: float = pydantic.Field(.2, gt=0, lt=1) # Of the scored rule: share of sound synapses among the removed that is put up with
     features: str = 'trained' # Which kind, as of `read_feature_sets`
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
-    play: pydantic.NonNegativeInt = 0 # With a phantom: so many of its defects are marked, as a person would
+    simulate_prompts: pydantic.NonNegativeInt = 0 # With a phantom: so many of its defects are marked, as a person would
 
 @threads(1)
 def detect_defects(
@@ -141,7 +141,7 @@ def detect_defects(
     if not prompts: raise QCError(f"no defective synapse to start from: give ids in [qc] prompts, or call some `defect` in {run/'labels.csv'}")
     detector = DefectDetector(config.fdr).fit(x, prompts, clean, ids)
     score = detector.score(x)
-    if config.rule == 'score': removed = detector.predict(x)
+    if config.method == 'score': removed = detector.predict(x)
     else: removed = marked_cluster(read_clusters(run, ids), read_neighbours(run)[1], detector.prompts_)
     removed[detector.prompts_] = True
     removed &= ~np.isin(ids, clean)

@@ -64,7 +64,7 @@ mito = {path = "mito"}
 [fetch]
 window_nm = [880, 896, 896]
 max_blank_fraction = 0.5
-per_shard = 5
+max_per_shard = 5
 [cube]
 size = 16
 voxel_nm = 45.0
@@ -74,17 +74,17 @@ inflation = [1, 2]
 model = "demo"
 batch_size = 5
 epochs = 4
-restart_epochs = 4
+cosine_period_epochs = 4
 lr = 1e-3
-checkpoint_steps = 3
+checkpoint_every_steps = 3
 precision = "fp32"
 [embed]
-neighbours = 8
-umap_neighbours = 5
-dimensions = [2, 3]
-epochs = 30
+n_neighbors = 8
+umap_n_neighbors = 5
+n_components = [2, 3]
+n_epochs = 30
 [manifold]
-least = 3
+min_synapses = 3
 """
 
 def tiny_fetched(

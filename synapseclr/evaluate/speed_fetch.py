@@ -160,6 +160,6 @@ def bench_fetch(
                 with served(phantom, part, latency_ms/1e3) as address:
                     table = tiled_table(phantom, part, np.multiply(shape, voxel_nm), folder/'table.parquet')
                     data = DataConfig(table=str(table), **{o: dict(path=f'precomputed://{address}/{o}') for o in ('em', 'seg', 'cleft', 'mito')})
-                    found = pool.apply(_contestant, (way, data, FetchConfig(**paper_window, per_shard=512), str(folder/f'run{len(rows)}'), alone))
+                    found = pool.apply(_contestant, (way, data, FetchConfig(**paper_window, max_per_shard=512), str(folder/f'run{len(rows)}'), alone))
                     rows.append(found | dict(requests=served_counts(address)['requests']/found['synapses']))
     return pd.DataFrame(rows)

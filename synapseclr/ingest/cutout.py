@@ -34,11 +34,11 @@ class FetchConfig(Strict):
     "How chunks are cut and which are kept"
     window_nm: tuple[float, float, float]|None = None # Window in which blank EM is counted, `(z, y, x)` ...
     window_vx: tuple[int, int, int]|None = None # ... or in voxels
-    keep_sections: pydantic.PositiveInt|None = None # Central sections of the window that are kept; all if absent
+    central_sections: pydantic.PositiveInt|None = None # Central sections of the window that are kept; all if absent
     max_blank_fraction: float = pydantic.Field(.1, gt=0, le=1) # Reject a synapse if this share of its window is blank, or more
     context: Literal['full', 'masked'] = 'full' # Keep all EM, or only what a network can see through the mask
-    reach_nm: float = pydantic.Field(248, ge=0) # With `masked`: how far the augmentations can look beyond the synapse
-    per_shard: pydantic.PositiveInt = 256 # Most synapses in a block, which is a shard of the store and a task
+    margin_nm: float = pydantic.Field(248, ge=0) # With `masked`: how far the augmentations can look beyond the synapse
+    max_per_shard: pydantic.PositiveInt = 256 # Most synapses in a block, which is a shard of the store and a task
     memory_gb: float = pydantic.Field(4, gt=0) # Of a task; half for what it reads at once, half for its chunks
 
     @pydantic.model_validator(mode='after')
@@ -49,11 +49,11 @@ class FetchConfig(Strict):
     def shapes(self, voxel_nm) -> tuple[tuple, tuple]:
         "Shape of the window and of the kept chunk in voxels of `voxel_nm`"
         window = self.window_vx or tuple(max(1, round(w/v)) for w,v in zip(self.window_nm, voxel_nm))
-        return window,(min(self.keep_sections or window[0], window[0]), *window[1:])
+        return window,(min(self.central_sections or window[0], window[0]), *window[1:])
 
     def capacity(self, voxel_nm) -> int:
         "Most synapses in a block: what is stated, or what fits into memory"
-        return min(self.per_shard, max(1, int(self.memory_gb*1e9/2/(2*np.prod(self.shapes(voxel_nm)[1])))))
+        return min(self.max_per_shard, max(1, int(self.memory_gb*1e9/2/(2*np.prod(self.shapes(voxel_nm)[1])))))
 
 # %% ../../nbs/ingest/02_cutout.ipynb #175845c2
 def select_cleft(
@@ -188,6 +188,6 @@ def _fetch_read(layers, needs: list[LayerWindow], rows: pd.DataFrame, part: np.n
     for i,window in windows('mito') if 'mito' in layers else (): mask[i] |= ((window > 0) & ((mask[i] & (PRE|POST)) > 0))*np.uint8(MITO)
     for i in part:
         if records[i]['reject_reason']: continue
-        seen = visible_mask(mask[i], voxel_nm, config.reach_nm)
+        seen = visible_mask(mask[i], voxel_nm, config.margin_nm)
         records[i]['visible_fraction'] = float(seen.mean())
         if config.context == 'masked': em[i] *= seen

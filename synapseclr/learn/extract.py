@@ -23,9 +23,9 @@ __all__ = ['ExtractConfig', 'weights_digest', 'agreed_precision', 'extract']
 # %% ../../nbs/learn/09_extract.ipynb #cd4d9609
 class ExtractConfig(Strict):
     "How to describe"
-    views: pydantic.PositiveInt = 1 # Random turns of each synapse to average over; 1 for the synapse as it lies (the paper's way)
+    tta_views: pydantic.PositiveInt = 1 # Random turns of each synapse to average over; 1 for the synapse as it lies (the paper's way)
     precision: Precision = 'fp32' # Of the network. `auto` takes bf16 if the device has units for it and features agree with those of fp32 to a cosine of .999; `fastest` if it is faster, too
-    shipped: bool = False # Describe with the weights that come with the package, too
+    pretrained: bool = False # Describe with the weights that come with the package, too
     weights: list[Source] = [] # Other networks to describe with: ours, published ones of SynapseCLR, MedicalNet's. The features of `x/NAME.pth` go to `features_NAME`
 
 # %% ../../nbs/learn/09_extract.ipynb #a3721d99

@@ -39,25 +39,25 @@ class TrainConfig(Strict):
     batch_size: int = pydantic.Field(192, ge=2) # Synapses in a step, two views each, over all processes
     micro_batch: int = pydantic.Field(0, ge=0) # Synapses that are in memory at once, in each process; 0 for all of its batch
     epochs: pydantic.PositiveInt = 200
-    restart_epochs: pydantic.PositiveInt = 100 # Length of a cosine of the learning rate
+    cosine_period_epochs: pydantic.PositiveInt = 100 # Length of a cosine of the learning rate
     lr: pydantic.PositiveFloat = 2e-4 # At the start of each cosine
-    lr_end: float = 2e-5 # At its end
+    lr_min: float = 2e-5 # At its end
     warmup_steps: int = pydantic.Field(0, ge=0) # Over which the learning rate rises from 0, at the start of the run
     weight_decay: float = pydantic.Field(0, ge=0) # Of AdamW; without it, it is Adam
-    clip_norm: float = pydantic.Field(0, ge=0) # Longest gradient that is taken as it is; 0 for no limit
-    joint_norm: bool = False # Normalise both views of a batch together; each by itself otherwise
+    max_grad_norm: float = pydantic.Field(0, ge=0) # Longest gradient that is taken as it is; 0 for no limit
+    joint_batch_norm: bool = False # Normalise both views of a batch together; each by itself otherwise
     objective: Literal['nt_xent', 'vicreg'] = 'nt_xent'
     temperature: pydantic.PositiveFloat = .5 # Of NT-Xent
-    ignore_neurites: bool = False # NT-Xent does not push apart synapses of the same axon or dendrite
-    same_axon: pydantic.confloat(ge=0, le=1) = 0 # Share of pairs whose second view shows another synapse of the same axon
-    more: list[Source] = [] # Chunk stores of other runs to train on as well
+    mask_same_neurite_negatives: bool = False # NT-Xent does not push apart synapses of the same axon or dendrite
+    same_axon_positives: pydantic.confloat(ge=0, le=1) = 0 # Share of pairs whose second view shows another synapse of the same axon
+    extra_stores: list[Source] = [] # Chunk stores of other runs to train on as well
     exclude: Source|None = None # Table with a column `id`, or text with an id in each line: synapses of this run that are never trained on
     precision: Precision = 'auto' # `auto` takes bf16 if the device where the run begins has units for it, and it agrees with fp32; `fastest` measures what is faster there
     compile: bool = False # Use torch.compile: minutes to start, then faster on a GPU
     threads: pydantic.NonNegativeInt = 0 # Among which a step on a CPU is shared, in each process; 0 for all cores where the run begins (one, under torchrun). Sums are rounded in an order that depends on it
-    checkpoint_steps: pydantic.PositiveInt = 200 # Steps between checkpoints
+    checkpoint_every_steps: pydantic.PositiveInt = 200 # Steps between checkpoints
     keep_checkpoints: pydantic.PositiveInt = 3 # How many of them to keep
-    watch: pydantic.PositiveInt = 256 # Synapses that are looked at after each epoch; some of them, at most a twentieth of all, are held out of training
+    monitor_samples: pydantic.PositiveInt = 256 # Synapses that are looked at after each epoch; some of them, at most a twentieth of all, are held out of training
 
 class TrainingError(SynapseCLRError):
     "Training cannot start, or has gone wrong"
@@ -89,8 +89,8 @@ def learning_rate(
     steps_per_epoch: int,
 ) -> float:
     "Cosine from `lr` to `lr_end`, again every `restart_epochs` (Methods, *Training Schedule*)"
-    phase = step/steps_per_epoch % config.restart_epochs/config.restart_epochs
-    rate = config.lr_end + (config.lr-config.lr_end)*(1+math.cos(math.pi*phase))/2
+    phase = step/steps_per_epoch % config.cosine_period_epochs/config.cosine_period_epochs
+    rate = config.lr_min + (config.lr-config.lr_min)*(1+math.cos(math.pi*phase))/2
     return rate*min(1, (step+1)/max(1, config.warmup_steps))
 
 # %% ../../nbs/learn/08_train.ipynb #dfba2758
@@ -234,9 +234,9 @@ def train(
     with process_group(device) as device, worker_pool(2) as pool: return _train(Path(run), config, augment or AugmentConfig(), cube or CubeConfig(), restart, device, types, pool)
 
 def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeConfig, restart: bool, device: torch.device, types: pd.Series|None, pool: Executor) -> Path:
-    folder,store = run/'train',ConcatStore([ChunkStore.open(p) for p in (run/'chunks.zarr', *config.more)])
+    folder,store = run/'train',ConcatStore([ChunkStore.open(p) for p in (run/'chunks.zarr', *config.extra_stores)])
     augment,table = with_dataset_statistics(augment, store),_table(store, types)
-    training,held_out,watched = split_held_out(_allowed(config, table), config.watch, config.seed)
+    training,held_out,watched = split_held_out(_allowed(config, table), config.monitor_samples, config.seed)
     n,world = len(training),get_world_size()
     if n < config.batch_size: raise TrainingError(f"{run}: {n} synapses to train on ({len(held_out)} are held out) do not fill a batch of {config.batch_size}; lower train.batch_size")
     if config.batch_size%world: raise TrainingError(f"train.batch_size = {config.batch_size} cannot be shared among {world} processes; choose a multiple of {world}")
@@ -276,7 +276,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     def indices(step):
         "Synapses of both views of a step, this process's part"
         batch = batch_indices(n, config.batch_size, config.seed, step)
-        pairs = pair_indices(batch, table.pre.to_numpy()[training], config.same_axon, config.seed, *divmod(step, steps_per_epoch), 2) if config.same_axon else batch
+        pairs = pair_indices(batch, table.pre.to_numpy()[training], config.same_axon_positives, config.seed, *divmod(step, steps_per_epoch), 2) if config.same_axon_positives else batch
         return training[batch[first:first+n_own]],training[pairs[first:first+n_own]]
 
     parts = [slice(i, min(i+(config.micro_batch or n_own), n_own)) for i in range(0, n_own, config.micro_batch or n_own)]
@@ -288,21 +288,21 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
         epoch,i = divmod(step, steps_per_epoch)
         for group in optimizer.param_groups: group['lr'] = learning_rate(config, step, steps_per_epoch)
         keys = [key(config.seed, epoch, i, view) for view in (0, 1)]
-        neurites = torch.stack([cells[o] for o in indices(step)]).to(device, non_blocking=True) if config.ignore_neurites else None
+        neurites = torch.stack([cells[o] for o in indices(step)]).to(device, non_blocking=True) if config.mask_same_neurite_negatives else None
 
         def project(part, chunks=chunks, keys=keys):
             views = [*pool.map(lambda c, k: augmenter(c[0][part], c[1][part], k, first+part.start), chunks, keys)]
-            with autocast(device, mode): return [net(v).projection for v in views] if not config.joint_norm else net(torch.cat(views)).projection.chunk(2)
+            with autocast(device, mode): return [net(v).projection for v in views] if not config.joint_batch_norm else net(torch.cat(views)).projection.chunk(2)
 
         optimizer.zero_grad()
         losses.append(all_reduce_sum(cached_gradient_backward(net, parts, project, partial(objective, neurites=neurites))))
         sum_gradients(net)
-        norms.append(nn.utils.clip_grad_norm_(net.parameters(), config.clip_norm or math.inf))
+        norms.append(nn.utils.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf))
         optimizer.step()
         bar.update()
         waited += seconds
 
-        end_of_epoch,checkpoint = i+1 == steps_per_epoch,(step+1)%config.checkpoint_steps == 0 or step+1 == n_steps
+        end_of_epoch,checkpoint = i+1 == steps_per_epoch,(step+1)%config.checkpoint_every_steps == 0 or step+1 == n_steps
         if not (end_of_epoch or checkpoint): continue
         values = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
         if not np.isfinite(values[0]).all(): raise TrainingError(f"the loss is not a number at step {step+1-len(losses)+int(np.argmin(np.isfinite(values[0])))}; {_last_good(folder)}")

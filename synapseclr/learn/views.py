@@ -28,7 +28,7 @@ class AugmentConfig(Strict):
     noise_p: Probability = 1. # V -> A + M V, A ~ N(0, s), M ~ LogNormal(0, s'), s and s' ~ U(0, .05)
     noise_additive: float = .05
     noise_multiplicative: float = .05
-    turn: Literal['so3', 'octahedral', 'none'] = 'so3' # A uniform rotation, or one of the 48 symmetries of the cube (Fig. S7B)
+    rotation: Literal['so3', 'octahedral', 'none'] = 'so3' # A uniform rotation, or one of the 48 symmetries of the cube (Fig. S7B)
     flip: bool = True # x, y and z, each with probability 1/2, and x with y swapped
     displacement: float = .2 # Of the centre, along each axis, in shares of the cube
     blur_p: Probability = .5 # 3 x 3 x 3 Gaussian, in output voxels

@@ -127,14 +127,14 @@ def train_stage(c: RunConfig, restart: bool = False):
 def extract_stage(c: RunConfig, shards: list[int]|None = None):
     networks = describing_networks(c)
     precision = agreed_precision(c.folder, list(networks.values()), c.extract.precision)
-    for out,network in networks.items(): folder = extract(c.folder, *network, out, views=c.extract.views, shards=shards, precision=precision)
+    for out,network in networks.items(): folder = extract(c.folder, *network, out, views=c.extract.tta_views, shards=shards, precision=precision)
     return folder
 
 def describing_networks(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConfig, CubeConfig]]:
     "The networks that describe a run, and the views each of them is shown, by folder; the trained one is the last. Raises `TrainingError` or `ConfigError` if it is not there, or not for these views"
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
-    networks = dict(features_shipped=pretrained_network(c.folder)) if c.extract.shipped else {}
+    networks = dict(features_shipped=pretrained_network(c.folder)) if c.extract.pretrained else {}
     for path in c.extract.weights:
         net,about = read_network(path)
         augment = AugmentConfig(**about['augment']) if about.get('augment') else with_dataset_statistics(c.augment, ChunkStore.open(c.folder/'chunks.zarr'))
@@ -171,8 +171,8 @@ def embed_stage(c: RunConfig):
     return found,told
 
 def qc_stage(c: RunConfig):
-    if c.qc.play and not c.phantom: raise ConfigError('[qc] play needs a phantom, whose defects are known; here name some in [qc] prompts')
-    return detect_defects(c.folder, c.qc, sample_true_defects(c.folder, c.phantom_folder, c.qc.play) if c.qc.play else ())
+    if c.qc.simulate_prompts and not c.phantom: raise ConfigError('[qc] simulate_prompts needs a phantom, whose defects are known; here name some in [qc] prompts')
+    return detect_defects(c.folder, c.qc, sample_true_defects(c.folder, c.phantom_folder, c.qc.simulate_prompts) if c.qc.simulate_prompts else ())
 
 def query_stage(c: RunConfig):
     table = compare_retrieval(c.folder, c.query.layer)
@@ -203,12 +203,12 @@ def manifold_stage(c: RunConfig):
 
 def export_stage(c: RunConfig):
     layers = {o: getattr(c.source, o) for o in ('em', 'seg', 'cleft')}
-    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.features, c.embed.umap_neighbours, c.embed.layer, known_neurons(c), c.export)
+    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.features, c.embed.umap_n_neighbors, c.embed.layer, known_neurons(c), c.export)
 
 def evaluate_stage(c: RunConfig):
     if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
     networks = {'trained': 'features', 'untrained': 'features_untrained'}
-    if c.extract.shipped: networks = {'shipped': 'features_shipped'} | networks
+    if c.extract.pretrained: networks = {'shipped': 'features_shipped'} | networks
     name,nuisance = parse_feature_name(c.embed.features)
     if nuisance and name in networks: networks[c.embed.features] = networks[name]
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
@@ -218,6 +218,6 @@ for _name,_f in stages.items(): _f.__doc__ = STAGE_HELP[_name]
 
 def stages_of(c: RunConfig) -> list[str]:
     "The stages that a run has: phantom and evaluation only with a phantom, quality control only if defects are marked, imputation and consensus only with a table of neurons"
-    marked = c.qc.prompts or c.qc.play or (c.folder/'labels.csv').exists()
+    marked = c.qc.prompts or c.qc.simulate_prompts or (c.folder/'labels.csv').exists()
     has = dict(phantom=c.phantom, evaluate=c.phantom, qc=marked, impute=c.source.neurons, consensus=c.source.neurons)
     return [s for s in stages if has.get(s, True)]

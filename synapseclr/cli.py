@@ -10,129 +10,138 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 import typer
-from .pipeline.catalogue import STAGE_HELP
-from .core import ConfigError, SynapseCLRError, provenance, read_config
+from .core import ConfigError, SynapseCLRError, asset, provenance, read_config
+from .pipeline.catalogue import STAGES
 
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
            'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'train_command',
-           'extract_command', 'run_all', 'demo', 'explore_command', 'figures_command', 'similar_command',
-           'serve_command', 'remap_command', 'bench_augment_command', 'bench_gp_command', 'bench_consensus_command',
-           'bench_fetch_command', 'bench_train_command', 'bench_extract_command', 'bench_maps_command', 'main']
+           'extract_command', 'run_all', 'worker_command', 'demo', 'examples_command', 'explore_command',
+           'figures_command', 'similar_command', 'serve_command', 'remap_command', 'bench_augment_command',
+           'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command', 'bench_train_command',
+           'bench_extract_command', 'bench_maps_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help='Describe every synapse of an EM volume without labels, and find those that look alike.', epilog='Begin with `synapseclr demo`, and then with a configuration of your own: `synapseclr run --config FILE`.')
+    help='Learn feature vectors of every synapse in an EM volume without labels, and find similar, defective and typed synapses with them.',
+    epilog='Start with `synapseclr demo`. For your own data write a configuration and call `synapseclr run --config FILE`.')
 
 def _command(name: str, help: str, group: typer.Typer = app):
-    "Makes a function a command, whose help is its docstring, and is said whole in the list of commands too"
-    def added(f):
-        f.__doc__ = help
-        return group.command(name, help=help, short_help=help)(f)
-    return added
+    "Make a function a command; its help is also its docstring and its line in the list of commands"
+    def decorate(function):
+        function.__doc__ = help
+        return group.command(name, help=help, short_help=help)(function)
+    return decorate
 
-ConfigOption = Annotated[Path, typer.Option('--config', metavar='FILE', exists=True, dir_okay=False, help='TOML file that says where the data are and what to do; see configs/')]
-SetOption = Annotated[list[str], typer.Option('--set', metavar='SECTION.KEY=VALUE', help='Override an option; may be repeated. The config.toml of a run lists all options')]
-NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook', help='Execute the notebook of the stage, with a report, or only its function')]
+ConfigOption = Annotated[Path, typer.Option('--config', metavar='FILE', exists=True, dir_okay=False,
+    help='TOML file: where the data are, and the options of the stages. `synapseclr examples` lists some to start from')]
+SetOption = Annotated[list[str], typer.Option('--set', metavar='SECTION.KEY=VALUE',
+    help='Override an option; repeatable. The config.toml of a run folder lists all options')]
+NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook',
+    help='Execute the notebook of the stage and write a report, or only call its function')]
 PrecisionOption = Annotated[str, typer.Option('--precision', help='auto, fp32, bf16 or fastest; as [train] precision')]
 CompileOption = Annotated[bool, typer.Option('--compile/--no-compile', help='Whether to use torch.compile; as [train] compile')]
-WeightsOption = Annotated[list[Path], typer.Option('--weights', help='Describe with this network too: ours (.safetensors), a published one of SynapseCLR, or MedicalNet; features go to features_NAME. May be repeated')]
-RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Throw away earlier training, or go on from its newest checkpoint')]
+WeightsOption = Annotated[list[Path], typer.Option('--weights',
+    help='Also extract features with this network: ours (.safetensors), a published SynapseCLR, or MedicalNet. '
+    'They are written to features_NAME. Repeatable')]
+RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Delete an earlier training, or resume from its newest checkpoint')]
 
 # %% ../nbs/90_cli.ipynb #a6475d92
-def _do(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
-    "Run some stages, and say how long they took"
-    from synapseclr.pipeline.catalogue import PARALLEL_STAGES
+def _run_stages(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
+    "Run some stages, and print how long they took"
+    from synapseclr.data.tables import read_table
+    from synapseclr.ingest.fetch import summarize_fetch
     from synapseclr.pipeline.stages import open_run, stages, train_stage
-    c,world = open_run(config, overrides),int(os.environ.get('WORLD_SIZE', 1))
-    if world > 1: # started by torchrun: for the stage that works in several processes
+    c = open_run(config, overrides)
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: # started by torchrun
         if names != ['train']: raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
         return train_stage(c, **parameters)
-    from synapseclr.ingest.fetch import summarize_fetch
     from synapseclr.pipeline.report import run_notebook, run_parallel, write_index
-    from synapseclr.data.tables import read_table
-    def done(name):
+
+    def run(name):
         start = time.perf_counter()
-        print(f'[{names.index(name)+1}/{len(names)}] {name}: {STAGE_HELP[name]}\n', end='', flush=True) # in one piece, for another may be speaking
+        header = f'[{names.index(name)+1}/{len(names)}] {name}: {STAGES[name].help}\n'
+        print(header, end='', flush=True) # one write, because another stage may print at the same time
         if notebook: run_notebook(name, config, overrides, **parameters)
         else: stages[name](c, **parameters)
         return time.perf_counter()-start
-    shared = [o for o in names if o in PARALLEL_STAGES] if notebook and len(names) > 1 else []
+
+    parallel = [name for name in names if STAGES[name].parallel] if notebook and len(names) > 1 else []
+    alone = ((name, run(name)) for name in names if name not in parallel)
+    shared = run_parallel({name: partial(run, name) for name in parallel}, {name: STAGES[name].after for name in parallel})
     try:
-        for name,seconds in chain(((o, done(o)) for o in names if o not in shared), run_parallel({o: partial(done, o) for o in shared}, PARALLEL_STAGES)):
+        for name,seconds in chain(alone, shared):
             if notebook: write_index(c)
             if name == 'fetch': print(f"      {summarize_fetch(read_table(c.folder/'synapses.parquet', 'synapses'))}")
             print(f'      {name} done in {seconds:.0f} s', flush=True)
     except KeyboardInterrupt:
-        print('stopped; give the same command again to go on', file=sys.stderr)
+        print('stopped; give the same command again to resume', file=sys.stderr)
         raise typer.Exit(130) from None
     if notebook: print(f"report: {(c.folder/'report/index.html').resolve()}")
 
 # %% ../nbs/90_cli.ipynb #9ae5d867
 def phantom_command(
     out: Annotated[Path, typer.Option(help='Folder to write it to')] = None,
-    seed: Annotated[int, typer.Option(help='Another seed, another phantom', min=0)] = 0,
-    size: Annotated[Literal['small', 'demo', 'paper'], typer.Option(help='How large')] = 'demo',
-    config: Annotated[Path, typer.Option('--config', exists=True, dir_okay=False, help='Instead: the stage of a run with a section [phantom]')] = None,
+    seed: Annotated[int, typer.Option(help='Random seed', min=0)] = 0,
+    size: Annotated[Literal['small', 'demo', 'paper'], typer.Option(help='Size and resolution')] = 'demo',
+    config: Annotated[Path, typer.Option('--config', exists=True, dir_okay=False,
+        help='Instead of --out: run the phantom stage of this configuration')] = None,
     set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
 ):
     "`synapseclr phantom`"
     if (out is None) == (config is None): raise typer.BadParameter('give --out, or --config')
-    if config: return _do(['phantom'], config, set, notebook)
+    if config: return _run_stages(['phantom'], config, set, notebook)
     import pandas as pd
     from synapseclr.phantom.build import make_phantom
-    from synapseclr.phantom.connectome import PhantomConfig, SIZES
+    from synapseclr.phantom.connectome import SIZES, PhantomConfig
     folder = make_phantom(out, PhantomConfig(seed=seed, **SIZES[size]))
-    print(f"{folder}: {len(pd.read_parquet(folder/'synapses.parquet'))} synapses; layers em, seg, cleft, mito; truth.parquet is for evaluations alone")
+    n_synapses = len(pd.read_parquet(folder/'synapses.parquet'))
+    print(f'{folder}: {n_synapses} synapses; layers em, seg, cleft, mito; truth.parquet has the ground truth, for evaluation only')
 
 # %% ../nbs/90_cli.ipynb #e1322596
-QueueOption = Annotated[str, typer.Option('--queue', help='Put the tasks into this queue, fq://FOLDER or sqs://NAME, for `synapseclr fetch --worker`')]
+QueueOption = Annotated[str, typer.Option('--queue',
+    help='Put the tasks into this queue, fq://FOLDER or sqs://NAME, for `synapseclr worker`')]
 
 def fetch_command(
-    config: ConfigOption = None, set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
+    config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
     processes: Annotated[int, typer.Option(help='Blocks at once, each with the memory of a task', min=1)] = 1,
-    plan: Annotated[bool, typer.Option('--plan', help='Only write the plan, and say what it costs')] = False,
+    plan: Annotated[bool, typer.Option('--plan', help='Only write the plan, and print what it will read')] = False,
     block: Annotated[int, typer.Option(help='Only this block of the plan, as a task of a SLURM array', min=0)] = None,
     queue: QueueOption = None,
-    worker: Annotated[str, typer.Option(help='Do the tasks of this queue until it is empty; give no --config')] = None,
-    lease: Annotated[int, typer.Option(help='Seconds after which the task of a silent worker is given to another', min=1)] = 900,
     check: Annotated[bool, typer.Option('--verify', help='Check all checksums, and a sample of synapses against the volume')] = False,
-    more: Annotated[Path, typer.Option('--append', help='Another table, of which new synapses are added')] = None,
-    again: Annotated[str, typer.Option(help='Fetch these again: ID,ID,... or `problems`, those that --verify found')] = None,
-    without: Annotated[str, typer.Option('--drop', help='Take these out: ID,ID,... or `missing`, those that could not be fetched')] = None,
+    more: Annotated[Path, typer.Option('--append', help='Add the new synapses of another table')] = None,
+    again: Annotated[str, typer.Option('--refetch', help='Fetch these again: ID,ID,... or `problems`, those that --verify found')] = None,
+    remove: Annotated[str, typer.Option('--drop', help='Remove these: ID,ID,... or `missing`, those that could not be fetched')] = None,
 ):
     "`synapseclr fetch`"
-    if (config is None) == (worker is None): raise typer.BadParameter('give --config, or --worker')
-    if worker:
-        import synapseclr.pipeline.stages # noqa: F401 - what the tasks call
-        from synapseclr.ingest.queue import run_worker
-        counts = run_worker(worker, lease)
-        print(', '.join(f'{n} tasks {o}' for o,n in counts.items()))
-        return
+    from synapseclr.data.store import StoreError
     from synapseclr.ingest import maintain
     from synapseclr.ingest.fetch import describe_plan, fetch_block, fetch_tasks, plan_fetch
     from synapseclr.ingest.queue import QueueError, dead_letters, run_local
     from synapseclr.pipeline.stages import known_neurons, open_run
-    from synapseclr.data.store import StoreError
     c = open_run(config, set)
     if block is not None:
         run_local([partial(fetch_block, run=str(c.folder.absolute()), block=block)], desc='fetch', unit='block')
-        if error := dead_letters(c.folder/'fetch').get(f'{block:06d}'): raise QueueError(f'block {block}: {error}')
+        error = dead_letters(c.folder/'fetch').get(f'{block:06d}')
+        if error: raise QueueError(f'block {block}: {error}')
         return
     if check:
         problems = maintain.verify(c.folder)
-        problems.to_csv(c.folder/'fetch/problems.csv', index=False)
-        if len(problems): raise StoreError(f"{len(problems)} synapses are wrong ({problems.problem.iloc[0]}); {c.folder/'fetch/problems.csv'} lists them, `synapseclr fetch --again problems` fetches them again")
-        return print('every chunk has its checksum, and the sample is what the volume says')
+        path = c.folder/'fetch/problems.csv'
+        problems.to_csv(path, index=False)
+        if len(problems):
+            raise StoreError(f'{len(problems)} synapses are wrong ({problems.problem.iloc[0]}); {path} lists them, '
+                '`synapseclr fetch --refetch problems` fetches them again')
+        return print('all checksums are right, and the sample agrees with the volume')
     if plan or queue:
-        known_neurons(c) # what is wrong with it is said now
+        known_neurons(c) # report what is wrong with that table before the work starts
         plan_fetch(c.source, c.fetch, c.folder)
     if plan: return print(describe_plan(c.source, c.fetch))
     if queue: return _enqueue(queue, fetch_tasks(c.folder))
-    if more: print(f'{maintain.append(c.folder, more)} synapses are new')
+    if more: print(f'{maintain.append(c.folder, more)} new synapses')
     if again: maintain.refetch(c.folder, _ids(c.folder, again))
-    if without: maintain.drop(c.folder, _ids(c.folder, without))
-    _do(['fetch'], config, set, notebook, processes=processes)
+    if remove: maintain.drop(c.folder, _ids(c.folder, remove))
+    _run_stages(['fetch'], config, set, notebook, processes=processes)
 
 def _ids(run: Path, text: str) -> list[int]:
     "The synapses that an option names"
@@ -148,95 +157,136 @@ def _ids(run: Path, text: str) -> list[int]:
 def _enqueue(url: str, tasks: list[partial]):
     from synapseclr.ingest.queue import enqueue
     enqueue(url, tasks)
-    print(f'{len(tasks)} tasks are in {url}; start `synapseclr fetch --worker {url}` on any machines, and give this command again without --queue when they are done')
+    print(f'{len(tasks)} tasks are in {url}; start `synapseclr worker {url}` on any machines, '
+        'and give this command again without --queue when they are done')
 
 # %% ../nbs/90_cli.ipynb #67ba7f2a
-def train_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, restart: RestartOption = False, precision: PrecisionOption = None, compile: CompileOption = None): # noqa: B006
+def train_command(
+    config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
+    restart: RestartOption = False, precision: PrecisionOption = None, compile: CompileOption = None,
+):
     "`synapseclr train`"
-    forced = [f'train.precision="{precision}"'] if precision else []
-    if compile is not None: forced.append(f'train.compile={str(compile).lower()}')
-    _do(['train'], config, set + forced, notebook, restart=restart)
+    overrides = list(set)
+    if precision: overrides.append(f'train.precision="{precision}"')
+    if compile is not None: overrides.append(f'train.compile={str(compile).lower()}')
+    _run_stages(['train'], config, overrides, notebook, restart=restart)
 
-def extract_command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, queue: QueueOption = None, weights: WeightsOption = []): # noqa: B006
+def extract_command(
+    config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
+    queue: QueueOption = None, weights: WeightsOption = [], # noqa: B006
+):
     "`synapseclr extract`"
-    if weights: set = set + [f'extract.weights={[str(w.absolute()) for w in weights]}']
-    if not queue: return _do(['extract'], config, set, notebook)
+    overrides = list(set)
+    if weights: overrides.append(f'extract.weights={[str(path.absolute()) for path in weights]}')
+    if not queue: return _run_stages(['extract'], config, overrides, notebook)
     import numpy as np
-    from synapseclr.pipeline.stages import extract_shard, open_run
     from synapseclr.data.store import ChunkStore
-    c = open_run(config, set)
+    from synapseclr.pipeline.stages import extract_shard, open_run
+    c = open_run(config, overrides)
     store = ChunkStore.open(c.folder/'chunks.zarr')
-    _enqueue(queue, [partial(extract_shard, run=str(c.folder.absolute()), shard=int(k)) for k in np.unique(store.places//store.per_shard)])
+    shards = np.unique(store.places//store.per_shard)
+    _enqueue(queue, [partial(extract_shard, run=str(c.folder.absolute()), shard=int(shard)) for shard in shards])
 
 # %% ../nbs/90_cli.ipynb #6c35021c
-def _plain(name: str):
-    def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): _do([name], config, set, notebook) # noqa: B006
+def _stage_command(name: str):
+    def command(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
+        _run_stages([name], config, set, notebook)
     return command
 
-_own = dict(phantom=phantom_command, fetch=fetch_command, train=train_command, extract=extract_command)
-for name in STAGE_HELP: _command(name, STAGE_HELP[name])(_own.get(name) or _plain(name))
+_with_options = dict(phantom=phantom_command, fetch=fetch_command, train=train_command, extract=extract_command)
+for _name,_stage in STAGES.items(): _command(_name, _stage.help)(_with_options.get(_name) or _stage_command(_name))
 
-@_command('run', 'Do all of these, as far as the data allow: phantom and evaluate with a phantom, qc with marked defects, impute and consensus with a table of neurons')
+@_command('run', 'Run all stages that apply: phantom and evaluate need a [phantom] section, qc needs labelled defects, '
+    'impute and consensus need a neuron table')
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     from synapseclr.pipeline.stages import open_run, stages_of
-    _do(stages_of(open_run(config, set)), config, set, notebook)
+    _run_stages(stages_of(open_run(config, set)), config, set, notebook)
 
-@_command('demo', 'Do all stages on a phantom, with nothing needed from outside: 20 processor minutes')
+@_command('worker', 'Do the tasks of a queue, of fetch or extract, until it is empty')
+def worker_command(
+    queue: Annotated[str, typer.Argument(help='fq://FOLDER or sqs://NAME')],
+    lease_seconds: Annotated[int, typer.Option(help='Time after which the task of a silent worker is given to another', min=1)] = 900,
+):
+    import synapseclr.pipeline.stages # noqa: F401 - registers the tasks
+    from synapseclr.ingest.queue import run_worker
+    counts = run_worker(queue, lease_seconds)
+    print(', '.join(f'{n} tasks {outcome}' for outcome,n in counts.items()))
+
+@_command('demo', 'Run all stages on a phantom, offline, in about twelve minutes on two cores')
 def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
-    from synapseclr.core import asset
-    config = asset('configs/demo.toml')
-    print('20 processor minutes; of 12 by the clock, on two cores: phantom and fetch 2.5, train 3.5, extract 1.5, what follows 5', flush=True)
-    _do(list(STAGE_HELP), config, set, notebook)
+    print('about 12 minutes on two cores: phantom and fetch 2.5, train 3.5, extract 1.5, the others 5', flush=True)
+    _run_stages(list(STAGES), asset('configs/demo.toml'), set, notebook)
+
+@_command('examples', 'List the example configurations that come with the package, or copy one')
+def examples_command(
+    name: Annotated[str, typer.Argument(help='Which one; a list if absent')] = None,
+    out: Annotated[Path, typer.Option(help='File to write it to; else it is printed')] = None,
+):
+    paths = {path.stem: path for path in sorted(asset('configs').glob('*.toml'))}
+    if name is None:
+        for stem,path in paths.items(): print(f"{stem:10} {path.read_text().splitlines()[0].lstrip('# ')}")
+        return
+    if name not in paths: raise typer.BadParameter(f"there is no example '{name}'; there are {', '.join(paths)}")
+    text = paths[name].read_text()
+    if out is None: return print(text)
+    if out.exists(): raise typer.BadParameter(f'{out} exists already')
+    out.write_text(text)
 
 # %% ../nbs/90_cli.ipynb #d5447170
-@_command('explore', 'Show the map of all synapses in a browser: colours, slices, labels, lasso')
+@_command('explore', 'Open the map of all synapses in a browser: colour it, look at synapses, select and label them')
 def explore_command(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder, with a map')],
-    port: Annotated[int, typer.Option(help='Where the page is served on this machine', min=0, max=65535)] = 8765,
-    colour: Annotated[str, typer.Option(help='Column to begin with; else the clusters')] = None,
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder with a map')],
+    port: Annotated[int, typer.Option(help='Port of this machine on which the page is served', min=0, max=65535)] = 8765,
+    colour: Annotated[str, typer.Option('--color-by', '--colour', help='Column to begin with; the clusters if absent')] = None,
     static: Annotated[Path, typer.Option(help='Instead: write the page to this folder, for any static file server')] = None,
-    slices: Annotated[int, typer.Option(help='Synapses with pictures in a static copy, about 50 KB each', min=0)] = 500,
+    slices: Annotated[int, typer.Option(help='Synapses with images in a static copy, about 50 KB each', min=0)] = 500,
 ):
     from synapseclr.show.explore import serve, write_static
     if not static: return serve(run, port, colour)
     write_static(run, static, slices, colour)
-    print(f'{static}: give it to any static file server, such as `python -m http.server --directory {static}`; a browser does not open it from the disk')
+    print(f'{static}: serve it with any static file server, such as `python -m http.server --directory {static}`; '
+        'a browser does not open it from the disk')
 
 @_command('figures', "Draw the paper's figures from a run, into RUN/figures")
 def figures_command(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder, as far as it has come')],
-    only: Annotated[str, typer.Option(help='NAME,NAME,...: fig4,figS2; else all that the run has the data for')] = '',
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
+    only: Annotated[str, typer.Option(help='NAME,NAME,...: fig4,figS2; else all figures that the run has the data for')] = '',
 ):
     from synapseclr.pipeline.figures import draw_figures
-    for name,why in draw_figures(run, [o for o in only.split(',') if o]).items():
-        if why: print(f'{name}: not drawn; {why}')
+    names = [name for name in only.split(',') if name]
+    for name,problem in draw_figures(run, names).items():
+        if problem: print(f'{name}: not drawn; {problem}')
     print(run/'figures/index.html')
 
-@_command('similar', 'List the synapses that look like some, with all that is known of them')
+@_command('similar', 'List the most similar synapses to one or several, with everything known about them')
 def similar_command(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder, extracted')],
-    ids: Annotated[str, typer.Argument(help='ID,ID,...: one, or several whose mean is looked for')],
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder with features')],
+    ids: Annotated[str, typer.Argument(help='ID,ID,...: one synapse, or several whose mean is the query')],
     k: Annotated[int, typer.Option(help='How many', min=1)] = 10,
-    where: Annotated[str, typer.Option(help='Only synapses of which this is true: "p_inhibitory_pre > .5 and island == 0"')] = '',
-    features: Annotated[str, typer.Option(help='Which kind')] = 'trained',
+    where: Annotated[str, typer.Option(help='Only synapses for which this is true: "p_inhibitory_pre > .5 and island == 0"')] = '',
+    features: Annotated[str, typer.Option(help='Feature set')] = 'trained',
     out: Annotated[Path, typer.Option(help='Write all columns to this CSV file')] = None,
 ):
     from synapseclr.analyse.query import find_similar
-    found = find_similar(run, _ids(run, ids), k, where, features)
-    if out: found.to_csv(out, index=False)
-    short = [c for c in found if c in ('id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster') or (where and re.search(rf'\b{c}\b', where))]
-    print(f'{len(found)} synapses are in {out}' if out else found[short].round(4).to_string(index=False))
+    table = find_similar(run, _ids(run, ids), k, where, features)
+    if out:
+        table.to_csv(out, index=False)
+        return print(f'{len(table)} synapses are in {out}')
+    shown = ['id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster']
+    shown += [column for column in table if re.search(rf'\b{column}\b', where) and column not in shown]
+    print(table[[column for column in shown if column in table]].round(4).to_string(index=False))
 
-@_command('serve', 'Serve the local layers of a run to neuroglancer, on this machine alone, so that the links of `export` work')
+@_command('serve', 'Serve the local layers of a run to neuroglancer on this machine, so that the links of `export` work')
 def serve_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
     port: Annotated[int, typer.Option(help='As in [export] local_url', min=0, max=65535)] = 9000,
 ):
-    from synapseclr.show.neuroglancer import layer_server, layer_urls
     from synapseclr.pipeline.stages import RunConfig
-    c = read_config(RunConfig, run/'config.toml')
-    root = layer_urls({o: getattr(c.model_copy(update=dict(run=str(run))).source, o) for o in ('em', 'seg', 'cleft')}, '', (run,))[1]
-    if not root: raise ConfigError(f'{run}: no layer lies in a local folder; neuroglancer reads them where they are')
+    from synapseclr.show.neuroglancer import layer_server, layer_urls
+    c = read_config(RunConfig, run/'config.toml').model_copy(update=dict(run=str(run)))
+    layers = {name: getattr(c.source, name) for name in ('em', 'seg', 'cleft')}
+    root = layer_urls(layers, '', (run,))[1]
+    if not root: raise ConfigError(f'{run}: no layer is a local folder; neuroglancer reads them from where they are')
     with layer_server(root, port) as server:
         print(f'{root} at http://127.0.0.1:{server.server_port}; stop with Ctrl-C', flush=True)
         try: server.serve_forever()
@@ -247,78 +297,82 @@ tables = typer.Typer(no_args_is_help=True, help='Change synapse tables')
 app.add_typer(tables, name='tables')
 
 @tables.callback()
-def _tables(): "Keeps `remap` a word of the command line while it is the only one"
+def _tables(): "With one command only, typer would drop its name; a callback keeps it"
 
 @_command('remap', 'Look up the partners of synapses in another version of the segmentation', tables)
 def remap_command(
     table: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help='Synapse table with points on both sides')],
     seg: Annotated[str, typer.Option(help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
-    out: Annotated[Path, typer.Option(help='Parquet file to write; what changed goes beside it')],
+    out: Annotated[Path, typer.Option(help='Parquet file to write; the changed ids are written beside it')],
     mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
-    voxel_nm: Annotated[str, typer.Option(help="Z,Y,X: size of the table's voxels, if it counts in voxels")] = None,
+    voxel_nm: Annotated[str, typer.Option(help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
 ):
-    from synapseclr.ingest.remap import remap, summarize_remap
     from synapseclr.data.tables import read_synapses, write_table
     from synapseclr.data.volume import LayerSource, open_layer
+    from synapseclr.ingest.remap import remap, summarize_remap
     path,_,seconds = seg.rpartition('@')
-    source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if path and seconds.isdigit() else LayerSource(path=seg, mip=mip)
-    size = tuple(float(o) for o in voxel_nm.split(',')) if voxel_nm else None
-    today,moves = remap(read_synapses(table, size), open_layer('seg', source), size)
-    write_table(today, out, 'synapses', provenance(seg=source.model_dump(mode='json')))
-    moves.to_csv(out.with_suffix('.changed.csv'), index=False)
-    print(summarize_remap(moves))
+    has_time = path and seconds.isdigit()
+    source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if has_time else LayerSource(path=seg, mip=mip)
+    size = tuple(float(length) for length in voxel_nm.split(',')) if voxel_nm else None
+    remapped,changes = remap(read_synapses(table, size), open_layer('seg', source), size)
+    write_table(remapped, out, 'synapses', provenance(seg=source.model_dump(mode='json')))
+    changes.to_csv(out.with_suffix('.changed.csv'), index=False)
+    print(summarize_remap(changes))
 
-bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory, beside something to compare with')
+bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory, compared with a baseline implementation')
 app.add_typer(bench, name='bench')
+_Repeats = Annotated[int, typer.Option('--rounds', help='Repeats of each implementation', min=1)]
 
-@_command('augment', "Views per second of the paper's augmentation and of extraction, beside the straightforward way", bench)
+def _print(table, decimals: int = 3): print(table.round(decimals).to_string(index=False), end='\n\n', flush=True)
+
+@_command('augment', "Views per second of the paper's augmentation and of extraction", bench)
 def bench_augment_command(
     batch: Annotated[int, typer.Option(help='Synapses in a batch', min=1)] = 8,
     size: Annotated[int, typer.Option(help='Side of the cube, voxels', min=8)] = 96,
-    repeats: Annotated[int, typer.Option(help='Batches that are timed in each of three turns', min=1)] = 9,
+    repeats: Annotated[int, typer.Option(help='Batches that are timed in each of three rounds', min=1)] = 9,
 ):
     from synapseclr.evaluate.speed_augment import bench_augment
-    print(bench_augment(batch, size, repeats).round(1).to_string(index=False))
+    _print(bench_augment(batch, size, repeats), 1)
 
-@_command('gp', "Nine traits, five folds by exact Gaussian processes, beside the time that the paper's variational recipe takes", bench)
+@_command('gp', "Nine traits, five folds, by exact Gaussian processes, compared with the paper's variational GP", bench)
 def bench_gp_command(
     n: Annotated[int, typer.Option(help='Synapses', min=100)] = 5000,
     d: Annotated[int, typer.Option(help='Features', min=2)] = 512,
-    finish: Annotated[int, typer.Option(help='Steps of the recipe to do in earnest on one fold of the last number, for its scores; 20000 is all', min=0)] = 0,
+    recipe_steps: Annotated[int, typer.Option(help='Steps of the variational GP on one fold, for its scores; 20000 is all', min=0)] = 0,
 ):
     from synapseclr.evaluate.speed_typing import bench_gp
-    print(bench_gp(n, d, finish=finish).round(3).T.to_string(header=False))
+    print(bench_gp(n, d, recipe_steps=recipe_steps).round(3).T.to_string(header=False))
 
-@_command('consensus', 'Seconds and memory to type all neurites of a volume, and to write the types back', bench)
+@_command('consensus', 'Seconds and memory to type all neurites of a volume, and to assign the types to synapses', bench)
 def bench_consensus_command(
     synapses: Annotated[int, typer.Option(min=10)] = 3_200_000,
     neurites: Annotated[int, typer.Option(min=10)] = 1_270_000,
 ):
     from synapseclr.evaluate.speed_typing import bench_consensus
-    print(bench_consensus(synapses, neurites).round(2).to_string(index=False))
+    _print(bench_consensus(synapses, neurites), 2)
 
-@_command('fetch', 'Requests, decoded bytes, synapses per second and memory: by blocks, and synapse by synapse, from a server with latency', bench)
+@_command('fetch', 'Requests, decoded bytes, synapses per second and memory: by blocks and synapse by synapse, from a server with latency', bench)
 def bench_fetch_command(
     n: Annotated[int, typer.Option('--synapses', help='How many, at least', min=1)] = 5000,
     latency: Annotated[float, typer.Option(help='Of the server, milliseconds', min=0)] = 5,
 ):
     from synapseclr.evaluate.speed_fetch import bench_fetch
-    print(bench_fetch(n, latency).round(2).to_string(index=False))
+    _print(bench_fetch(n, latency), 2)
 
-@_command('train', 'A step, the loss, a batch in parts and the disk: seconds and memory, beside the plain way', bench)
-def bench_train_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3):
+@_command('train', 'Seconds and memory of a training step, the loss, a batch in parts, and reading from disk', bench)
+def bench_train_command(rounds: _Repeats = 3):
     from synapseclr.evaluate.speed_train import bench_loader, bench_loss, bench_parts, bench_steps
-    for table in (bench_steps, bench_loss, bench_parts, bench_loader): print(table(rounds=rounds).round(3).to_string(index=False), end='\n\n', flush=True)
+    for table in (bench_steps, bench_loss, bench_parts, bench_loader): _print(table(rounds=rounds))
 
-@_command('extract', 'Synapses described per second, and memory, beside the plain way', bench)
-def bench_extract_command(rounds: Annotated[int, typer.Option(help='Turns of each contestant', min=1)] = 3):
+@_command('extract', 'Synapses per second and memory of feature extraction', bench)
+def bench_extract_command(rounds: _Repeats = 3):
     from synapseclr.evaluate.speed_maps import bench_extract
-    print(bench_extract(rounds).round(3).to_string(index=False))
+    _print(bench_extract(rounds))
 
 @_command('maps', 'Seconds and memory of neighbours, map, clusters and queries, for several numbers of synapses', bench)
 def bench_maps_command(sizes: Annotated[str, typer.Option(help='N,N,...; a million takes an hour')] = '10000,100000'):
     from synapseclr.evaluate.speed_maps import bench_maps
-    print(bench_maps([int(o) for o in sizes.split(',')]).round(2).T.to_string())
+    print(bench_maps([int(size) for size in sizes.split(',')]).round(2).T.to_string())
 
 # %% ../nbs/90_cli.ipynb #6a150bb0
 def main():

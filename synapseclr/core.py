@@ -14,8 +14,9 @@ import pydantic, tomli_w
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['Source', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic', 'write_once', 'asset',
-           'content_hash', 'provenance', 'write_toml', 'n_cores', 'threads', 'worker_pool', 'progress']
+__all__ = ['Source', 'FORMAT_VERSION', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic',
+           'write_once', 'asset', 'content_hash', 'provenance', 'version_problem', 'write_toml', 'n_cores', 'threads',
+           'worker_pool', 'progress']
 
 # %% ../nbs/00_core.ipynb #8b5f5395
 if 'rfc3987_syntax' not in sys.modules: sys.modules['rfc3987_syntax'] = None
@@ -177,6 +178,16 @@ def provenance(
     origin = dict(package='synapseclr', version=importlib.metadata.version('synapseclr'))
     if config is not None: origin['config'] = content_hash(config)
     return origin | inputs
+
+FORMAT_VERSION = 2 # Of all files that we write; 1 was written by synapseclr 0.0
+
+def version_problem(
+    version: int, # That a file states
+) -> str: # Why it cannot be read, and what to do; empty if it can
+    "Compare the version of a file with the one that this package reads and writes"
+    if version > FORMAT_VERSION: return f'version {version} is newer than this package knows ({FORMAT_VERSION}); update synapseclr'
+    if version < FORMAT_VERSION: return f'version {version} was written by an older synapseclr; run the stages again in a new run folder, or read it with synapseclr 0.0.1'
+    return ''
 
 # %% ../nbs/00_core.ipynb #a4db199c
 def write_toml(

@@ -141,7 +141,7 @@ def test_nobody_else_is_asked(layers, table, viewer):
 @pytest.mark.parametrize('lost,said', [('map', r'map\.parquet.*synapseclr embed'), ('id', r'map\.parquet: nothing about 1 synapses, such as 7;'), ('graph', r'neighbours\.parquet: of other synapses')])
 def test_map_that_does_not_fit(lost, said, run, tmp_path, capsys, monkeypatch):
     "And nothing is written"
-    copy = shutil.copytree(run, tmp_path/'run', ignore=shutil.ignore_patterns('annotations', 'deep', 'table.parquet', 'synapses.h5ad'))
+    copy = shutil.copytree(run, tmp_path/'run', ignore=shutil.ignore_patterns('annotations', 'deep', 'results.parquet', 'synapses.h5ad'))
     drawn = read_table(copy/'map.parquet', 'map')
     if lost == 'map': (copy/'map.parquet').unlink()
     if lost == 'id': write_table(drawn.replace(dict(id={7: 777})), copy/'map.parquet', 'map', {})

@@ -76,7 +76,7 @@ def chunk_of(sound, tiny, i):
 def test_chunk_is_lost(fault, tiny, sound, tmp_path):
     "The synapses that need it are listed with the reason; all others are there and right; mended, the store is the sound one"
     broken = chunk_of(sound, tiny, 5)
-    gap = dict(em=dict(absent='error'))
+    gap = dict(em=dict(fill_missing=False))
     with served(tiny.parent, latency_s=0, fault=lambda path, n: fault if path.endswith(broken) and '/em/' in path else None) as address:
         table = fetch(source(tiny, address, **gap), config, tmp_path).set_index('id')
     lost = table.index[table.reject_reason != '']

@@ -8,7 +8,7 @@ from synapseclr.data.features import FeatureError, read_features
 from synapseclr.data.store import ChunkStore
 from synapseclr.data.tables import read_table
 
-everything = ['chunks.zarr/**/*', 'fetch/*', 'synapses.parquet', 'train/weights.safetensors', 'train/log.jsonl', 'features*/*.parquet', 'neighbours.parquet', 'map.parquet', 'told.parquet', 'retrieval.parquet', 'axes.parquet', 'axis_correlations.parquet', 'islands.parquet', 'annotations/**/*']
+everything = ['chunks.zarr/**/*', 'fetch/*', 'synapses.parquet', 'train/weights.safetensors', 'train/log.jsonl', 'features*/*.parquet', 'neighbours.parquet', 'map.parquet', 'probe_scores.parquet', 'retrieval.parquet', 'axes.parquet', 'axis_correlations.parquet', 'islands.parquet', 'annotations/**/*']
 
 line = [s for s in stages if s not in ('phantom', 'qc', 'impute', 'consensus', 'evaluate')] # of a run on data of one's own
 
@@ -141,7 +141,7 @@ def test_phantom_line(tmp_path):
     from synapseclr.phantom.build import make_phantom
     from synapseclr.phantom.connectome import PhantomConfig
     config,overrides = tiny_phantom('phantom')
-    command = ['run', '--config', config, '--no-notebook', '--set', f'run={tmp_path/"run"}', '--set', 'embed.features=trained without angle']
+    command = ['run', '--config', config, '--no-notebook', '--set', f'run={tmp_path/"run"}', '--set', 'embed.features=trained - cutting_angle']
     kill = dict(module='synapseclr.phantom.build', owner='module', name='write_layer', deadly=3)
     assert python(kill_at.format(**kill), *command, cwd=tmp_path).returncode == -signal.SIGKILL
     assert not (tmp_path/'run/phantom/phantom.json').exists()
@@ -150,7 +150,7 @@ def test_phantom_line(tmp_path):
     whole = make_phantom(tmp_path/'whole', PhantomConfig(seed=2, shape=(96, 384, 384), defects=.3))
     assert files(tmp_path/'run/phantom', '**/*') == files(whole, '**/*')
     targets = read_table(tmp_path/'run/evaluation_targets.parquet', 'evaluation targets')
-    assert set(targets.features) == {'trained', 'trained without angle', 'untrained', 'morphometrics', 'intensity', 'hand-made', 'latents'}
+    assert set(targets.features) == {'trained', 'trained - cutting_angle', 'untrained', 'morphometrics', 'intensity', 'handcrafted', 'latents'}
     latents = targets[(targets.target == 'presynaptic type') & (targets.within == 'all')].set_index('features').value
     assert latents['latents'] > .9
     refuse_two_networks(tmp_path/'run', tmp_path/'other')

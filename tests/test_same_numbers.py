@@ -50,7 +50,7 @@ def quiet(run):
     run.succeed('run')
     made,phantom = run.made(),files(run.folder/'phantom', '**/*')
     said = [read_metadata(p)['provenance'] for p in run.folder.glob('features*/*.parquet')]
-    said += [read_metadata(run.folder/f'{name}.parquet')['provenance']['source'] for name in ('map', 'told', 'defects', 'retrieval', 'imputed', 'neurites', 'axes')]
+    said += [read_metadata(run.folder/f'{name}.parquet')['provenance']['source'] for name in ('map', 'probe_scores', 'defects', 'retrieval', 'imputed', 'neurites', 'axes')]
     assert len({o['precision'] for o in said}) == 1 and said[0]['precision'] in ('fp32', 'bf16') # one for the whole run, and all that is made from features says which
     begin_anew(run)
     return made | {f'phantom/{name}': content for name,content in phantom.items()}
@@ -68,7 +68,7 @@ def assert_same(run, quiet):
 
 def test_there_is_something_to_compare(quiet):
     "Of every stage"
-    assert {'synapses.parquet', 'map.parquet', 'defects.parquet', 'retrieval.parquet', 'imputed.parquet', 'neurites.parquet', 'axes.parquet', 'table.parquet', 'evaluation_targets.parquet', 'train/weights.safetensors', 'phantom/truth.parquet'} <= set(quiet)
+    assert {'synapses.parquet', 'map.parquet', 'defects.parquet', 'retrieval.parquet', 'imputed.parquet', 'neurites.parquet', 'axes.parquet', 'results.parquet', 'evaluation_targets.parquet', 'train/weights.safetensors', 'phantom/truth.parquet'} <= set(quiet)
     assert len([name for name in quiet if name.startswith('features/')]) > 2
 
 def test_one_core(run, quiet):
@@ -86,7 +86,7 @@ def test_busy_killed_and_shared_out(run, quiet):
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         run.succeed('train', code=one_core+command)
         run.succeed('extract', '--queue', queue)
-        workers = [subprocess.Popen([sys.executable, '-c', code, 'fetch', '--worker', queue], cwd=run.cwd, env=os.environ | dict(OMP_NUM_THREADS=n), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        workers = [subprocess.Popen([sys.executable, '-c', code, 'worker', queue], cwd=run.cwd, env=os.environ | dict(OMP_NUM_THREADS=n), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for code,n in ((one_core+command, '3'), (command, '1'))]
         counts = [re.search(r'(\d+) tasks done, 0 tasks failed, 0 tasks dead', worker.communicate()[0]) for worker in workers]
     shards = len(list((run.folder/'features').glob('*.parquet')))

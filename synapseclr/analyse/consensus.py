@@ -157,13 +157,13 @@ class ConsensusConfig(Strict):
 def type_neurites(
     run: str|Path, # Run folder, imputed
     config: ConsensusConfig|None = None,
-) -> tuple[pd.DataFrame, dict]: # Neurites, with what is `known` of them; `prior` and `rho` of each polarity, and whether its type is `told`
+) -> tuple[pd.DataFrame, dict]: # Neurites, with their known `label` (nan if unknown); `prior` and `rho` of each polarity, and whether its type is predicted `above_chance`
     "Consensus of all neurites: `run/neurites.parquet`, and written back to synapses, `synapse_types.parquet`"
     run,config = Path(run),config or ConsensusConfig()
     table = read_table(run/'synapses.parquet', 'synapses').set_index('id')
     imputed,apart = read_table(run/'imputed.parquet', 'imputed').set_index('id'),read_table(run/'out_of_fold.parquet', 'out of fold').set_index('id')
     table,apart,parts,found = table.loc[imputed.index],apart.loc[imputed.index],[],{}
-    told = read_metadata(run/'imputed.parquet')['provenance'].get('told')
+    told = read_metadata(run/'imputed.parquet')['provenance'].get('above_chance')
     for side in ('pre', 'post'):
         if (name := f'p_inhibitory_{side}') not in imputed: continue
         neurite,known = table[f'{side}_root_id'].to_numpy(),apart[f'inhibitory_{side}'].to_numpy()
@@ -172,8 +172,8 @@ def type_neurites(
         neurites = neurite_consensus(p, neurite, prior, rho, config.min_confidence)
         clear = told is None or f'inhibitory_{side}' in told
         if not clear: neurites['call'] = pd.Categorical(['abstain']*len(neurites), neurites.call.cat.categories)
-        neurites['known'] = pd.Series(known).groupby(neurite).first().loc[neurites.neurite_id].to_numpy()
-        parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho, told=clear)
+        neurites['label'] = pd.Series(known).groupby(neurite).first().loc[neurites.neurite_id].to_numpy()
+        parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho, above_chance=clear)
     if not parts: raise ConsensusError(f"{run}: no types were imputed; see the report of `synapseclr impute` for the reason")
     neurites,origin = pd.concat(parts, ignore_index=True),provenance(config, source=read_metadata(run/'imputed.parquet')['provenance'].get('source'), n_synapses=len(imputed))
     write_table(neurites, run/'neurites.parquet', 'neurites', origin)

@@ -8,15 +8,14 @@ import random
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Literal, NamedTuple
-import faiss, igraph, numpy as np, pandas as pd, pyarrow as pa, pydantic
-import scipy.sparse as sp
+import faiss, igraph, numpy as np, pandas as pd, pyarrow as pa, pydantic, scipy.sparse as sp
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
-from ..core import Strict, SynapseCLRError, provenance, n_cores, threads, worker_pool
-from ..data.features import read_feature_sets, feature_provenance, zscore
-from ..data.tables import read_arrow, read_table, read_metadata, write_table
+from ..core import SynapseCLRError, n_cores, provenance, threads, worker_pool
+from ..data.features import FeatureChoice, feature_provenance, read_feature_sets, zscore
+from ..data.tables import read_arrow, read_metadata, read_table, write_table
 
 # %% auto #0
 __all__ = ['EmbedError', 'Neighbours', 'nearest_neighbours', 'connectivities', 'umap_layout', 'leiden', 'islands', 'EmbedConfig',
@@ -154,10 +153,8 @@ def islands(
     return np.where(np.bincount(found)[found] >= least*len(xy), found, -1).astype(np.int32)
 
 # %% ../../nbs/analyse/01_embed.ipynb #8641b4d9
-class EmbedConfig(Strict):
+class EmbedConfig(FeatureChoice):
     "How to draw the map"
-    features: str = 'trained' # Which kind, as of `read_feature_sets`; such as `trained without angle`
-    layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
     metric: Literal['cosine', 'euclidean'] = 'cosine'
     n_neighbors: int = pydantic.Field(100, ge=2) # Of each synapse in the graph
     exact_up_to: int = 200_000 # Synapses of which all pairs are compared
@@ -171,7 +168,7 @@ class EmbedConfig(Strict):
 
     @pydantic.model_validator(mode='after')
     def _has_two(self):
-        if 2 not in self.n_components: raise ValueError('dimensions: the map of two dimensions is needed')
+        if 2 not in self.n_components: raise ValueError('n_components: the map of two dimensions is needed')
         return self
 
 def coordinates(dimensions: int) -> list[str]:
@@ -185,15 +182,15 @@ def embed(
 ) -> pd.DataFrame: # `id`, coordinates, `cluster`, `island`
     "Write the graph and the map of a run, unless they are there for the same features"
     run,config = Path(run),config or EmbedConfig()
-    table,sets = read_feature_sets(run, config.layer, [config.features], include_defects=True)
-    x = sets[config.features]
-    if config.features == 'morphometrics': x = zscore(x)
-    origin = provenance(config, source=feature_provenance(run, config.features), n_synapses=len(table))
+    table,sets = read_feature_sets(run, config.layer, [config.feature_set], include_defects=True)
+    x = sets[config.feature_set]
+    if config.feature_set == 'morphometrics': x = zscore(x)
+    origin = provenance(config, source=feature_provenance(run, config.feature_set), n_synapses=len(table))
     done = run/'map.parquet'
     if done.exists() and read_metadata(done).get('provenance') == origin: return read_table(done, 'map')
     near = nearest_neighbours(x, config.n_neighbors, config.metric, config.exact_up_to, config.min_recall, config.seed)
     list_of = lambda values: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    write_table(pa.table(dict(id=table.id.to_numpy(), rows=list_of(near.indices), distance=list_of(near.distances))), run/'neighbours.parquet', 'neighbours', origin | dict(metric=config.metric, recall=near.recall))
+    write_table(pa.table(dict(id=table.id.to_numpy(), indices=list_of(near.indices), distances=list_of(near.distances))), run/'neighbours.parquet', 'neighbours', origin | dict(metric=config.metric, recall=near.recall))
     graph = connectivities(near, config.umap_n_neighbors)
     maps = {d: umap_layout(graph, x, d, config.min_dist, config.n_epochs, config.seed) for d in sorted(set(config.n_components))}
     found = pd.DataFrame(dict(id=table.id) | {name: xy[:, i] for d,xy in maps.items() for i,name in enumerate(coordinates(d))})

@@ -13,12 +13,12 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
+from ..core import SynapseCLRError, n_cores, progress, provenance, threads, worker_pool
+from ..metrics import classification_scores, cluster_bootstrap, neuron_disjoint_folds, percentile_interval, regression_scores, roc_auc, uncentred_explained_variance
+from ..data.features import FeatureChoice, feature_provenance, read_feature_sets, zscore
 from ..data.results import MORPHOMETRIC_COLUMNS
-from ..core import Strict, SynapseCLRError, provenance, n_cores, progress, threads, worker_pool
-from .gp_estimators import GPClassifier, GPRegressor
-from ..data.features import read_feature_sets, feature_provenance, zscore
 from ..data.tables import write_table
-from ..metrics import roc_auc, neuron_disjoint_folds, percentile_interval, cluster_bootstrap, regression_scores, uncentred_explained_variance, classification_scores
+from .gp_estimators import GPClassifier, GPRegressor
 
 # %% auto #0
 __all__ = ['TRAITS', 'MIN_NEURONS', 'Trait', 'ImputeError', 'known_targets', 'model_for', 'predictions', 'cross_val_predictions',
@@ -101,10 +101,8 @@ def score_trait(
     return regression_scores(z(y), mean, sd),(uncentred_explained_variance, z(y), mean)
 
 # %% ../../nbs/analyse/08_impute.ipynb #2e56a70a
-class ImputeConfig(Strict):
+class ImputeConfig(FeatureChoice):
     "How to impute"
-    features: str = 'trained' # Features of the final fit
-    layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
     kernel: Literal['rbf', 'laplace', 'linear'] = 'rbf'
     method: Literal['exact', 'sgpr', 'vsgp'] = 'exact'
     n_inducing: pydantic.PositiveInt = 200 # Of `sgpr` and `vsgp`
@@ -142,14 +140,14 @@ def cross_validate_trait(
         kept[name] = apart,tuned
     statistic,truth,_ = next(iter(ingredients.values()))
     draws = cluster_bootstrap(statistic, truth, [s for _,_,s in ingredients.values()], groups, n_draws=200)
-    chosen,score = list(sets).index(config.features),'AUC' if trait.is_type else 'EV'
+    chosen,score = list(sets).index(config.feature_set),'AUC' if trait.is_type else 'EV'
     for i,row in enumerate(rows[1::2]):
         row['lo95'],row['hi95'] = percentile_interval(draws[:, i])
-        row['lead'] = rows[1::2][chosen][score]-row[score]
-        row['lead_lo95'],row['lead_hi95'] = percentile_interval(draws[:, chosen]-draws[:, i])
-    out = np.full((len(sets[config.features]), apart.shape[1]), np.nan)
-    out[at] = kept[config.features][0]
-    return pd.DataFrame(rows),out,kept[config.features][1]
+        row['gain'] = rows[1::2][chosen][score]-row[score]
+        row['gain_lo95'],row['gain_hi95'] = percentile_interval(draws[:, chosen]-draws[:, i])
+    out = np.full((len(sets[config.feature_set]), apart.shape[1]), np.nan)
+    out[at] = kept[config.feature_set][0]
+    return pd.DataFrame(rows),out,kept[config.feature_set][1]
 
 def _apart(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray, groups: np.ndarray, folds) -> tuple[list, tuple|None]:
     "`cross_val_predictions` with parameters tuned on everything, unless that is a few neurons, and these"
@@ -166,7 +164,7 @@ def hide_labels(
     return neurons.assign(inhibitory=neurons.inhibitory.where(neurons.index.isin(shown)))
 
 def traits_above_chance(
-    scores: pd.DataFrame, # `imputation.parquet`
+    scores: pd.DataFrame, # `imputation_scores.parquet`
     features: str, # Kind
 ) -> pd.Series: # By trait, whether the 95 % interval for new neurons is above chance
     "Which traits the features tell"
@@ -186,9 +184,9 @@ def impute(
     neurons: pd.DataFrame, # From `read_neurons`
     config: ImputeConfig|None = None,
 ) -> tuple[pd.DataFrame, list[str]]: # All scores, and which traits are not there and why
-    "Judge and impute all traits: `run/imputation.parquet` has the scores, `imputed.parquet` every synapse, `cross_val_predict_by_neuron.parquet` what is said of known synapses by models that have not seen their neurons"
+    "Judge and impute all traits: `run/imputation_scores.parquet` has the scores, `imputed.parquet` every synapse, `out_of_fold.parquet` what is said of known synapses by models that have not seen their neurons"
     run,config = Path(run),config or ImputeConfig()
-    table,sets = read_feature_sets(run, config.layer, reference=config.features)
+    table,sets = read_feature_sets(run, config.layer, reference=config.feature_set)
     sets = {name: zscore(x) for name,x in sets.items()}
     known,skipped = known_targets(table, hide_labels(neurons, config.label_fraction))
     if not len(known.columns): raise ImputeError('\n  '.join(['there is no trait to learn:'] + skipped))
@@ -197,7 +195,7 @@ def impute(
         y = known[t.name].to_numpy()
         own = sets | dict(morphometrics=np.delete(sets['morphometrics'], [i for i,c in enumerate(MORPHOMETRIC_COLUMNS) if c == t.column], 1))
         scores,out,params = cross_validate_trait(t, own, y, pre, post, config)
-        at,x = np.isfinite(y),own[config.features]
+        at,x = np.isfinite(y),own[config.feature_set]
         model = model_for(t, **config.model, params=params).fit(x[at], y[at], (pre if t.side == 'pre' else post)[at])
         names = [f'p_{t.name}'] if t.is_type else [f'{t.name}_{o}' for o in ('mean', 'sd', 'lo90', 'hi90')]
         return scores,dict(zip(names, predictions(model, x, y[at].mean()).T)),dict(zip(names, out.T)) | {t.name: y}
@@ -206,9 +204,9 @@ def impute(
         for scores,every,out in progress(pool.map(one, learnt), total=len(learnt), desc='impute', unit='trait'):
             imputed |= every; apart |= out
             judged.append(scores)
-    judged,origin = pd.concat(judged, ignore_index=True),provenance(config, source=feature_provenance(run, config.features), n_synapses=len(table), neurons=len(neurons))
-    write_table(judged, run/'imputation.parquet', 'imputation', origin)
+    judged,origin = pd.concat(judged, ignore_index=True),provenance(config, source=feature_provenance(run, config.feature_set), n_synapses=len(table), neurons=len(neurons))
+    write_table(judged, run/'imputation_scores.parquet', 'imputation scores', origin)
     write_table(pd.DataFrame(apart), run/'out_of_fold.parquet', 'out of fold', origin)
-    clear = traits_above_chance(judged, config.features)
-    write_table(pd.DataFrame(imputed), run/'imputed.parquet', 'imputed', origin | dict(told=clear.index[clear].tolist()))
+    clear = traits_above_chance(judged, config.feature_set)
+    write_table(pd.DataFrame(imputed), run/'imputed.parquet', 'imputed', origin | dict(above_chance=clear.index[clear].tolist()))
     return judged,skipped

@@ -50,7 +50,7 @@ def probe_feature_sets(
     asked: list[tuple[str, str, np.ndarray]], # From `questions`
     least: int = 20, # Known values without which a question is left out
     n_draws: int = 200,
-) -> pd.DataFrame: # A row for each question and kind of features: `question`, `about`, `features`, `score`, `value`, `lo95`, `hi95`, `n`
+) -> pd.DataFrame: # A row for each question and kind of features: `target`, `group`, `features`, `metric`, `value`, `lo95`, `hi95`, `n`
     "Score each kind of features on each question, on neurons that the probe has not seen, with intervals over presynaptic neurons"
     pre,post,rows = table.pre_root_id.to_numpy(),table.post_root_id.to_numpy(),[]
     for question,about,y in asked:
@@ -62,10 +62,10 @@ def probe_feature_sets(
         draws = cluster_bootstrap(statistic, values, scores, pre[at], n_draws)
         for i,name in enumerate(sets):
             lo,hi = percentile_interval(draws[:, i])
-            rows.append(dict(question=question, about=about, features=name, score='AUC' if is_type else 'R2', value=statistic(values, scores[i]), lo95=lo, hi95=hi, n=len(at)))
+            rows.append(dict(target=question, group=about, features=name, metric='AUC' if is_type else 'R2', value=statistic(values, scores[i]), lo95=lo, hi95=hi, n=len(at)))
     for name,x in sets.items():
         found = mean_average_precision(average_precision_per_query(zscore(x), pre, table.cleft_id.to_numpy()))
-        rows.append(dict(question='presynaptic neuron', about='both', features=name, score='mAP - chance', n=found['n_queries'],
+        rows.append(dict(target='presynaptic neuron', group='both', features=name, metric='mAP - chance', n=found['n_queries'],
             **{o: found[m]-found['chance'] for o,m in dict(value='mean_average_precision', lo95='lo95', hi95='hi95').items()}))
     return pd.DataFrame(rows)
 

@@ -10,10 +10,10 @@ import numpy as np, pandas as pd, pydantic
 from scipy.stats import norm
 from sklearn.base import BaseEstimator
 from sklearn.covariance import ledoit_wolf
-from ..core import Strict, SynapseCLRError, provenance, threads
-from .embed import Neighbours, read_neighbours
-from ..data.features import read_feature_sets, feature_provenance
+from ..core import SynapseCLRError, provenance, threads
+from ..data.features import FeatureChoice, feature_provenance, read_feature_sets
 from ..data.tables import read_labels, read_table, write_table
+from .embed import Neighbours, read_neighbours
 
 # %% auto #0
 __all__ = ['QCError', 'marked_cluster', 'DefectDetector', 'QCConfig', 'detect_defects', 'read_clusters']
@@ -116,14 +116,12 @@ def _rows(which, ids: np.ndarray|None, n: int) -> np.ndarray:
     return np.unique(rows)
 
 # %% ../../nbs/analyse/04_qc.ipynb #c14691b8
-class QCConfig(Strict):
+class QCConfig(FeatureChoice):
     "How to look for defects"
     prompts: list[int] = [] # Ids of defective synapses; with the ones called `defect` in RUN/labels.csv
     clean: list[int] = [] # Ids of sound ones, if known; with the ones called `clean` there
     method: Literal['score', 'cluster'] = 'score' # The scored rule, or the paper's
     fdr: float = pydantic.Field(.2, gt=0, lt=1) # Of the scored rule: share of sound synapses among the removed that is put up with
-    features: str = 'trained' # Which kind, as of `read_feature_sets`
-    layer: Literal['backbone', 'hidden', 'projection'] = 'backbone'
     simulate_prompts: pydantic.NonNegativeInt = 0 # With a phantom: so many of its defects are marked, as a person would
 
 @threads(1)
@@ -134,8 +132,8 @@ def detect_defects(
 ) -> pd.DataFrame: # `id`, `score`, `fdr`, `prompt`, `removed`
     "Judge every synapse, and write `run/defects.parquet`. Raises `QCError` for ids that are not in the run, or no prompts"
     run,config = Path(run),config or QCConfig()
-    table,sets = read_feature_sets(run, config.layer, [config.features], include_defects=True)
-    x,ids = sets[config.features],table.id.to_numpy()
+    table,sets = read_feature_sets(run, config.layer, [config.feature_set], include_defects=True)
+    x,ids = sets[config.feature_set],table.id.to_numpy()
     said = read_labels(run/'labels.csv')
     prompts,clean = (sorted({*given, *(i for i,label in said.items() if label == name)}) for name,given in dict(defect=[*config.prompts, *marked], clean=config.clean).items())
     if not prompts: raise QCError(f"no defective synapse to start from: give ids in [qc] prompts, or call some `defect` in {run/'labels.csv'}")
@@ -146,7 +144,7 @@ def detect_defects(
     removed[detector.prompts_] = True
     removed &= ~np.isin(ids, clean)
     found = pd.DataFrame(dict(id=ids, score=score, fdr=detector.false_discovery_rate(score), prompt=np.isin(ids, prompts), removed=removed))
-    write_table(found, run/'defects.parquet', 'defects', provenance(config, source=feature_provenance(run, config.features), prompts=prompts, clean=clean, n_synapses=len(ids)))
+    write_table(found, run/'defects.parquet', 'defects', provenance(config, source=feature_provenance(run, config.feature_set), prompts=prompts, clean=clean, n_synapses=len(ids)))
     return found
 
 def read_clusters(

@@ -131,7 +131,7 @@ class QueryConfig(Strict):
 def compare_retrieval(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone',
-) -> pd.DataFrame: # One row per kind of features and set of synapses; `trained_leads` is by how much the trained features are better
+) -> pd.DataFrame: # One row per kind of features and set of synapses; `trained_gain` is by how much the trained features are better
     "Mean average precision over presynaptic neurites, pairs of one cleft excluded"
     table,sets = read_feature_sets(run, layer, ['trained', 'untrained', 'morphometrics'])
     sets['morphometrics'] = zscore(sets['morphometrics'])
@@ -142,7 +142,7 @@ def compare_retrieval(
         found = {name: average_precision_per_query(x[which], table.pre_root_id[which].to_numpy(), table.cleft_id[which].to_numpy()) for name,x in sets.items()}
         for name,f in found.items():
             if not len(f): continue
-            lead = dict(zip(('trained_leads', 'leads_lo95', 'leads_hi95'), paired_gain(found['trained'], f)))
+            lead = dict(zip(('trained_gain', 'gain_lo95', 'gain_hi95'), paired_gain(found['trained'], f)))
             rows.append(dict(synapses=subset, features=name) | mean_average_precision(f) | lead)
     return pd.DataFrame(rows)
 
@@ -156,8 +156,8 @@ def find_similar(
 ) -> pd.DataFrame: # Rows of `read_results`, the nearest first, with their `distance`; with `neuroglancer`, if the run has been exported
     "Synapses that look alike. Raises `QueryError` if `where` cannot be understood"
     table,sets = read_feature_sets(run, names=[features])
-    known,links = read_results(run, include_defects=False),Path(run)/'table.parquet'
-    if links.exists() and 'neuroglancer' in (shown := read_table(links, 'table')): known = known.merge(shown[['id', 'neuroglancer']], on='id', how='left')
+    known,links = read_results(run, include_defects=False),Path(run)/'results.parquet'
+    if links.exists() and 'neuroglancer' in (shown := read_table(links, 'results')): known = known.merge(shown[['id', 'neuroglancer']], on='id', how='left')
     try: allowed = known.query(where).id.to_numpy() if where else None
     except Exception as e: raise QueryError(f"where = '{where}': {e}; columns are {', '.join(known.columns)}") from None
     found = SimilarityIndex(sets[features], table.id.to_numpy(), metric).query(what, k, among=allowed)

@@ -5,14 +5,15 @@
 # %% ../../nbs/data/05_features.ipynb #80b83ab6
 from __future__ import annotations
 from pathlib import Path
+from typing import Literal
 import numpy as np, pandas as pd, pyarrow.parquet as pq
-from ..core import SynapseCLRError
+from ..core import Strict, SynapseCLRError
 from .results import MORPHOMETRIC_COLUMNS, read_kept
 from .tables import read_metadata
 
 # %% auto #0
-__all__ = ['NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'parse_feature_name', 'feature_provenance', 'regress_out',
-           'read_feature_sets', 'zscore']
+__all__ = ['Nuisance', 'NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'FeatureChoice', 'parse_feature_name',
+           'feature_provenance', 'regress_out', 'read_feature_sets', 'zscore']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
 class FeatureError(SynapseCLRError):
@@ -45,15 +46,29 @@ def read_features(
     return ids,values
 
 # %% ../../nbs/data/05_features.ipynb #45e7cc2d
-NUISANCE_COLUMNS = dict(angle='cleft_cos_z', blanks='n_blank_sections', depth='ctr_z_nm') # What features can be asked for without, and the column that has it
+Nuisance = Literal['cutting_angle', 'blank_sections', 'depth']
+NUISANCE_COLUMNS = dict(cutting_angle='cleft_cos_z', blank_sections='n_blank_sections', depth='ctr_z_nm') # In the synapse table
+
+class FeatureChoice(Strict):
+    "Which feature vectors a stage works on"
+    features: str = 'trained' # A network by name, or `morphometrics`
+    regress_out: list[Nuisance] = [] # Measured imaging variables whose quadratic fit is subtracted
+    layer: Literal['backbone', 'hidden', 'projection'] = 'backbone' # Of the network
+
+    @property
+    def feature_set(self) -> str:
+        "Name of the feature set, as of `read_feature_sets`"
+        return ' - '.join([self.features, *self.regress_out])
 
 def parse_feature_name(
-    features: str, # `NAME`, or `NAME without NUISANCE`
-) -> tuple[str, str]: # Which features, and the nuisance, if any
-    "Take the name of a kind of features apart. Raises `FeatureError` for an unknown nuisance"
-    name,_,nuisance = features.partition(' without ')
-    if nuisance and nuisance not in NUISANCE_COLUMNS: raise FeatureError(f"features '{features}': they can be had without {', '.join(NUISANCE_COLUMNS)}, not without '{nuisance}'")
-    return name,nuisance
+    name: str, # `NETWORK`, or `NETWORK - NUISANCE - ...`
+) -> tuple[str, list[str]]: # Network, and the nuisances that are regressed out
+    "Split the name of a feature set. Raises `FeatureError` for an unknown nuisance"
+    network,*nuisances = name.split(' - ')
+    for nuisance in nuisances:
+        if nuisance not in NUISANCE_COLUMNS:
+            raise FeatureError(f"feature set '{name}': '{nuisance}' cannot be regressed out; {', '.join(NUISANCE_COLUMNS)} can")
+    return network,nuisances
 
 def feature_provenance(
     run: str|Path, # Run folder, extracted and annotated
@@ -67,11 +82,17 @@ def feature_provenance(
 
 def regress_out(
     x: np.ndarray, # `(N, d)` features
-    nuisance: np.ndarray, # `(N,)` what is known of the imaging; where it is not, it counts as the mean
+    table: pd.DataFrame, # `N` synapses, in the same order
+    nuisances: list[Nuisance], # Columns of the table, by `NUISANCE_COLUMNS`; an unknown value counts as the mean
 ) -> np.ndarray: # `(N, d)`
-    "Features less the quadratic in a nuisance that fits each of them best: no line or parabola tells the nuisance from what is left"
-    z = np.nan_to_num((nuisance-np.nanmean(nuisance))/max(np.nanstd(nuisance), 1e-12))
-    design = np.stack([np.ones_like(z), z, z**2], 1)
+    "Residuals of the least-squares fit of a quadratic in each nuisance: no line or parabola predicts a nuisance from what is left"
+    if not nuisances: return x
+    terms = [np.ones(len(x))]
+    for nuisance in nuisances:
+        value = table[NUISANCE_COLUMNS[nuisance]].to_numpy(float)
+        z = np.nan_to_num((value-np.nanmean(value))/max(np.nanstd(value), 1e-12))
+        terms += [z, z**2]
+    design = np.stack(terms, 1)
     return (x - design@np.linalg.lstsq(design, x, rcond=None)[0]).astype(x.dtype)
 
 def read_feature_sets(
@@ -81,7 +102,7 @@ def read_feature_sets(
     include_defects: bool = False, # As of `read_kept`
     reference: str|None = None, # A kind that all others are put after
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses, and `(N, d)` float features of each kind
-    """Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms); each also `without` one of `NUISANCE_COLUMNS`, fitted to all synapses that fetch kept.
+    """Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms); each also with nuisances regressed out (`trained - cutting_angle`), fitted to all synapses that fetch kept.
     Raises `FeatureError` naming the folder if one describes other synapses than the table"""
     run,every = Path(run),read_kept(run, include_defects=True)
     table = every if include_defects else read_kept(run)
@@ -97,9 +118,8 @@ def read_feature_sets(
         return x[rows]
     sets,rows = {},pd.Index(every.id).get_indexer(table.id)
     for n in names:
-        name,nuisance = parse_feature_name(n)
-        x = described(name)
-        sets[n] = (regress_out(x, every[NUISANCE_COLUMNS[nuisance]].to_numpy(float)) if nuisance else x)[rows]
+        network,nuisances = parse_feature_name(n)
+        sets[n] = regress_out(described(network), every, nuisances)[rows]
     return table,sets
 
 def zscore(

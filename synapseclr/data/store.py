@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, tensorstore, zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from ..core import SynapseCLRError
+from ..core import FORMAT_VERSION, SynapseCLRError, version_problem
 
 # %% auto #0
 __all__ = ['PRE', 'CLEFT', 'POST', 'MITO', 'EMPTY', 'StoreError', 'Chunk', 'ChunkStore', 'ConcatStore']
@@ -29,7 +29,7 @@ class Chunk(NamedTuple):
 # %% ../../nbs/data/03_store.ipynb #6da26eb1
 class ChunkStore:
     "The chunks of a run; `len(s)`, `s[i]` and `s.batch(indices)` count the synapses that are there, in order of place"
-    format,version = 'synapseclr.chunks',1
+    format = 'synapseclr.chunks'
 
     def __init__(self, path, group: zarr.Group):
         self.path,self.group = Path(path),group
@@ -47,7 +47,7 @@ class ChunkStore:
         **about, # What the group says of itself: `voxel_nm`, `provenance` ...
     ) -> ChunkStore:
         "Make an empty store"
-        group = zarr.create_group(path, attributes=dict(format=cls.format, version=cls.version, complete=False, **about))
+        group = zarr.create_group(path, attributes=dict(format=cls.format, version=FORMAT_VERSION, complete=False, **about))
         for name in ('em', 'mask'):
             group.create_array(name, shape=(n_places, *shape), chunks=(1, *shape), shards=(per_shard, *shape), dtype='uint8',
                 fill_value=0, compressors=[ZstdCodec(level=1), Crc32cCodec()], dimension_names=('synapse', 'z', 'y', 'x'))
@@ -59,11 +59,11 @@ class ChunkStore:
         path: str|Path, # Folder
         unfinished: bool = False, # Open it although fetch is not done with it
     ) -> ChunkStore:
-        "Open a store. Raises `StoreError` if it is absent, unfinished, lacks a shard, or is of another kind or a newer version"
+        "Open a store. Raises `StoreError` if it is absent, unfinished, lacks a shard, or is of another kind or version"
         if not (Path(path)/'zarr.json').exists(): raise StoreError(f"{path}: there is no chunk store; make it with `synapseclr fetch`")
         group = zarr.open_group(path, mode='r+' if unfinished else 'r')
         if group.attrs.get('format') != cls.format: raise StoreError(f"{path}: a Zarr group, but not a chunk store of synapseclr")
-        if group.attrs['version'] > cls.version: raise StoreError(f"{path}: version {group.attrs['version']} is newer than this package knows ({cls.version}); update synapseclr")
+        if problem := version_problem(group.attrs['version']): raise StoreError(f'{path}: {problem}')
         store = cls(path, group)
         if unfinished: return store
         if not group.attrs['complete']: raise StoreError(f"{path}: not all of it is fetched; run `synapseclr fetch` again to finish it")

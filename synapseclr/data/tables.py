@@ -8,9 +8,8 @@ import csv, io, json, os, threading
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd
-import pyarrow as pa, pyarrow.parquet as pq
-from ..core import SynapseCLRError, atomic
+import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
+from ..core import FORMAT_VERSION, SynapseCLRError, atomic, version_problem
 
 # %% auto #0
 __all__ = ['COLUMN_ALIASES', 'CENTRE_PATTERNS_NM', 'CENTRE_PATTERNS_VX', 'ID_COLUMNS', 'neuron_names', 'neuron_types',
@@ -26,11 +25,10 @@ def write_table(
     path: str|Path, # Parquet file
     format: str, # What kind of table it is, for `read_table`
     origin: dict, # From `core.provenance`
-    version: int = 1, # Of the format
 ):
     "Write `table` as a whole parquet file with its format and origin"
     if isinstance(table, pd.DataFrame): table = pa.Table.from_pandas(table, preserve_index=False)
-    tag = json.dumps(dict(format=format, version=version, provenance=origin))
+    tag = json.dumps(dict(format=format, version=FORMAT_VERSION, provenance=origin))
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), b'synapseclr': tag.encode()})
     with atomic(path) as f: pq.write_table(table, f)
 
@@ -44,18 +42,17 @@ def read_metadata(path: str|Path) -> dict:
 def read_table(
     path: str|Path, # Parquet file
     format: str, # What kind it has to be
-    version: int = 1, # Newest version that is understood
 ) -> pd.DataFrame: # Rows
-    "Read a table that `write_table` wrote. Raises `TableError` if it is another kind or of a newer version"
-    return read_arrow(path, format, version).to_pandas()
+    "Read a table that `write_table` wrote. Raises `TableError` if it is another kind or of another version"
+    return read_arrow(path, format).to_pandas()
 
 def read_arrow(
-    path: str|Path, format: str, version: int = 1, # As of `read_table`
+    path: str|Path, format: str, # As of `read_table`
 ) -> pa.Table: # Rows
     "The same, for columns that hold lists"
     tag = read_metadata(path)
     if tag.get('format') != format: raise TableError(f"{path}: holds '{tag.get('format', 'something unknown')}', expected '{format}'")
-    if tag['version'] > version: raise TableError(f"{path}: {format} version {tag['version']} is newer than this package knows ({version}); update synapseclr")
+    if problem := version_problem(tag['version']): raise TableError(f'{path}: {format} {problem}')
     return pq.read_table(path)
 
 # %% ../../nbs/data/02_tables.ipynb #1660be96

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 import numpy as np, pydantic
 from cloudfiles.interfaces import HttpInterface
 from cloudvolume import CloudVolume
@@ -30,7 +30,7 @@ class LayerSource(Strict):
     path: Annotated[Source, pydantic.AfterValidator(_no_secret)] # As CloudVolume takes it: `gs://`, `s3://`, `https://`, `file://`, `graphene://`, `zarr://`, `n5://` ..., or a local folder
     mip: int = 0 # Level of downsampling
     timestamp: int|None = None # Of a graphene segmentation: its state at this time, in seconds since 1970
-    absent: Literal['zero', 'error'] = 'zero' # What a storage chunk that is not there means: nothing was there to store, or a fault
+    fill_missing: bool = True # A storage chunk that is not there counts as zeros; an error if false
 
 class VolumeError(SynapseCLRError):
     "A layer cannot be opened or read, or layers do not fit each other"
@@ -52,7 +52,7 @@ def open_layer(
 ) -> Layer: # The open layer
     "Open a layer. Raises `VolumeError` naming the layer if it is absent or has no such mip"
     path = source.path if '://' in source.path else f'file://{source.path}'
-    try: volume = CloudVolume(path, mip=source.mip, progress=False, bounded=True, fill_missing=source.absent == 'zero', lru_bytes=cache_bytes,
+    try: volume = CloudVolume(path, mip=source.mip, progress=False, bounded=True, fill_missing=source.fill_missing, lru_bytes=cache_bytes,
         agglomerate=path.startswith('graphene://'), timestamp=source.timestamp)
     except InfoUnavailableError: raise VolumeError(f"layer {name}: there is no volume at {path} (no file `info`)") from None
     except ScaleUnavailableError: raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has {', '.join(map(str, CloudVolume(path).available_mips))}") from None

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import json, os, socket, subprocess, sys, tempfile
 from pathlib import Path
-import numpy as np
 
 # %% auto #0
 __all__ = ['tiny_volume', 'tiny_fetched', 'tiny_run', 'tiny_phantom', 'in_processes', 'toy_numbers', 'toy_types']

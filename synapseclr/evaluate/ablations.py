@@ -55,7 +55,7 @@ def score_ablations(
     everything,sets = load_with_truth([(read_on, phantom)], {n: f'features_{n}' for n in names})
     sound = (everything.defect == '').to_numpy()
     table,sets = everything[sound].reset_index(drop=True),{k: x[sound] for k,x in sets.items()}
-    targets = score_targets(table, sets).set_index(['target', 'within', 'features']).value.sort_index()
+    targets = score_targets(table, sets).set_index(['target', 'subset', 'features']).value.sort_index()
     rows = score_nuisances(table, sets).set_index('features')
     for column,key in {'type AUC': ('presynaptic type', 'all'), 'type AUC, shaft': ('presynaptic type', 'shaft'), 'cleft size EV': ('cleft size', 'all')}.items():
         rows.insert(0, column, targets.loc[key])

@@ -54,10 +54,10 @@ def _found(score, removed: np.ndarray, y: np.ndarray, proofread: np.ndarray, pro
     precision = {}
     if score is not None:
         first = np.argsort(-score[rest])[:24]
-        precision = dict(average_precision=average_precision(y, score[rest]), at_10_percent=average_precision(y, score[rest], .1), found_in_first_24=y[first].sum()/max(y.sum(), 1))
+        precision = dict(average_precision=average_precision(y, score[rest]), average_precision_at_10pct=average_precision(y, score[rest], .1), recall_at_24=y[first].sum()/max(y.sum(), 1))
     share = lambda which: removed[which].mean() if which.any() else np.nan
     return dict(n=int(y.sum())) | precision | dict(removed=removed.mean(), removed_proofread=share(proofread), removed_others=share(~proofread),
-        found=share(y), sound_among_removed=(~y[removed]).mean() if removed.any() else np.nan)
+        found=share(y), false_discovery_proportion=(~y[removed]).mean() if removed.any() else np.nan)
 
 # %% ../../nbs/evaluate/01_defects.ipynb #6a171a61
 def benchmark_run(
@@ -68,7 +68,7 @@ def benchmark_run(
 ) -> pd.DataFrame: # From `benchmark_detection`
     "How well defects of a phantom are found from one, three and five, by each kind of features"
     config = config or QCConfig()
-    table,sets = read_feature_sets(run, config.layer, include_defects=True, reference=config.features)
+    table,sets = read_feature_sets(run, config.layer, include_defects=True, reference=config.feature_set)
     truth = pd.read_parquet(Path(phantom)/'truth.parquet').set_index('id').loc[table.id]
     checked = pd.read_csv(Path(phantom)/'neurons.csv').set_index('root_id').proofread
     proofread = table.pre_root_id.map(checked).eq(True) & table.post_root_id.map(checked).eq(True)

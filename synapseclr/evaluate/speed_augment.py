@@ -77,7 +77,7 @@ def reference_views(
 def _reference_grid(v: ViewParameters, shape, voxel_nm, size: int, out_voxel_nm: float) -> Tensor:
     "`affine_grid` of a view"
     n,voxel_nm = np.array(shape[1:]),np.array(voxel_nm)
-    linear = v.turn*(size-1)/2*out_voxel_nm/voxel_nm[:, None]*2/(n-1)[:, None]
+    linear = v.rotation*(size-1)/2*out_voxel_nm/voxel_nm[:, None]*2/(n-1)[:, None]
     offset = (n//2 + v.displacement*size*out_voxel_nm/voxel_nm)*2/(n-1) - 1
     theta = torch.tensor(np.c_[linear[::-1, ::-1], offset[::-1]], dtype=torch.float32).expand(shape[0], 3, 4)
     return F.affine_grid(theta, (shape[0], 1, *[size]*3), align_corners=True)

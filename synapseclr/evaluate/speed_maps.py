@@ -60,7 +60,7 @@ def bench_extract(rounds: int = 3) -> pd.DataFrame:
     contestants = {f'{p}, {way}': (time_extract, p, n if way == 'ours' else max(2, n//4), way == 'plain') for p,n in sizes.items() for way in ('plain', 'ours')}
     found = in_turn(contestants | {'demo, ours, 8 turns': (time_extract, 'demo', 64, False, 8)}, rounds)
     found['synapses_per_second'] = 1/found.s_per_synapse
-    found['times_plain'] = found.groupby(found.what.str.split(',').str[0]).s_per_synapse.transform('first')/found.s_per_synapse
+    found['speedup'] = found.groupby(found.what.str.split(',').str[0]).s_per_synapse.transform('first')/found.s_per_synapse
     return found
 
 # %% ../../nbs/evaluate/08_speed_maps.ipynb #78aee4f6

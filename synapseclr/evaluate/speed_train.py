@@ -90,7 +90,7 @@ def bench_steps(rounds: int = 3) -> pd.DataFrame:
     found = in_turn({f'{p}, {way}': (time_step, p, n, way == 'plain') for p,n in sizes.items() for way in ('plain', 'ours')}, rounds)
     peak = {d: in_turn({d: (matmul_tflops, getattr(torch, d))}, rounds).tflops[0] for d in ('float32', 'bfloat16')}
     preset = found.what.str.split(',').str[0]
-    found['times_plain'] = found.groupby(preset).s_per_synapse.transform('first')/found.s_per_synapse
+    found['speedup'] = found.groupby(preset).s_per_synapse.transform('first')/found.s_per_synapse
     tflops = preset.map({p: step_tflop(p) for p in sizes})/found.network_s
     found['tflops'],found['of_matmul'] = tflops,tflops/np.where(found.bf16 > 0, peak['bfloat16'], peak['float32'])
     return found.assign(matmul_fp32=peak['float32'], matmul_bf16=peak['bfloat16'])

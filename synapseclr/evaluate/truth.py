@@ -7,15 +7,15 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 from scipy import ndimage
+from ..core import n_cores, provenance, threads, worker_pool
+from ..metrics import average_precision, cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval, roc_auc
+from ..data.features import FeatureError, parse_feature_name, read_features, regress_out
 from ..data.results import MORPHOMETRIC_COLUMNS
-from ..core import provenance, n_cores, threads, worker_pool
-from ..data.features import FeatureError, parse_feature_name, NUISANCE_COLUMNS, read_features, regress_out
-from ..phantom.build import LATENTS
 from ..data.store import CLEFT, ChunkStore, POST, PRE
-from ..data.tables import read_table, read_metadata, write_table
+from ..data.tables import read_metadata, read_table, write_table
+from ..phantom.build import LATENTS
 from ..learn.monitor import rank_me
 from ..analyse.qc import DefectDetector
-from ..metrics import roc_auc, explained_variance, percentile_interval, cluster_bootstrap, cross_val_predict_by_neuron, average_precision
 
 # %% auto #0
 __all__ = ['SHELLS_NM', 'intensity_statistics', 'load_with_truth', 'score_targets', 'stratified_auc', 'neurite_scores',
@@ -64,16 +64,16 @@ def load_with_truth(
         with worker_pool(n_cores()) as pool: grey = pd.DataFrame(list(pool.map(measured, range(len(store)))))
         table['section_brightness'] = grey.pop('section_brightness')
         parts = dict(morphometrics=np.log1p(table[MORPHOMETRIC_COLUMNS].fillna(0).to_numpy()), intensity=grey.fillna(grey.median()).to_numpy(), latents=table[LATENTS].fillna(0).to_numpy())
-        parts['hand-made'] = np.hstack([parts['morphometrics'], parts['intensity']])
+        parts['handcrafted'] = np.hstack([parts['morphometrics'], parts['intensity']])
         for name,folder in networks.items():
             ids,x = read_features(Path(run)/folder, layer)
             how = {o: v for o,v in read_metadata(next(Path(run, folder).glob('*.parquet')))['provenance'].items() if o in ('weights', 'views', 'cube', 'precision')}
             if how != described.setdefault(name, how): raise FeatureError(f"{Path(run)/folder}: described by another network, or in another way, than in {runs[0][0]}; use `evaluate_each`")
-            x,nuisance = x[pd.Index(ids).get_indexer(table.id)],parse_feature_name(name)[1]
-            parts[name] = regress_out(x, table[NUISANCE_COLUMNS[nuisance]].to_numpy(float)) if nuisance else x
+            rows = pd.Index(ids).get_indexer(table.id)
+            parts[name] = regress_out(x[rows], table, parse_feature_name(name)[1])
         tables.append(table)
         for name,x in parts.items(): sets.setdefault(name, []).append(x)
-    order = [*networks, 'morphometrics', 'intensity', 'hand-made', 'latents']
+    order = [*networks, 'morphometrics', 'intensity', 'handcrafted', 'latents']
     return pd.concat(tables, ignore_index=True),{name: np.concatenate(sets[name]) for name in order}
 
 # %% ../../nbs/evaluate/02_truth.ipynb #f5061501
@@ -84,7 +84,7 @@ def _targets(table: pd.DataFrame) -> list[tuple]:
     found = []
     for side in ('pre', 'post'):
         y = (table[f'{side}_type'] == 'inhibitory').to_numpy()
-        found += [(f'{side}synaptic type', y, roc_auc, side, within, where) for within,where in (('all', everywhere), ('shaft', ~spine), ('spine', spine))]
+        found += [(f'{side}synaptic type', y, roc_auc, side, subset, where) for subset,where in (('all', everywhere), ('shaft', ~spine), ('spine', spine))]
     found.append(('cleft size', np.log(table.cleft_vx.to_numpy(float)), explained_variance, 'pre', 'all', everywhere))
     found.append(('mitochondrion', (table.mito_vx > 0).to_numpy(), roc_auc, 'pre', 'all', everywhere))
     return found
@@ -104,16 +104,16 @@ def score_targets(
     decile = np.digitize(grey, np.nanquantile(grey, np.linspace(0, 1, 11)[1:-1]))
     targets.append((targets[0][0], y, lambda y, s, w=None: stratified_auc(y, s, decile, w), 'pre', 'mean grey deciles', np.ones(len(y), bool)))
     rows = []
-    for name,y,statistic,side,within,where in targets:
+    for name,y,statistic,side,subset,where in targets:
         scores = [np.where(where, s, np.nan) for s in read[name]]
         draws = cluster_bootstrap(statistic, y, scores, table[f'{side}_neuron'].to_numpy())
         for i,features in enumerate(sets):
-            row = dict(target=name, within=within, features=features, value=statistic(y, scores[i]))
+            row = dict(target=name, subset=subset, features=features, value=statistic(y, scores[i]))
             row['lo95'],row['hi95'] = percentile_interval(draws[:, i])
             for leader in leaders:
                 j = list(sets).index(leader)
-                row[f'{leader}_leads'] = statistic(y, scores[j]) - row['value']
-                row[f'{leader}_leads_lo95'],row[f'{leader}_leads_hi95'] = percentile_interval(draws[:, j]-draws[:, i])
+                row[f'{leader}_gain'] = statistic(y, scores[j]) - row['value']
+                row[f'{leader}_gain_lo95'],row[f'{leader}_gain_hi95'] = percentile_interval(draws[:, j]-draws[:, i])
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -152,7 +152,7 @@ def neurite_scores(
             right = (some.s > 0) == some.y
             accuracy.append(right.groupby(some.y).mean().mean())
             area.append(roc_auc(some.y.to_numpy(), some.s.to_numpy()))
-        rows.append(dict(synapses=n, neurites=len(whole), inhibitory=int(whole.y.sum()), accuracy=np.mean(accuracy), auc=np.mean(area), auc_all_synapses=roc_auc(whole.y.to_numpy(), whole.s.to_numpy())))
+        rows.append(dict(synapses=n, neurites=len(whole), inhibitory=int(whole.y.sum()), balanced_accuracy=np.mean(accuracy), auc=np.mean(area), auc_all_synapses=roc_auc(whole.y.to_numpy(), whole.s.to_numpy())))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluate/02_truth.ipynb #ab254ed7
@@ -171,7 +171,7 @@ def score_defects(
         for features,x in sets.items():
             found = [_average_precision(x[use], p, np.isin(np.arange(use.sum()), at)) for p in prompts]
             natural,tenth = np.mean(found, 0)
-            rows.append(dict(defect=kind, features=features, n=len(at), share=len(at)/use.sum(), average_precision=natural, at_10_percent=tenth))
+            rows.append(dict(defect=kind, features=features, n=len(at), share=len(at)/use.sum(), average_precision=natural, average_precision_at_10pct=tenth))
     return pd.DataFrame(rows)
 
 def _average_precision(x: np.ndarray, prompts: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -220,7 +220,7 @@ def average_runs(
 ) -> pd.DataFrame: # The same columns; the counts are of all runs together
     "Means over runs that have nothing in common, with the intervals of such means"
     t = pd.concat(tables, ignore_index=True)
-    key = [c for c in ('target', 'within', 'defect', 'synapses', 'features') if c in t]
+    key = [c for c in ('target', 'subset', 'defect', 'synapses', 'features') if c in t]
     ends = {c: c[:-5] or 'value' for c in t if c.endswith(('lo95', 'hi95'))}
     for end,value in ends.items(): t[end] = (t[end]-t[value])**2
     groups = t.groupby(key, sort=False)

@@ -29,7 +29,7 @@ def attempt(
     do: Callable, # Called with whether this is the last try
 ) -> str: # `done`, `failed`: try again, or `dead`: it will not be tried again
     "Do a unit of work, unless it has been tried too often"
-    begun,dead = folder/'tries'/unit,folder/'dead'/f'{unit}.json'
+    begun,dead = folder/'attempts'/unit,folder/'dead'/f'{unit}.json'
     before = len(list(begun.glob('*.json')))
     if before >= MAX_ATTEMPTS: return _bury(begun, dead)
     note = begun/f'{uuid.uuid4().hex}.json'
@@ -56,11 +56,11 @@ def dead_letters(
     folder: Path, # As of `attempt`
 ) -> dict[str, str]: # Last error of each unit
     "What could not be done"
-    return {p.stem: json.loads(p.read_text())['tries'][-1]['error'] for p in sorted((folder/'dead').glob('*.json'))}
+    return {p.stem: json.loads(p.read_text())['attempts'][-1]['error'] for p in sorted((folder/'dead').glob('*.json'))}
 
 def clear_failures(folder: Path):
     "Forget all tries and dead letters, so that what failed is tried again"
-    for o in ('tries', 'dead'): shutil.rmtree(folder/o, ignore_errors=True)
+    for o in ('attempts', 'dead'): shutil.rmtree(folder/o, ignore_errors=True)
 
 # %% ../../nbs/ingest/03_queue.ipynb #c58f12b4
 def run_local(

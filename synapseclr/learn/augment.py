@@ -8,7 +8,7 @@ from functools import cache
 import cc3d, numpy as np, torch, torch.nn.functional as F
 from scipy.special import ndtri
 from torch import Tensor
-from ..core import SynapseCLRError, key, key as counter_key
+from ..core import SynapseCLRError, key as counter_key
 from ..data.store import CLEFT, POST, PRE
 from .views import AugmentConfig, ViewParameters, sample_view
 
@@ -92,7 +92,7 @@ def add_noise(
 
 # %% ../../nbs/learn/02_augment.ipynb #0b0dc744
 def sampling_grid(
-    turn: np.ndarray, # `(B, 3, 3)`, `(z, y, x)`
+    rotation: np.ndarray, # `(B, 3, 3)`, `(z, y, x)`
     displacement_nm: np.ndarray, # `(B, 3)`
     shape, voxel_nm, # Of the source, `(z, y, x)`
     out_size: int, out_voxel_nm: float, # Of the cube
@@ -102,7 +102,7 @@ def sampling_grid(
     shape,voxel_nm = np.array(shape),np.array(voxel_nm, float)
     half_nm = (out_size-1)/2*out_voxel_nm
     to_unit = 2/np.maximum(shape-1, 1)
-    linear = turn*half_nm/voxel_nm[:, None]*to_unit[:, None]
+    linear = rotation*half_nm/voxel_nm[:, None]*to_unit[:, None]
     offset = (shape//2 + displacement_nm/voxel_nm)*to_unit - 1
     return affine_points(linear, offset, out_size, device)
 
@@ -282,8 +282,8 @@ class Augmenter:
         put = lambda field, dtype=torch.float32: torch.tensor(np.stack([getattr(v, field) for v in views]), dtype=dtype).to(self.device, non_blocking=True)
         x = apply_lut(em, intensity_lut(put('sectional'), put('volumetric'), put('cut_sections', torch.bool))) if c.intensity_p or c.section_cutout_p else em.float().div_(255)
         if c.noise_p: x = add_noise(x, put('noise'), keys)
-        turn,displacement = (np.stack([getattr(v, o) for v in views]) for o in ('turn', 'displacement'))
-        grid = sampling_grid(turn, displacement*self.out_size*self.out_voxel_nm, em.shape[1:], self.voxel_nm, self.out_size, self.out_voxel_nm, self.device)
+        rotation,displacement = (np.stack([getattr(v, o) for v in views]) for o in ('rotation', 'displacement'))
+        grid = sampling_grid(rotation, displacement*self.out_size*self.out_voxel_nm, em.shape[1:], self.voxel_nm, self.out_size, self.out_voxel_nm, self.device)
         x,roles = resample(x.clamp_(0, 1), mask, grid)
         sigma = np.array([v.blur_sigma for v in views])
         if sigma.any(): x = blur(x, sigma)

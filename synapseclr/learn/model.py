@@ -7,11 +7,9 @@ from __future__ import annotations
 import json, math
 from pathlib import Path
 from typing import Literal, NamedTuple
-import safetensors, safetensors.torch
-import torch
-import torch.nn.functional as F
+import safetensors.torch, torch, torch.nn.functional as F
 from torch import Tensor, nn
-from ..core import SynapseCLRError, atomic
+from ..core import FORMAT_VERSION, SynapseCLRError, atomic, version_problem
 
 # %% auto #0
 __all__ = ['PRESETS', 'initialize', 'Features', 'SpaceToDepth', 'BasicBlock', 'Backbone', 'ModelError', 'Projector', 'SynapseNet',
@@ -144,7 +142,7 @@ def save_weights(
     **about, # What else to say in the header: its input, its origin
 ):
     "Write a network"
-    header = dict(format='synapseclr.weights', version=1, preset=net.preset, about=about)
+    header = dict(format='synapseclr.weights', version=FORMAT_VERSION, preset=net.preset, about=about)
     with atomic(path) as f: safetensors.torch.save_file(net.state_dict(), f, dict(synapseclr=json.dumps(header)))
 
 def load_weights(
@@ -155,7 +153,8 @@ def load_weights(
         with safetensors.safe_open(path, 'pt') as f: header,state = json.loads((f.metadata() or {}).get('synapseclr', '{}')),{k: f.get_tensor(k) for k in f.keys()}
     except FileNotFoundError: raise ModelError(f"{path}: there is no such file") from None
     except (safetensors.SafetensorError, OSError) as e: raise ModelError(f"{path}: not readable as safetensors: {e}") from None
-    if (header.get('format'), header.get('version')) != ('synapseclr.weights', 1): raise ModelError(f"{path}: not weights of synapseclr that this version knows")
+    if header.get('format') != 'synapseclr.weights': raise ModelError(f'{path}: not weights of synapseclr')
+    if problem := version_problem(header['version']): raise ModelError(f'{path}: {problem}')
     net = SynapseNet(header['preset'])
     try: net.load_state_dict(state)
     except RuntimeError as e: raise ModelError(f"{path}: {e}") from None

@@ -152,7 +152,7 @@ class TrainingLog:
         for i,(l,g) in enumerate(zip(losses, norms)):
             self.board.add_scalar('loss', l, first+i); self.board.add_scalar('gradient norm', g, first+i)
         seconds = now-self.clock
-        speed = dict(steps_per_second=len(losses)/seconds, images_per_second=2*batch_size*len(losses)/seconds, data_wait_share=waited/seconds)
+        speed = dict(steps_per_second=len(losses)/seconds, images_per_second=2*batch_size*len(losses)/seconds, data_wait_fraction=waited/seconds)
         _append(self.speed, dict(step=step) | speed)
         for k,v in speed.items(): self.board.add_scalar(f'speed/{k}', v, step)
         self.clock = now

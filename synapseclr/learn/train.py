@@ -321,8 +321,8 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
 def _epoch(log: TrainingLog, seen: dict, step: int, epoch: int, config: TrainConfig, net: SynapseNet, folder: Path, said: dict, bar):
     "Note what the network is like after an epoch, and keep it if it is the best so far; stops the run if it has collapsed"
     mean,best = float(np.mean(log.epoch_losses)),log.best
-    limits = dict(start=nt_xent_start(config.batch_size), floor=nt_xent_floor(config.batch_size, config.temperature)) if config.objective == 'nt_xent' else {}
-    gap = dict(similarity_gap=config.temperature*(limits['start']-mean)) if limits else {}
+    limits = dict(loss_at_uniform=nt_xent_start(config.batch_size), loss_lower_bound=nt_xent_floor(config.batch_size, config.temperature)) if config.objective == 'nt_xent' else {}
+    gap = dict(similarity_gap=config.temperature*(limits['loss_at_uniform']-mean)) if limits else {}
     log.epoch(dict(step=step, epoch=epoch, mean_loss=mean) | limits | gap | seen)
     if seen['uniformity'] > -4e-4: raise TrainingError(f"collapse: after epoch {epoch} all projections point the same way (uniformity {seen['uniformity']:.5f}); {_last_good(folder)}")
     if seen['held_out_loss'] < best: save_weights(net, folder/'best.safetensors', **said, steps=step+1)

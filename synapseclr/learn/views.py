@@ -82,7 +82,7 @@ class ViewParameters:
     sectional: np.ndarray # `(Z, 3)` shift, scale, gamma
     volumetric: np.ndarray # `(3,)` shift, scale, gamma
     noise: np.ndarray # `(2,)` sd of A and of log M
-    turn: np.ndarray # `(3, 3)` orthogonal: from output to source directions, `(z, y, x)`
+    rotation: np.ndarray # `(3, 3)` orthogonal: from output to source directions, `(z, y, x)`
     displacement: np.ndarray # `(3,)`
     blur_sigma: float # 0 for none
     cutouts: np.ndarray # `(n, 2, 3)` boxes to blank, lower and upper corner in `[0, 1]`
@@ -129,7 +129,7 @@ def sample_view(
     return ViewParameters(
         cut_sections=rng.permutation(n_sections) < n_cut, sectional=curve(n_sections), volumetric=curve(),
         noise=rng.uniform(0, 1, 2)*(c.noise_additive, c.noise_multiplicative)*chance(c.noise_p),
-        turn=ROTATIONS[c.turn](rng) @ (random_flips(rng) if c.flip else np.eye(3)),
+        rotation=ROTATIONS[c.rotation](rng) @ (random_flips(rng) if c.flip else np.eye(3)),
         displacement=rng.uniform(-1, 1, 3)*c.displacement, blur_sigma=rng.choice(c.blur_sigmas)*chance(c.blur_p),
         cutouts=np.concatenate([_corner(rng)[:chance(c.corner_cutout_p)], _cubes(rng, *c.cubic_cutout_side)[:2*chance(c.cubic_cutout_p)]]),
         crop=_crop(rng, c) if chance(c.centre_crop_p) else np.array([[-2.]*3, [2.]*3]), inflation=int(rng.integers(c.inflation[0], c.inflation[1]+1)))

@@ -4,23 +4,31 @@
 
 # %% ../../nbs/pipeline/01_catalogue.ipynb #58bfbc7a
 from __future__ import annotations
+from dataclasses import dataclass
 
 # %% auto #0
-__all__ = ['STAGE_HELP', 'PARALLEL_STAGES']
+__all__ = ['STAGES', 'Stage']
 
 # %% ../../nbs/pipeline/01_catalogue.ipynb #65b5253c
-STAGE_HELP = dict(
-    phantom='Make a volume of which everything is known',
-    fetch='Cut every synapse of the table out of the volume',
-    annotate='Measure every synapse: volumes, contact area, cleft, missing sections, the way to the somata',
-    train='Train the network on the synapses, without labels',
-    extract='Describe every synapse with the trained network, and with an untrained one for comparison',
-    embed='Draw the map of all synapses, and ask what their features tell',
-    qc='Find defective synapses from a few that are marked, and take them out',
-    query='Find synapses that look alike, and measure whether they belong together',
-    impute='Impute up to nine traits of every synapse from those that are known, and measure how well',
-    consensus='Type neurites by the consensus of their synapses',
-    manifold='Find the axes along which synapses vary',
-    export='Write what other programs read: a table with links, AnnData, an annotation layer for neuroglancer',
-    evaluate="Compare what was learnt with the phantom's truth")
-PARALLEL_STAGES = dict(embed=(), qc=('embed',), query=('qc',), impute=('qc',), consensus=('impute',), manifold=('embed', 'qc', 'impute'), export=('embed', 'qc', 'impute', 'consensus'), evaluate=()) # Stages that read features, and whose results each reads besides: they can share the cores, all others need them whole
+@dataclass(frozen=True)
+class Stage:
+    "A stage of a run"
+    name: str # As on the command line
+    help: str # What it does
+    after: tuple[str, ...] = () # Other parallel stages whose results it reads
+    parallel: bool = False # It only reads features and tables, and can share the cores with other such stages
+
+STAGES = {stage.name: stage for stage in (
+    Stage('phantom', 'Make a synthetic volume with known ground truth'),
+    Stage('fetch', 'Cut a chunk around every synapse of the table'),
+    Stage('annotate', 'Measure every synapse: volumes, contact area, cleft, missing sections, path length to the soma'),
+    Stage('train', 'Train the network on the synapses, without labels'),
+    Stage('extract', 'Compute feature vectors (embeddings) of every synapse, with the trained and an untrained network'),
+    Stage('embed', 'Compute the kNN graph, UMAP and Leiden clusters, and probe what the features encode', parallel=True),
+    Stage('qc', 'Find defective synapses from a few labelled examples', after=('embed',), parallel=True),
+    Stage('query', 'Find similar synapses, and score whether neighbours share an axon', after=('qc',), parallel=True),
+    Stage('impute', 'Impute up to nine traits of every synapse, and score them on held-out neurons', after=('qc',), parallel=True),
+    Stage('consensus', 'Type neurites by the consensus of their synapses', after=('impute',), parallel=True),
+    Stage('manifold', 'Find the axes along which synapses vary', after=('embed', 'qc', 'impute'), parallel=True),
+    Stage('export', 'Write a results table with neuroglancer links, AnnData, and an annotation layer', after=('embed', 'qc', 'impute', 'consensus'), parallel=True),
+    Stage('evaluate', "Compare the features with the phantom's ground truth", parallel=True))}

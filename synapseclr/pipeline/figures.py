@@ -42,7 +42,7 @@ class FigureRun:
 
     def needs(self, *files: str):
         "Raise `FigureError` unless these files are in the run folder"
-        makers = {'map.parquet': 'embed', 'defects.parquet': 'qc', 'imputation.parquet': 'impute', 'neurites.parquet': 'consensus', 'axes.parquet': 'manifold', 'train/log.jsonl': 'train'}
+        makers = {'map.parquet': 'embed', 'defects.parquet': 'qc', 'imputation_scores.parquet': 'impute', 'neurites.parquet': 'consensus', 'axes.parquet': 'manifold', 'train/log.jsonl': 'train'}
         for f in files:
             if not (self.folder/f).exists(): raise FigureError(f"{self.folder/f} is not there; run `synapseclr {makers[f]}` first")
 
@@ -71,13 +71,13 @@ class FigureRun:
 
     def features(self, layer: str = 'backbone', name: str|None = None) -> np.ndarray:
         "Features of the sound synapses, `(N, d)`: of the kind that the map is drawn of, or another"
-        name = name or self.config.embed.features
+        name = name or self.config.embed.feature_set
         return read_feature_sets(self.folder, layer, [name])[1][name]
 
     def map_of(self, x: np.ndarray) -> np.ndarray:
         "A map of other features, `(N, 2)`, drawn as the run's own"
         c = self.config.embed
-        return umap_layout(connectivities(nearest_neighbours(x, c.neighbours, c.metric), c.umap_neighbours), x, 2, c.min_dist, c.epochs or None, c.seed)
+        return umap_layout(connectivities(nearest_neighbours(x, c.n_neighbors, c.metric), c.umap_n_neighbors), x, 2, c.min_dist, c.n_epochs or None, c.seed)
 
     @cached_property
     def feature_names(self) -> list[str]:

@@ -124,7 +124,7 @@ def _training(c: RunConfig) -> tuple[str, str]:
     "How the network learnt"
     steps,epochs = read_log(c.folder)
     last = epochs[-1]
-    above = f", {last['mean_loss']-last['floor']:.3f} above its floor" if 'floor' in last else ''
+    above = f", {last['mean_loss']-last['loss_lower_bound']:.3f} above its floor" if 'loss_lower_bound' in last else ''
     told = ' A few minutes of training do not make a good network: <a href="evaluate.html">evaluate</a> sets it beside an untrained one and the one that comes with the package.' if c.phantom else ''
     short = f"The network was trained for {len(steps)} steps; its loss went from {epochs[0]['mean_loss']:.2f} to {last['mean_loss']:.2f}." if len(epochs) > 1 else ''
     return short,f"<h2>Training</h2><p>{len(steps)} steps of {c.train.batch_size} synapses, preset {c.train.model}; loss {last['mean_loss']:.3f}{above}; effective rank of the features {last['rank_backbone']:.0f}.{told}</p>{_picture(training_curve(steps, epochs))}"
@@ -140,7 +140,7 @@ def _map(c: RunConfig) -> tuple[str, str]:
     return '',f'<h2>Map</h2><p>Each dot is a synapse; those that look alike are near each other. {table.cluster.nunique()} clusters, {table.island.max()+1} island{"s" if table.island.max() else ""}.</p>{_picture(fig)}'
 
 def _told(c: RunConfig) -> tuple[str, str]:
-    told = read_table(c.folder/'told.parquet', 'told')
+    told = read_table(c.folder/'probe_scores.parquet', 'probe scores')
     return '',f'<h2>What features tell</h2><p>To the left what they should tell, to the right what they should not, each about neurons that the probe has not seen.</p>{_picture(plot_probe_scores(told))}'
 
 def _defects(c: RunConfig) -> tuple[str, str]:
@@ -154,40 +154,40 @@ _words = dict(cleft_um3='the volume of the cleft', pre_soma_um='the distance to 
 
 def _imputed(c: RunConfig) -> tuple[str, str]:
     "How well traits are imputed"
-    scores = read_table(c.folder/'imputation.parquet', 'imputation')
+    scores = read_table(c.folder/'imputation_scores.parquet', 'imputation scores')
     scores = scores[scores.split == 'neurons']
     score = np.where(scores.AUC.notna() if 'AUC' in scores else False, 'AUC', 'EV')
     value = np.array([r[k] for k,(_,r) in zip(score, scores.iterrows())])
     scores = scores.assign(score=score, value=value)
-    chosen = scores[scores.features == c.impute.features].set_index('trait')
+    chosen = scores[scores.features == c.impute.feature_set].set_index('trait')
     out = pd.DataFrame(dict(score=chosen.score, value=[f'{r.value:.3f} [{r.lo95:.2f}, {r.hi95:.2f}]' for r in chosen.itertuples()], known=chosen.n, neurons=chosen.neurons), index=chosen.index)
     few = f'; with fewer than {MIN_NEURONS} known neurons chance can look like knowledge' if (chosen.neurons < MIN_NEURONS).any() else ''
     leads = {o: scores[scores.features == o].set_index('trait').reindex(out.index) for o in ('untrained', 'morphometrics')}
-    for other,lead in leads.items(): out[f'lead over {other}'] = [f'{r.lead:+.3f} [{r.lead_lo95:+.2f}, {r.lead_hi95:+.2f}]' for r in lead.itertuples()]
-    clear = chosen[traits_above_chance(scores, c.impute.features)]
+    for other,lead in leads.items(): out[f'lead over {other}'] = [f'{r.gain:+.3f} [{r.gain_lo95:+.2f}, {r.gain_hi95:+.2f}]' for r in lead.itertuples()]
+    clear = chosen[traits_above_chance(scores, c.impute.feature_set)]
     for o in leads: out.loc[~out.index.isin(clear.index), f'lead over {o}'] = '' # nothing leads with nothing
     names = [f'{_words[r.Index]} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < MIN_NEURONS else '') + ')' for r in clear.sort_values('value', ascending=False).itertuples()]
-    better = [_words[t] for t in clear.index if leads['morphometrics'].lead_lo95.get(t, -1) > 0]
+    better = [_words[t] for t in clear.index if leads['morphometrics'].gain_lo95.get(t, -1) > 0]
     short = f"For neurons that no model has seen, the features tell {', '.join(names) or 'nothing'}; they do not tell {', '.join(_words[t] for t in chosen.index.drop(clear.index)) or 'nothing'}. Clearly better than measuring the masks: {', '.join(better) or 'nothing'}."
-    return short,f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.features)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'
+    return short,f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.feature_set)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'
 
 def _neurites(c: RunConfig) -> tuple[str, str]:
     "What neurites were called"
     found = read_table(c.folder/'neurites.parquet', 'neurites')
     found = found[found.n_synapses > 0]
-    clear = traits_above_chance(read_table(c.folder/'imputation.parquet', 'imputation'), c.impute.features)
+    clear = traits_above_chance(read_table(c.folder/'imputation_scores.parquet', 'imputation scores'), c.impute.feature_set)
     silent = [dict(pre='axons', post='dendrites')[o] for o in ('pre', 'post') if not clear.get(f'inhibitory_{o}', True)]
     why = f"The features do not tell the type of {' and '.join(silent)} here, so none is called." if silent else ''
     counts = found.assign(call=found.call.astype('object').replace({'E': 'excitatory', 'I': 'inhibitory', 'abstain': 'not called'})).groupby(['polarity', 'call']).size().unstack(fill_value=0)
-    known = found[found.known.notna() & found.call.isin(['E', 'I'])]
-    right = ((known.call == 'I') == (known.known > .5)).groupby(known.polarity).agg(['sum', 'size'])
+    known = found[found.label.notna() & found.call.isin(['E', 'I'])]
+    right = ((known.call == 'I') == (known.label > .5)).groupby(known.polarity).agg(['sum', 'size'])
     counts['right, where known'] = ['{} of {}'.format(*right.loc[p]) if p in right.index else '' for p in counts.index]
     called = found[found.call.isin(['E', 'I'])].groupby('polarity').size()
     short = 'Called excitatory or inhibitory: ' + ', '.join(f"{called.get(p, 0)} of {n} {dict(pre='axons', post='dendrites').get(p, p)}" + (' ({} of {} right, where known)'.format(*right.loc[p]) if p in right.index else '') for p,n in found.groupby('polarity', sort=False).size().items()) + f'. {why}'
     return short,f'<h2>Neurites</h2><p>{why} Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
 
-_parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'told.parquet': _told, 'defects.parquet': _defects, 'imputation.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs
-_files = {'figures/index.html': "the paper's figures, drawn from this run", 'table.parquet': 'one row per synapse, all that is known', 'synapses.h5ad': 'AnnData for scanpy', 'annotations': 'annotation layer for neuroglancer', 'synapses.parquet': 'synapses with measurements', 'imputed.parquet': 'imputed traits', 'neurites.parquet': 'types of neurites', 'features': 'features of the trained network', 'train/weights.safetensors': 'the network'}
+_parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'probe_scores.parquet': _told, 'defects.parquet': _defects, 'imputation_scores.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs
+_files = {'figures/index.html': "the paper's figures, drawn from this run", 'results.parquet': 'one row per synapse, all that is known', 'synapses.h5ad': 'AnnData for scanpy', 'annotations': 'annotation layer for neuroglancer', 'synapses.parquet': 'synapses with measurements', 'imputed.parquet': 'imputed traits', 'neurites.parquet': 'types of neurites', 'features': 'features of the trained network', 'train/weights.safetensors': 'the network'}
 
 def _part(c: RunConfig, file: str) -> tuple[str, str]:
     "What one file says, in a sentence and in full; or, if it does not fit what was done since, why it says nothing"

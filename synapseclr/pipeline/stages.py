@@ -8,34 +8,34 @@ from collections.abc import Callable
 from pathlib import Path
 import pandas as pd, pydantic
 from taskqueue import queueable
-from ..ingest.annotate import annotate
-from ..learn.views import AugmentConfig, CubeConfig
-from ..analyse.consensus import ConsensusConfig, type_neurites
-from .catalogue import STAGE_HELP
 from ..core import ConfigError, Strict, asset, provenance, read_config, write_toml
-from ..analyse.embed import EmbedConfig, embed
-from ..evaluate.truth import evaluate
-from ..show.export import export
-from ..show.neuroglancer import ExportConfig
-from ..learn.extract import ExtractConfig, agreed_precision, extract
-from ..ingest.cutout import DataConfig, FetchConfig
-from ..ingest.fetch import fetch, summarize_fetch
-from ..analyse.impute import ImputeConfig, impute
+from ..data.features import feature_provenance
 from ..data.results import read_results
-from ..analyse.manifold import ManifoldConfig, manifold
-from ..learn.model import SynapseNet, load_weights, read_network
-from ..analyse.probe import probe_run
-from ..phantom.build import make_phantom
-from ..phantom.connectome import PhantomConfig
-from ..evaluate.defects import sample_true_defects
-from ..analyse.qc import QCConfig, detect_defects
-from ..analyse.query import QueryConfig, compare_retrieval
-from ..ingest.queue import attempt
-from ..data.features import feature_provenance, parse_feature_name
 from ..data.store import ChunkStore
 from ..data.tables import read_neurons, read_table, unrecognised_cell_types, write_table
-from ..learn.train import TrainConfig, TrainingError, with_dataset_statistics, train
 from ..data.volume import LayerSource
+from ..ingest.annotate import annotate
+from ..ingest.cutout import DataConfig, FetchConfig
+from ..ingest.fetch import fetch, summarize_fetch
+from ..ingest.queue import attempt
+from ..phantom.build import make_phantom
+from ..phantom.connectome import PhantomConfig
+from ..learn.extract import ExtractConfig, agreed_precision, extract
+from ..learn.model import SynapseNet, load_weights, read_network
+from ..learn.train import TrainConfig, TrainingError, train, with_dataset_statistics
+from ..learn.views import AugmentConfig, CubeConfig
+from ..analyse.consensus import ConsensusConfig, type_neurites
+from ..analyse.embed import EmbedConfig, embed
+from ..analyse.impute import ImputeConfig, impute
+from ..analyse.manifold import ManifoldConfig, manifold
+from ..analyse.probe import probe_run
+from ..analyse.qc import QCConfig, detect_defects
+from ..analyse.query import QueryConfig, compare_retrieval
+from ..show.export import export
+from ..show.neuroglancer import ExportConfig
+from ..evaluate.defects import sample_true_defects
+from ..evaluate.truth import evaluate
+from .catalogue import STAGES
 
 # %% auto #0
 __all__ = ['stages', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage',
@@ -134,7 +134,7 @@ def describing_networks(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConf
     "The networks that describe a run, and the views each of them is shown, by folder; the trained one is the last. Raises `TrainingError` or `ConfigError` if it is not there, or not for these views"
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
-    networks = dict(features_shipped=pretrained_network(c.folder)) if c.extract.pretrained else {}
+    networks = dict(features_pretrained=pretrained_network(c.folder)) if c.extract.pretrained else {}
     for path in c.extract.weights:
         net,about = read_network(path)
         augment = AugmentConfig(**about['augment']) if about.get('augment') else with_dataset_statistics(c.augment, ChunkStore.open(c.folder/'chunks.zarr'))
@@ -166,8 +166,8 @@ def pretrained_network(
     return net,with_dataset_statistics(law, ChunkStore.open(Path(run)/'chunks.zarr')),CubeConfig(**about['cube'])
 
 def embed_stage(c: RunConfig):
-    found,told = embed(c.folder, c.embed),probe_run(c.folder, known_neurons(c), c.embed.layer, reference=c.embed.features)
-    write_table(told, c.folder/'told.parquet', 'told', provenance(c.embed, source=feature_provenance(c.folder, c.embed.features)))
+    found,told = embed(c.folder, c.embed),probe_run(c.folder, known_neurons(c), c.embed.layer, reference=c.embed.feature_set)
+    write_table(told, c.folder/'probe_scores.parquet', 'probe scores', provenance(c.embed, source=feature_provenance(c.folder, c.embed.feature_set)))
     return found,told
 
 def qc_stage(c: RunConfig):
@@ -203,18 +203,19 @@ def manifold_stage(c: RunConfig):
 
 def export_stage(c: RunConfig):
     layers = {o: getattr(c.source, o) for o in ('em', 'seg', 'cleft')}
-    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.features, c.embed.umap_n_neighbors, c.embed.layer, known_neurons(c), c.export)
+    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.feature_set, c.embed.umap_n_neighbors, c.embed.layer, known_neurons(c), c.export)
 
 def evaluate_stage(c: RunConfig):
     if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
     networks = {'trained': 'features', 'untrained': 'features_untrained'}
-    if c.extract.pretrained: networks = {'shipped': 'features_shipped'} | networks
-    name,nuisance = parse_feature_name(c.embed.features)
-    if nuisance and name in networks: networks[c.embed.features] = networks[name]
+    if c.extract.pretrained: networks = {'pretrained': 'features_pretrained'} | networks
+    if c.embed.features in networks: networks[c.embed.feature_set] = networks[c.embed.features]
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
 
-stages: dict[str, Callable] = {name: globals()[f'{name}_stage'] for name in STAGE_HELP}
-for _name,_f in stages.items(): _f.__doc__ = STAGE_HELP[_name]
+stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage,
+    embed=embed_stage, qc=qc_stage, query=query_stage, impute=impute_stage, consensus=consensus_stage, manifold=manifold_stage, export=export_stage,
+    evaluate=evaluate_stage)
+for _name,_stage in stages.items(): _stage.__doc__ = STAGES[_name].help
 
 def stages_of(c: RunConfig) -> list[str]:
     "The stages that a run has: phantom and evaluation only with a phantom, quality control only if defects are marked, imputation and consensus only with a table of neurons"

@@ -249,8 +249,8 @@ def open_map(
     pictured: np.ndarray|None = None, # Synapses that have slices, if not all have
 ) -> ExplorerData:
     "The map of a run, with the links of `synapseclr export` if it has been done"
-    table,links = read_results(run),Path(run)/'table.parquet'
-    if links.exists() and 'neuroglancer' in (found := read_table(links, 'table')): table = table.merge(found[['id', 'neuroglancer']], on='id', how='left', validate='1:1')
+    table,links = read_results(run),Path(run)/'results.parquet'
+    if links.exists() and 'neuroglancer' in (found := read_table(links, 'results')): table = table.merge(found[['id', 'neuroglancer']], on='id', how='left', validate='1:1')
     return ExplorerData(table, ChunkStore.open(Path(run)/'chunks.zarr'), Path(run).resolve().name, colour, pictured)
 
 # %% ../../nbs/show/02_explore.ipynb #30f1de43

@@ -8,7 +8,7 @@ import json, re
 from pathlib import Path
 from urllib.parse import quote
 import anndata, numpy as np, pandas as pd, scipy.sparse as sp
-from ..core import atomic, provenance
+from ..core import FORMAT_VERSION, atomic, provenance, version_problem
 from ..data.features import read_feature_sets
 from ..data.results import read_results
 from ..data.tables import read_metadata, write_table
@@ -17,11 +17,9 @@ from ..analyse.embed import connectivities, read_neighbours
 from .neuroglancer import ExportConfig, ExportError, layer_urls, links, write_annotations
 
 # %% auto #0
-__all__ = ['h5ad_version', 'to_anndata', 'read_anndata', 'annotation_properties', 'export']
+__all__ = ['to_anndata', 'read_anndata', 'annotation_properties', 'export']
 
 # %% ../../nbs/show/04_export.ipynb #53ef0f56
-h5ad_version = 1
-
 def to_anndata(
     run: str|Path, # Run folder, embedded
     features: str = 'trained', # Those that the map was made of
@@ -46,19 +44,19 @@ def to_anndata(
     distances.sort_indices()
     origin = read_metadata(run/'map.parquet')['provenance']
     uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap', metric=read_metadata(run/'neighbours.parquet')['provenance']['metric'], use_rep='X' if layer == 'backbone' else f'X_{layer}', random_state=0)),
-        umap=dict(params=dict(a=0., b=0.)), leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)), synapseclr=json.dumps(dict(format='synapses', version=h5ad_version, provenance=origin)))
+        umap=dict(params=dict(a=0., b=0.)), leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)), synapseclr=json.dumps(dict(format='synapses', version=FORMAT_VERSION, provenance=origin)))
     return anndata.AnnData(X=layers['backbone'], obs=obs, var=pd.DataFrame(index=[f'{features}_{i}' for i in range(layers['backbone'].shape[1])]),
         obsm=obsm | {f'X_{name}': layers[name] for name in names[1:]}, obsp=dict(distances=distances, connectivities=connectivities(near, umap_neighbours)), uns=uns)
 
 def read_anndata(
     path: str|Path, # `synapses.h5ad`
 ) -> anndata.AnnData:
-    "Read one back. Raises `ExportError` if it is not ours, or of a newer version"
+    "Read one back. Raises `ExportError` if it is not ours, or of another version"
     try: a = anndata.read_h5ad(path)
     except Exception as e: raise ExportError(f'{path}: not a readable AnnData: {e}') from e
     about = json.loads(a.uns.get('synapseclr', '{}'))
     if about.get('format') != 'synapses': raise ExportError(f'{path}: an AnnData, but not one of synapseclr')
-    if about['version'] > h5ad_version: raise ExportError(f"{path}: version {about['version']} is newer than this package knows ({h5ad_version}); update synapseclr")
+    if problem := version_problem(about['version']): raise ExportError(f'{path}: {problem}')
     return a
 
 # %% ../../nbs/show/04_export.ipynb #6d19dfb6
@@ -84,7 +82,7 @@ def export(
     neurons: pd.DataFrame|None = None, # From `read_neurons`
     config: ExportConfig|None = None,
 ) -> pd.DataFrame: # The table
-    "Write `table.parquet`, `synapses.h5ad` and `annotations/` into the run folder"
+    "Write `results.parquet`, `synapses.h5ad` and `annotations/` into the run folder"
     run,config = Path(run),config or ExportConfig()
     if not (run/'map.parquet').exists(): raise ExportError(f"{run/'map.parquet'}: there is no map; run `synapseclr embed` first")
     table,origin = read_results(run, neurons),provenance(config, map=read_metadata(run/'map.parquet')['provenance'])
@@ -94,6 +92,6 @@ def export(
         urls,root = layer_urls(layers, config.local_url, (run,))
         shown = f"precomputed://{config.local_url.rstrip('/')}/{quote((run.absolute()/'annotations').relative_to(root).as_posix())}" if config.annotations and root else None
         table = table.assign(neuroglancer=links(table, urls, voxel_nm, shown, config.viewer))
-    write_table(table, run/'table.parquet', 'table', origin)
+    write_table(table, run/'results.parquet', 'results', origin)
     with atomic(run/'synapses.h5ad') as f: found.write_h5ad(f, compression='lzf')
     return table

@@ -18,7 +18,7 @@ __all__ = ['COLOURS', 'model_colours', 'type_colours', 'category_colours', 'draw
 
 # %% ../../nbs/show/01_plot.ipynb #640dc07d
 COLOURS = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
-model_colours = {'trained': '#0072B2', 'shipped': '#56B4E9', 'untrained': '#999999', 'morphometrics': '#D55E00'} # Of features; others take what is left
+model_colours = {'trained': '#0072B2', 'pretrained': '#56B4E9', 'untrained': '#999999', 'morphometrics': '#D55E00'} # Of features; others take what is left
 type_colours = {'excitatory': '#0072B2', 'inhibitory': '#E69F00'} # One dark and one light, also in print without colour
 category_colours = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000']
 
@@ -119,19 +119,19 @@ def plot_probe_scores(
 ) -> plt.Figure:
     "How much of biology and of imaging each kind of features tells"
     order = dict(biology='biology', both='biology', nuisance='nuisance')
-    fig,axes = plt.subplots(1, 2, figsize=(6, .32*told.groupby(told.about.map(order)).question.nunique().max()+1.2), layout='constrained')
+    fig,axes = plt.subplots(1, 2, figsize=(6, .32*told.groupby(told.group.map(order)).target.nunique().max()+1.2), layout='constrained')
     left = iter(category_colours)
     colour = {f: model_colours.get(f) or next(c for c in left if c not in model_colours.values()) for f in told.features.unique()}
     for ax,about in zip(axes, ('biology', 'nuisance')):
-        some = told[told.about.map(order) == about]
-        asked = list(some.question.unique())
+        some = told[told.group.map(order) == about]
+        asked = list(some.target.unique())
         for k,(name,f) in enumerate(some.groupby('features', sort=False)):
-            y = -np.array([asked.index(q) for q in f.question]) + .12*(k-1)
+            y = -np.array([asked.index(q) for q in f.target]) + .12*(k-1)
             ax.errorbar(f.value, y, xerr=np.stack([f.value-f.lo95, f.hi95-f.value]).clip(0), fmt='o', ms=3, lw=1, c=colour[name], label=name)
         ax.axvline(0, c='k', lw=.5)
         if about == 'biology': ax.axvline(.5, c='k', lw=.5, ls=':')
-        first = some.drop_duplicates('question')
-        ax.set_yticks(-np.arange(len(asked)), [f'{q} ({s})' for q,s in zip(first.question, first.score)], fontsize=6)
+        first = some.drop_duplicates('target')
+        ax.set_yticks(-np.arange(len(asked)), [f'{q} ({s})' for q,s in zip(first.target, first.metric)], fontsize=6)
         ax.set_title(f'{about}: ' + ('the more the better' if about == 'biology' else 'the less the better'), fontsize=7); ax.tick_params(axis='x', labelsize=6); ax.set_xlim(-.15, 1.02)
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc='outside lower center', ncols=len(colour))
     return fig
@@ -180,8 +180,8 @@ def training_curve(
     def line(ax, name, **kwargs): ax.plot([r['step'] for r in epochs], [r.get(name, np.nan) for r in epochs], **kwargs)
     axes[0].plot([r['step'] for r in steps], [r['loss'] for r in steps], c='#999999', lw=.5)
     line(axes[0], 'mean_loss', c='k', label='mean of an epoch'); line(axes[0], 'held_out_loss', c='#009E73', label='held-out synapses')
-    for name,style in (('start', ':'), ('floor', '--')):
-        if name in epochs[0]: axes[0].axhline(epochs[0][name], ls=style, c='k', label=dict(start=r'$\log(2N-1)$', floor='floor')[name])
+    for name,style in (('loss_at_uniform', ':'), ('loss_lower_bound', '--')):
+        if name in epochs[0]: axes[0].axhline(epochs[0][name], ls=style, c='k', label=dict(loss_at_uniform=r'$\log(2N-1)$', loss_lower_bound='lower bound')[name])
     axes[0].set_ylabel('loss'); axes[0].legend(**beside)
     for name,colour in (('rank_backbone', '#0072B2'), ('rank_projection', '#E69F00')): line(axes[1], name, c=colour, label=name.removeprefix('rank_'))
     axes[1].set_ylabel('effective rank'); axes[1].legend(**beside); axes[1].set_ylim(0)

@@ -72,6 +72,12 @@ class Strict(pydantic.BaseModel):
     "A frozen set of options in which an unknown one is an error"
     model_config = pydantic.ConfigDict(frozen=True, extra='forbid')
 
+    def model_copy(self, *, update: dict|None = None, deep: bool = False):
+        "A copy with some options changed, as of pydantic. Raises `ConfigError` for an option that does not exist; the values are not checked"
+        unknown = set(update or ()) - set(type(self).model_fields)
+        if unknown: raise ConfigError(f"{type(self).__name__}: no such option: {', '.join(sorted(unknown))}")
+        return super().model_copy(update=update, deep=deep)
+
 # %% ../nbs/00_core.ipynb #7f411bf3
 def _from_config(source: str, info: pydantic.ValidationInfo) -> str:
     "`source` with a relative local path made absolute, as seen from the configuration's folder"

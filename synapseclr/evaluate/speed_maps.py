@@ -32,7 +32,7 @@ def time_extract(
     "Describe some synapses"
     shape,voxel_nm,size,out_voxel_nm = shapes[preset]
     em,mask = (np.resize(o, (n, *o.shape[1:])) for o in example_batch(min(n, 4), shape, voxel_nm))
-    law = AugmentConfig.extract(**dict(turn='so3', flip=True) if views > 1 else {})
+    law = AugmentConfig.extract(**dict(rotation='so3', flip=True) if views > 1 else {})
     net,augmenter = SynapseNet(preset).eval(),Augmenter(law, voxel_nm, size, out_voxel_nm)
     batch = 1 if plain else min(-(-n//2), 16)
     view = partial(reference_views, law, voxel_nm=voxel_nm, out_size=size, out_voxel_nm=out_voxel_nm) if plain else augmenter

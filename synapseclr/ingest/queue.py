@@ -24,7 +24,7 @@ class QueueError(SynapseCLRError):
     "Tasks cannot be queued, or could not be done"
 
 def attempt(
-    folder: Path, # Where results are; gets `tries/` and `dead/`
+    folder: Path, # Where results are; gets `attempts/` and `dead/`
     unit: str, # Name of the unit of work
     do: Callable, # Called with whether this is the last try
 ) -> str: # `done`, `failed`: try again, or `dead`: it will not be tried again
@@ -48,7 +48,7 @@ def attempt(
 def _bury(begun: Path, dead: Path) -> str:
     "Make a dead letter of the notes"
     notes = sorted((json.loads(p.read_text()) for p in begun.glob('*.json')), key=lambda n: n['begun'])
-    letter = dict(unit=dead.stem, tries=[dict(error='the worker died, or was stopped from outside') | n for n in notes])
+    letter = dict(unit=dead.stem, attempts=[dict(error='the worker died, or was stopped from outside') | n for n in notes])
     with atomic(dead) as f: f.write_text(json.dumps(letter, indent=1))
     return 'dead'
 

@@ -77,7 +77,7 @@ def extract(
     """Write the features of all synapses of a run, shard by shard; a stopped extraction is resumed. The files do not depend on the number of cores, nor on which process made which shard.
     Raises `FeatureError` unless every synapse is there once (or only some shards were asked for)"""
     folder,store = Path(run)/out,ChunkStore.open(Path(run)/'chunks.zarr')
-    law = AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank, background=augment.background, **dict(turn='so3', flip=True) if views > 1 else {})
+    law = AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank, background=augment.background, **dict(rotation='so3', flip=True) if views > 1 else {})
     augmenter = Augmenter(law, store.voxel_nm, cube.size, cube.voxel_nm, device)
     mode = mode_of(precision, augmenter.device)
     say_if_emulated(mode, augmenter.device)

@@ -242,7 +242,7 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     if config.batch_size%world: raise TrainingError(f"train.batch_size = {config.batch_size} cannot be shared among {world} processes; choose a multiple of {world}")
     n_own,steps_per_epoch = config.batch_size//world,n//config.batch_size
     first,n_steps = get_rank()*n_own,config.epochs*steps_per_epoch
-    origin = provenance(config.model_copy(update=dict(more=[], exclude=None)), seed=config.seed, augment=content_hash(augment), cube=content_hash(cube), chunks=content_hash(store.attrs['provenance']), training=content_hash(table.id[training].tolist()))
+    origin = provenance(config.model_copy(update=dict(extra_stores=[], exclude=None)), seed=config.seed, augment=content_hash(augment), cube=content_hash(cube), chunks=content_hash(store.attrs['provenance']), training=content_hash(table.id[training].tolist()))
     if get_rank() == 0: _warn_of_few(n_steps, steps_per_epoch, config.warmup_steps)
     if restart and get_rank() == 0: _forget(folder)
     if world > 1: dist.barrier()

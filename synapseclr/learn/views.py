@@ -52,13 +52,13 @@ class AugmentConfig(Strict):
     @classmethod
     def octahedral(cls, **changes) -> AugmentConfig:
         "The paper's, with turns that map the axes onto each other (Fig. S7B): orientation can be learnt"
-        return cls(**dict(turn='octahedral', flip=False) | changes)
+        return cls(**dict(rotation='octahedral', flip=False) | changes)
 
     @classmethod
     def extract(cls, **changes) -> AugmentConfig:
         "Only resampling, an inflation of 3 and the z-score: deterministic"
         off = dict.fromkeys(['section_cutout_p', 'intensity_p', 'noise_p', 'displacement', 'blur_p', 'corner_cutout_p', 'cubic_cutout_p', 'centre_crop_p'], 0)
-        return cls(**off | dict(turn='none', flip=False, inflation=(3, 3)) | changes)
+        return cls(**off | dict(rotation='none', flip=False, inflation=(3, 3)) | changes)
 
     def deterministic(self, **changes) -> AugmentConfig:
         "How to look at synapses, without anything random, for a network that was trained with this law"

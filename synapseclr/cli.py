@@ -23,8 +23,10 @@ __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOptio
 
 # %% ../nbs/90_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
-    help='Learn feature vectors of every synapse in an EM volume without labels, and find similar, defective and typed synapses with them.',
-    epilog='Start with `synapseclr demo`. For your own data write a configuration and call `synapseclr run --config FILE`.')
+    help='Learn feature vectors of every synapse in an EM volume without labels, and find similar, defective and '
+    'typed synapses with them.',
+    epilog='Start with `synapseclr demo`. For your own data write a configuration and call `synapseclr run --config '
+    'FILE`.')
 
 def _command(name: str, help: str, group: typer.Typer = app):
     "Make a function a command; its help is also its docstring and its line in the list of commands"
@@ -40,11 +42,13 @@ SetOption = Annotated[list[str], typer.Option('--set', metavar='SECTION.KEY=VALU
 NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook',
     help='Execute the notebook of the stage and write a report, or only call its function')]
 PrecisionOption = Annotated[str, typer.Option('--precision', help='auto, fp32, bf16 or fastest; as [train] precision')]
-CompileOption = Annotated[bool, typer.Option('--compile/--no-compile', help='Whether to use torch.compile; as [train] compile')]
+CompileOption = Annotated[bool, typer.Option('--compile/--no-compile', help='Whether to use torch.compile; as [train] '
+    'compile')]
 WeightsOption = Annotated[list[Path], typer.Option('--weights',
     help='Also extract features with this network: ours (.safetensors), a published SynapseCLR, or MedicalNet. '
     'They are written to features_NAME. Repeatable')]
-RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Delete an earlier training, or resume from its newest checkpoint')]
+RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Delete an earlier training, or resume from '
+    'its newest checkpoint')]
 
 # %% ../nbs/90_cli.ipynb #a6475d92
 def _run_stages(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
@@ -54,7 +58,8 @@ def _run_stages(names: list[str], config: Path, overrides: list[str], notebook: 
     from synapseclr.pipeline.stages import open_run, stages, train_stage
     c = open_run(config, overrides)
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: # started by torchrun
-        if names != ['train']: raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
+        if names != ['train']:
+            raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
         return train_stage(c, **parameters)
     from synapseclr.pipeline.report import run_notebook, run_parallel, write_index
 
@@ -68,7 +73,8 @@ def _run_stages(names: list[str], config: Path, overrides: list[str], notebook: 
 
     parallel = [name for name in names if STAGES[name].parallel] if notebook and len(names) > 1 else []
     alone = ((name, run(name)) for name in names if name not in parallel)
-    shared = run_parallel({name: partial(run, name) for name in parallel}, {name: STAGES[name].after for name in parallel})
+    shared = run_parallel({name: partial(run, name) for name in parallel},
+        {name: STAGES[name].after for name in parallel})
     try:
         for name,seconds in chain(alone, shared):
             if notebook: write_index(c)
@@ -96,7 +102,8 @@ def phantom_command(
     from synapseclr.phantom.connectome import SIZES, PhantomConfig
     folder = make_phantom(out, PhantomConfig(seed=seed, **SIZES[size]))
     n_synapses = len(pd.read_parquet(folder/'synapses.parquet'))
-    print(f'{folder}: {n_synapses} synapses; layers em, seg, cleft, mito; truth.parquet has the ground truth, for evaluation only')
+    print(f'{folder}: {n_synapses} synapses; layers em, seg, cleft, mito; truth.parquet has the ground truth, for '
+        'evaluation only')
 
 # %% ../nbs/90_cli.ipynb #e1322596
 QueueOption = Annotated[str, typer.Option('--queue',
@@ -108,10 +115,13 @@ def fetch_command(
     plan: Annotated[bool, typer.Option('--plan', help='Only write the plan, and print what it will read')] = False,
     block: Annotated[int, typer.Option(help='Only this block of the plan, as a task of a SLURM array', min=0)] = None,
     queue: QueueOption = None,
-    check: Annotated[bool, typer.Option('--verify', help='Check all checksums, and a sample of synapses against the volume')] = False,
+    check: Annotated[bool, typer.Option('--verify', help='Check all checksums, and a sample of synapses against the '
+    'volume')] = False,
     more: Annotated[Path, typer.Option('--append', help='Add the new synapses of another table')] = None,
-    again: Annotated[str, typer.Option('--refetch', help='Fetch these again: ID,ID,... or `problems`, those that --verify found')] = None,
-    remove: Annotated[str, typer.Option('--drop', help='Remove these: ID,ID,... or `missing`, those that could not be fetched')] = None,
+    again: Annotated[str, typer.Option('--refetch', help='Fetch these again: ID,ID,... or `problems`, those that '
+    '--verify found')] = None,
+    remove: Annotated[str, typer.Option('--drop', help='Remove these: ID,ID,... or `missing`, those that could not be '
+    'fetched')] = None,
 ):
     "`synapseclr fetch`"
     from synapseclr.data.store import StoreError
@@ -205,7 +215,8 @@ def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption 
 @_command('worker', 'Do the tasks of a queue, of fetch or extract, until it is empty')
 def worker_command(
     queue: Annotated[str, typer.Argument(help='fq://FOLDER or sqs://NAME')],
-    lease_seconds: Annotated[int, typer.Option(help='Time after which the task of a silent worker is given to another', min=1)] = 900,
+    lease_seconds: Annotated[int, typer.Option(help='Time after which the task of a silent worker is given to another',
+    min=1)] = 900,
 ):
     import synapseclr.pipeline.stages # noqa: F401 - registers the tasks
     from synapseclr.ingest.queue import run_worker
@@ -236,9 +247,12 @@ def examples_command(
 @_command('explore', 'Open the map of all synapses in a browser: colour it, look at synapses, select and label them')
 def explore_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder with a map')],
-    port: Annotated[int, typer.Option(help='Port of this machine on which the page is served', min=0, max=65535)] = 8765,
-    colour: Annotated[str, typer.Option('--color-by', '--colour', help='Column to begin with; the clusters if absent')] = None,
-    static: Annotated[Path, typer.Option(help='Instead: write the page to this folder, for any static file server')] = None,
+    port: Annotated[int, typer.Option(help='Port of this machine on which the page is served', min=0,
+    max=65535)] = 8765,
+    colour: Annotated[str, typer.Option('--color-by', '--colour',
+    help='Column to begin with; the clusters if absent')] = None,
+    static: Annotated[Path, typer.Option(
+    help='Instead: write the page to this folder, for any static file server')] = None,
     slices: Annotated[int, typer.Option(help='Synapses with images in a static copy, about 50 KB each', min=0)] = 500,
 ):
     from synapseclr.show.explore import serve, write_static
@@ -250,7 +264,8 @@ def explore_command(
 @_command('figures', "Draw the paper's figures from a run, into RUN/figures")
 def figures_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
-    only: Annotated[str, typer.Option(help='NAME,NAME,...: fig4,figS2; else all figures that the run has the data for')] = '',
+    only: Annotated[str, typer.Option(
+    help='NAME,NAME,...: fig4,figS2; else all figures that the run has the data for')] = '',
 ):
     from synapseclr.pipeline.figures import draw_figures
     names = [name for name in only.split(',') if name]
@@ -263,7 +278,8 @@ def similar_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder with features')],
     ids: Annotated[str, typer.Argument(help='ID,ID,...: one synapse, or several whose mean is the query')],
     k: Annotated[int, typer.Option(help='How many', min=1)] = 10,
-    where: Annotated[str, typer.Option(help='Only synapses for which this is true: "p_inhibitory_pre > .5 and island == 0"')] = '',
+    where: Annotated[str, typer.Option(help='Only synapses for which this is true: "p_inhibitory_pre > .5 and island '
+    '== 0"')] = '',
     features: Annotated[str, typer.Option(help='Feature set')] = 'trained',
     out: Annotated[Path, typer.Option(help='Write all columns to this CSV file')] = None,
 ):
@@ -302,10 +318,12 @@ def _tables(): "With one command only, typer would drop its name; a callback kee
 @_command('remap', 'Look up the partners of synapses in another version of the segmentation', tables)
 def remap_command(
     table: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help='Synapse table with points on both sides')],
-    seg: Annotated[str, typer.Option(help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
+    seg: Annotated[str, typer.Option(help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, '
+    'its state at that time')],
     out: Annotated[Path, typer.Option(help='Parquet file to write; the changed ids are written beside it')],
     mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
-    voxel_nm: Annotated[str, typer.Option(help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
+    voxel_nm: Annotated[str, typer.Option(
+    help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
 ):
     from synapseclr.data.tables import read_synapses, write_table
     from synapseclr.data.volume import LayerSource, open_layer
@@ -338,12 +356,14 @@ def bench_augment_command(
 def bench_gp_command(
     n: Annotated[int, typer.Option(help='Synapses', min=100)] = 5000,
     d: Annotated[int, typer.Option(help='Features', min=2)] = 512,
-    recipe_steps: Annotated[int, typer.Option(help='Steps of the variational GP on one fold, for its scores; 20000 is all', min=0)] = 0,
+    recipe_steps: Annotated[int, typer.Option(help='Steps of the variational GP on one fold, for its scores; 20000 is '
+    'all', min=0)] = 0,
 ):
     from synapseclr.evaluate.speed_typing import bench_gp
     print(bench_gp(n, d, recipe_steps=recipe_steps).round(3).T.to_string(header=False))
 
-@_command('consensus', 'Seconds and memory to type all neurites of a volume, and to assign the types to synapses', bench)
+@_command('consensus', 'Seconds and memory to type all neurites of a volume, and to assign the types to synapses',
+    bench)
 def bench_consensus_command(
     synapses: Annotated[int, typer.Option(min=10)] = 3_200_000,
     neurites: Annotated[int, typer.Option(min=10)] = 1_270_000,
@@ -351,7 +371,8 @@ def bench_consensus_command(
     from synapseclr.evaluate.speed_typing import bench_consensus
     _print(bench_consensus(synapses, neurites), 2)
 
-@_command('fetch', 'Requests, decoded bytes, synapses per second and memory: by blocks and synapse by synapse, from a server with latency', bench)
+@_command('fetch', 'Requests, decoded bytes, synapses per second and memory: by blocks and synapse by synapse, from a '
+    'server with latency', bench)
 def bench_fetch_command(
     n: Annotated[int, typer.Option('--synapses', help='How many, at least', min=1)] = 5000,
     latency: Annotated[float, typer.Option(help='Of the server, milliseconds', min=0)] = 5,
@@ -376,7 +397,8 @@ def bench_maps_command(sizes: Annotated[str, typer.Option(help='N,N,...; a milli
 
 # %% ../nbs/90_cli.ipynb #6a150bb0
 def main():
-    "The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"
+    """The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130
+    if it was interrupted"""
     try: app(prog_name='synapseclr')
     except SynapseCLRError as e: sys.exit(f'error: {e}')
     except OSError as e: sys.exit(f"error: {e.filename or ''}: {e.strerror or e}")

@@ -73,7 +73,8 @@ class Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra='forbid')
 
     def model_copy(self, *, update: dict|None = None, deep: bool = False):
-        "A copy with some options changed, as of pydantic. Raises `ConfigError` for an option that does not exist; the values are not checked"
+        """A copy with some options changed, as of pydantic. Raises `ConfigError` for an option that does not exist; the
+        values are not checked"""
         unknown = set(update or ()) - set(type(self).model_fields)
         if unknown: raise ConfigError(f"{type(self).__name__}: no such option: {', '.join(sorted(unknown))}")
         return super().model_copy(update=update, deep=deep)
@@ -86,7 +87,8 @@ def _from_config(source: str, info: pydantic.ValidationInfo) -> str:
     folder = (info.context or {}).get('folder', '.')
     return scheme + sep + str((Path(folder)/Path(path).expanduser()).resolve())
 
-Source = Annotated[str, pydantic.AfterValidator(_from_config)] # A local path, `file://` or cloud URL, in a configuration
+# A local path, `file://` or cloud URL, in a configuration
+Source = Annotated[str, pydantic.AfterValidator(_from_config)]
 
 # %% ../nbs/00_core.ipynb #2073e604
 def _override(options: dict, assignment: str):
@@ -110,7 +112,8 @@ def _problem(model, error: dict) -> str:
         model = next((o for o in get_args(model) if hasattr(o, 'model_fields')), model) # of one that may be None
     known = list(getattr(model, 'model_fields', {}))
     near = difflib.get_close_matches(str(error['loc'][-1]), known, n=1)
-    return f"{where}: no such option" + (f"; did you mean '{near[0]}'?" if near else f"; known here: {', '.join(known)}")
+    return f"{where}: no such option" + (f"; did you mean '{near[0]}'?" if near
+        else f"; known here: {', '.join(known)}")
 
 # %% ../nbs/00_core.ipynb #1cafaada
 def read_config(
@@ -129,13 +132,15 @@ def read_config(
         raise ConfigError('\n  '.join([f"{path}:"] + [_problem(model, o) for o in e.errors()])) from None
 
 # %% ../nbs/00_core.ipynb #875c0918
-_umask = os.umask(0); os.umask(_umask)
+_umask = os.umask(0)
+os.umask(_umask)
 
 @contextmanager
 def atomic(path: str|Path):
     "Give a name to write to; at the end of the block the file takes the name `path`, or vanishes if the block failed"
     path = Path(path)
-    aside = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp') # others may be writing the same file, on this machine or elsewhere
+    # others may be writing the same file, on this machine or elsewhere
+    aside = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield aside
@@ -163,7 +168,8 @@ def write_once(
 
 # %% ../nbs/00_core.ipynb #a81d453d
 def asset(
-    path: str = '', # Relative to the folder `assets`: `configs/demo.toml`, `weights/demo.safetensors`, `runs/train.ipynb`
+    # Relative to the folder `assets`: `configs/demo.toml`, `weights/demo.safetensors`, `runs/train.ipynb`
+    path: str = '',
 ) -> Path: # On this machine
     "A file or folder that is installed with the package"
     return Path(str(importlib.resources.files('synapseclr')))/'assets'/path
@@ -191,8 +197,11 @@ def version_problem(
     version: int, # That a file states
 ) -> str: # Why it cannot be read, and what to do; empty if it can
     "Compare the version of a file with the one that this package reads and writes"
-    if version > FORMAT_VERSION: return f'version {version} is newer than this package knows ({FORMAT_VERSION}); update synapseclr'
-    if version < FORMAT_VERSION: return f'version {version} was written by an older synapseclr; run the stages again in a new run folder, or read it with synapseclr 0.0.1'
+    if version > FORMAT_VERSION:
+        return f'version {version} is newer than this package knows ({FORMAT_VERSION}); update synapseclr'
+    if version < FORMAT_VERSION:
+        return (f'version {version} was written by an older synapseclr; run the stages again in a new run folder, or '
+            'read it with synapseclr 0.0.1')
     return ''
 
 # %% ../nbs/00_core.ipynb #a4db199c
@@ -206,7 +215,8 @@ def write_toml(
 
 # %% ../nbs/00_core.ipynb #1e6de048
 def n_cores() -> int:
-    "How many processor cores this process may use: `OMP_NUM_THREADS` if it is set, else the physical cores that the system grants"
+    """How many processor cores this process may use: `OMP_NUM_THREADS` if it is set, else the physical cores that the
+    system grants"""
     if limit := os.environ.get('OMP_NUM_THREADS'): return max(1, int(limit.split(',')[0]))
     from joblib import cpu_count # knows affinity and the limits of containers
     return cpu_count(only_physical_cores=True)
@@ -238,7 +248,8 @@ def worker_pool(
         threadpool_limits(1, 'openmp') # OpenMP counts for each thread that calls it
     with threads(1), ThreadPoolExecutor(n, initializer=start) as pool:
         try:
-            for _ in pool.map(lambda _: all_started.wait(), range(n)): pass # so that no worker starts later, and changes what the caller sets
+            for _ in pool.map(lambda _: all_started.wait(), range(n)):
+                pass # so that no worker starts later, and changes what the caller sets
         except BaseException: # no more threads to be had, or Ctrl-C
             all_started.abort()
             raise

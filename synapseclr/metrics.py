@@ -47,7 +47,8 @@ def linear_probe(
     y: np.ndarray, # Target: bool for a classifier, numbers for a regression
 ):
     "The model that reads a target off some features"
-    if np.asarray(y).dtype == bool: return make_pipeline(StandardScaler(), LogisticRegression(C=.1, class_weight='balanced', max_iter=3000))
+    if np.asarray(y).dtype == bool:
+        return make_pipeline(StandardScaler(), LogisticRegression(C=.1, class_weight='balanced', max_iter=3000))
     return make_pipeline(StandardScaler(), Ridge(30.))
 
 def cross_val_predict_by_neuron(
@@ -67,13 +68,16 @@ def cross_val_predict_by_neuron(
 
 # %% ../nbs/01_metrics.ipynb #65dbbbef
 def roc_auc(y: np.ndarray, score: np.ndarray, weight: np.ndarray|None = None) -> float:
-    "Area under the ROC curve; nan if there is only one class. What scikit-learn computes, ten times as fast for the bootstrap"
+    """Area under the ROC curve; nan if there is only one class. What scikit-learn computes, ten times as fast for the
+    bootstrap"""
     weight = np.ones(len(y)) if weight is None else weight
     use = np.isfinite(score) & (weight > 0)
-    y,weight = y[use],weight[use]
+    y = y[use]
+    weight = weight[use]
     if len(np.unique(y)) < 2: return np.nan
     _,place = np.unique(score[use], return_inverse=True)
-    yes,no = np.bincount(place, weight*y),np.bincount(place, weight*~y)
+    yes = np.bincount(place, weight*y)
+    no = np.bincount(place, weight*~y)
     return float(yes @ (np.cumsum(no)-no/2)/(yes.sum()*no.sum()))
 
 def explained_variance(y: np.ndarray, score: np.ndarray, weight: np.ndarray|None = None) -> float:
@@ -133,7 +137,8 @@ def regression_scores(
     "How good, and how honest, predictions of a number are; those that are nan do not count"
     use = np.isfinite(mean)
     y,mean,sd = y[use],mean[use],sd[use]
-    return dict(EV=uncentred_explained_variance(y, mean), R2=float(r2_score(y, mean)), NLPD=float(-norm.logpdf(y, mean, sd).mean()), coverage90=float((abs(y-mean) <= norm.ppf(.95)*sd).mean()))
+    return dict(EV=uncentred_explained_variance(y, mean), R2=float(r2_score(y, mean)),
+        NLPD=float(-norm.logpdf(y, mean, sd).mean()), coverage90=float((abs(y-mean) <= norm.ppf(.95)*sd).mean()))
 
 def classification_scores(
     y: np.ndarray, # `(N,)` bool
@@ -143,4 +148,5 @@ def classification_scores(
     use = np.isfinite(p)
     y,p = y[use],p[use]
     if len(np.unique(y)) < 2: return dict.fromkeys(('AUC', 'PR_AUC', 'Brier', 'ECE', 'log_loss'), np.nan)
-    return dict(AUC=roc_auc(y, p), PR_AUC=average_precision(y, p), Brier=float(brier_score_loss(y, p)), ECE=expected_calibration_error(y, p), log_loss=float(log_loss(y, p)))
+    return dict(AUC=roc_auc(y, p), PR_AUC=average_precision(y, p), Brier=float(brier_score_loss(y, p)),
+        ECE=expected_calibration_error(y, p), log_loss=float(log_loss(y, p)))

@@ -21,13 +21,16 @@ def table(run):
     ids = ChunkStore.open(run/'chunks.zarr').ids
     n = side**2
     y,x = divmod(np.arange(n), side)
-    return pd.DataFrame(dict(id=np.concatenate([ids, 2**53 + 1 + 2*np.arange(n-len(ids))]), umap_1=x*1., umap_2=-1.*y, cluster=x//5, cleft_um3=y/10, pre_root_id=2**60 + y,
+    return pd.DataFrame(dict(id=np.concatenate([ids, 2**53 + 1 + 2*np.arange(n-len(ids))]), umap_1=x*1., umap_2=-1.*y,
+        cluster=x//5, cleft_um3=y/10, pre_root_id=2**60 + y,
         neuroglancer=[f'https://viewer.example/{i}' for i in range(n)]))
 
 class Served:
     "A server of the map that can be stopped and started"
     def __init__(self, run, table):
-        self.labels,self.map,self.port = run/'labels.csv',ExplorerData(table, ChunkStore.open(run/'chunks.zarr'), 'grid'),0
+        self.labels = run/'labels.csv'
+        self.map = ExplorerData(table, ChunkStore.open(run/'chunks.zarr'), 'grid')
+        self.port = 0
         self.start()
 
     def start(self):
@@ -35,7 +38,9 @@ class Served:
         self.port = self.server.server_port
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def stop(self): self.server.shutdown(); self.server.server_close()
+    def stop(self):
+        self.server.shutdown()
+        self.server.server_close()
 
     @property
     def home(self): return f'http://127.0.0.1:{self.port}'
@@ -65,7 +70,8 @@ class Page:
     def wait(self, condition, *args):
         "Until some JavaScript, or a function, gives something true"
         from selenium.webdriver.support.ui import WebDriverWait
-        return WebDriverWait(self.browser, 20, .02).until(lambda _: condition() if callable(condition) else self.js(condition, *args))
+        return WebDriverWait(self.browser, 20, .02).until(lambda _: condition() if callable(condition)
+            else self.js(condition, *args))
 
     def open(self, home):
         self.browser.get(home + '/')
@@ -87,7 +93,8 @@ class Page:
 
     def click(self, i):
         self.mouse(self.at(i))
-        self.wait('document.getElementById("rows").dataset.id == arguments[0]', self.js('`${explore.ids[arguments[0]]}`', i))
+        self.wait('document.getElementById("rows").dataset.id == arguments[0]',
+            self.js('`${explore.ids[arguments[0]]}`', i))
 
     def colour_by(self, name):
         from selenium.webdriver.support.ui import Select
@@ -98,7 +105,9 @@ class Page:
 
     def pixel(self, i):
         "Colour in the middle of a point"
-        return np.array(self.js('[...document.getElementById("canvas").getContext("2d").getImageData(...arguments[0].map(o => Math.round(o*devicePixelRatio)), 1, 1).data].slice(0, 3)', self.at(i)))
+        return np.array(self.js(
+            '[...document.getElementById("canvas").getContext("2d").getImageData(...arguments[0].map(o => '
+            'Math.round(o*devicePixelRatio)), 1, 1).data].slice(0, 3)', self.at(i)))
 
     def download(self, css, name):
         path = self.downloads/name
@@ -120,18 +129,21 @@ def page(tmp_path_factory):
     yield p
     p.browser.quit()
 
-def outside(urls, home): return [o for o in urls if urlsplit(o).scheme not in ('data', 'blob') and not o.startswith(home + '/')]
+def outside(urls, home):
+    return [o for o in urls if urlsplit(o).scheme not in ('data', 'blob') and not o.startswith(home + '/')]
 
 @in_browser
 def test_page_asks_nobody_else(page, served):
-    page.asked(); page.errors()
+    page.asked()
+    page.errors()
     page.open(served.home)
     page.click(0)
     page.wait('document.getElementById("slices").naturalWidth')
     asked = page.asked()
     assert f'{served.home}/points.bin' in asked and not outside(asked, served.home)
     assert not page.errors()
-    said = page.browser.execute_async_script('fetch("http://127.0.0.1:9/").then(() => arguments[0]("asked"), e => arguments[0]("refused"))')
+    said = page.browser.execute_async_script('fetch("http://127.0.0.1:9/").then(() => arguments[0]("asked"), e => '
+        'arguments[0]("refused"))')
     assert said == 'refused' and any('Content Security Policy' in o for o in page.errors())
 
 @in_browser
@@ -139,7 +151,8 @@ def test_click_shows_the_synapse(page, served, table):
     page.open(served.home)
     for i in (3, len(table)-2):
         page.click(i)
-        shown = dict(tuple(o.text for o in line.find_elements('css selector', 'td')) for line in page.find('#rows').find_elements('css selector', 'tr'))
+        shown = dict(tuple(o.text for o in line.find_elements('css selector', 'td'))
+            for line in page.find('#rows').find_elements('css selector', 'tr'))
         want = table.iloc[i]
         assert page.find('#id').text == shown['id'] == str(want.id) and shown['pre_root_id'] == str(want.pre_root_id)
         assert float(shown['cleft_um3']) == pytest.approx(want.cleft_um3)
@@ -174,19 +187,29 @@ def test_lasso_exports_what_is_inside(page, served, table):
 @in_browser
 def test_labels_survive_reload_and_restart(page, served, table):
     page.open(served.home)
-    first,last = str(table.id.iloc[0]),str(table.id.iloc[-1])
-    page.click(0); page.label('defect'); page.wait('explore.labels.get(arguments[0]) == "defect"', first)
-    page.click(0); page.label('clean'); page.wait('explore.labels.get(arguments[0]) == "clean"', first)
-    page.click(side**2-1); page.label('unsure'); page.wait('explore.labels.get(arguments[0]) == "unsure"', last)
+    first = str(table.id.iloc[0])
+    last = str(table.id.iloc[-1])
+    page.click(0)
+    page.label('defect')
+    page.wait('explore.labels.get(arguments[0]) == "defect"', first)
+    page.click(0)
+    page.label('clean')
+    page.wait('explore.labels.get(arguments[0]) == "clean"', first)
+    page.click(side**2-1)
+    page.label('unsure')
+    page.wait('explore.labels.get(arguments[0]) == "unsure"', last)
     want = {table.id.iloc[0]: 'clean', table.id.iloc[-1]: 'unsure'}
     assert read_labels(served.labels) == want
     for restart in (False, True):
-        if restart: served.stop(); served.start()
+        if restart:
+            served.stop()
+            served.start()
         page.open(served.home)
         assert dict(page.js('[...explore.labels]')) == {first: 'clean', last: 'unsure'}
         page.click(0)
         assert page.find('#label').text == '· clean'
-    assert pd.read_csv(served.labels).columns.tolist() == ['id', 'label', 'time'] and len(pd.read_csv(served.labels)) == 3
+    assert pd.read_csv(served.labels).columns.tolist() == ['id', 'label',
+        'time'] and len(pd.read_csv(served.labels)) == 3
 
 @in_browser
 def test_names_of_labels_can_be_changed_and_many_get_one(page, served, table):
@@ -232,21 +255,31 @@ def test_legend_hides_and_shows(page, served, table):
 
 def test_only_known_paths_are_served(served, run):
     (run/'config.toml').write_text('secret = 1')
-    for path in ('/config.toml', '/labels.csv', '/../config.toml', '/lib/../../config.toml', '/%2e%2e/config.toml', '/lib/..%2fexplore.py', '//etc/passwd', '/slices/..%2f..%2fconfig.png', '/slices/-1.png', '/slices/99999999.png', '/column/99.bin', '/column/x.json', '/rows/99.json', '/rows/9999999999999999999.json', '/slices/9999999999999999999.png', '/rows/0.bin'):
+    for path in ('/config.toml', '/labels.csv', '/../config.toml', '/lib/../../config.toml', '/%2e%2e/config.toml',
+        '/lib/..%2fexplore.py', '//etc/passwd', '/slices/..%2f..%2fconfig.png', '/slices/-1.png',
+        '/slices/99999999.png', '/column/99.bin', '/column/x.json', '/rows/99.json', '/rows/9999999999999999999.json',
+        '/slices/9999999999999999999.png', '/rows/0.bin'):
         status,said = served.ask(path)
         assert status == 404 and b'secret' not in said and said.startswith(b'there is no'), path
-    assert served.ask('/map.json', 'PUT')[0] == 501 and served.ask('/map.json', 'POST', '{}', Origin=served.home, Content_Type='application/json')[0] == 404
+    assert served.ask('/map.json', 'PUT')[0] == 501 and served.ask('/map.json', 'POST', '{}', Origin=served.home,
+        Content_Type='application/json')[0] == 404
 
 def test_only_the_page_itself_may_label(served, table):
     before = read_labels(served.labels)
-    body,page = json.dumps(dict(ids=[str(table.id.iloc[0])], label='evil')),dict(Origin=served.home, Content_Type='application/json')
-    for change in (dict(Origin='http://evil.example'), dict(Origin='null'), dict(Origin=f'http://127.0.0.1:{served.port+1}'), dict(Host='evil.example'), dict(Host=f'evil.example:{served.port}')):
+    body = json.dumps(dict(ids=[str(table.id.iloc[0])], label='evil'))
+    page = dict(Origin=served.home, Content_Type='application/json')
+    for change in (dict(Origin='http://evil.example'), dict(Origin='null'),
+        dict(Origin=f'http://127.0.0.1:{served.port+1}'), dict(Host='evil.example'),
+        dict(Host=f'evil.example:{served.port}')):
         assert served.ask('/labels', 'POST', body, **page | change)[0] == 403, change
     assert served.ask('/labels', 'POST', body, Content_Type='application/json')[0] == 403
     assert served.ask('/labels', 'POST', body, **page | dict(Content_Type='text/plain'))[0] == 400
-    assert served.ask('/labels', 'POST', body, Content_Length='-5', **page)[0] == served.ask('/labels', 'POST', body, Content_Length='99999999999', **page)[0] == 400
+    assert served.ask('/labels', 'POST', body, Content_Length='-5', **page)[0] == served.ask('/labels', 'POST', body,
+        Content_Length='99999999999', **page)[0] == 400
     assert served.ask('/ids.bin', Host='evil.example')[0] == 403
-    for bad in ('', '{', '[]', '{"ids": []}', '{"ids": [], "label": "x"}', '{"ids": ["1"], "label": 3}', '{"ids": ["1"], "label": "a\\nb"}', '{"ids": [1], "label": "x"}', '{"ids": ["٣"], "label": "x"}'.encode(), '"\ud800"'.encode('utf-8', 'surrogatepass')):
+    for bad in ('', '{', '[]', '{"ids": []}', '{"ids": [], "label": "x"}', '{"ids": ["1"], "label": 3}',
+        '{"ids": ["1"], "label": "a\\nb"}', '{"ids": [1], "label": "x"}', '{"ids": ["٣"], "label": "x"}'.encode(),
+        '"\ud800"'.encode('utf-8', 'surrogatepass')):
         assert served.ask('/labels', 'POST', bad, **page)[0] == 400, bad
     status,said = served.ask('/labels', 'POST', '{"ids": ["77777"], "label": "x"}', **page)
     assert (status, said) == (404, b'synapse 77777 is not on the map')
@@ -268,10 +301,12 @@ def test_bad_wishes_are_explained(served, run, exported, tmp_path):
 @in_browser
 def test_static_copy_needs_no_server_of_ours(page, run, exported, tmp_path, table):
     write_static(run, tmp_path/'copy', slices=4, colour='cleft_um3')
-    server = subprocess.Popen([sys.executable, '-u', '-m', 'http.server', '--bind', '127.0.0.1', '--directory', str(tmp_path/'copy'), '0'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    server = subprocess.Popen([sys.executable, '-u', '-m', 'http.server', '--bind', '127.0.0.1', '--directory',
+        str(tmp_path/'copy'), '0'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         home = f"http://127.0.0.1:{server.stdout.readline().split('port ')[1].split()[0]}"
-        page.asked(); page.errors()
+        page.asked()
+        page.errors()
         page.open(home)
         assert page.js('document.body.dataset.colour') == 'cleft_um3'
         page.click(0)
@@ -284,6 +319,8 @@ def test_static_copy_needs_no_server_of_ours(page, run, exported, tmp_path, tabl
         assert not outside(page.asked(), home) and not page.errors()
         page.click(len(table)-1)
         page.wait('!document.getElementById("nopicture").hidden')
-    finally: server.terminate(); server.wait()
+    finally:
+        server.terminate()
+        server.wait()
     page.browser.get((tmp_path/'copy/index.html').as_uri())
     assert 'Serve this folder' in page.find('body').text

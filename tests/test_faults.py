@@ -1,4 +1,5 @@
-"What goes wrong between a bucket and a store: afterwards the store is the one without faults, byte for byte, or the synapses that are not in it are listed with the reason."
+"""What goes wrong between a bucket and a store: afterwards the store is the one without faults, byte for byte, or the
+synapses that are not in it are listed with the reason."""
 import multiprocessing, os, signal, subprocess, time, zlib
 import numpy as np, pandas as pd, pytest, tenacity
 from cloudfiles.interfaces import HttpInterface
@@ -16,7 +17,8 @@ config = FetchConfig(window_nm=(600, 768, 768), max_per_shard=4, max_blank_fract
 def source(tiny, address=None, **options):
     "The tiny volume, on disk or served"
     where = lambda o: f'precomputed://{address}/{o}' if address else str(tiny.parent/o)
-    return DataConfig(table=str(tiny.parent/'synapses.csv'), **{o: dict(path=where(o)) | options.get(o, {}) for o in ('em', 'seg', 'cleft', 'mito')})
+    return DataConfig(table=str(tiny.parent/'synapses.csv'),
+        **{o: dict(path=where(o)) | options.get(o, {}) for o in ('em', 'seg', 'cleft', 'mito')})
 
 def made(run): return files(run, 'chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet')
 
@@ -40,7 +42,8 @@ first_only = {
     '500': lambda path, n: dict(status=500) if some(path) and n < 3 else None,
     'silence': lambda path, n: dict(silence=20) if some(path) and n == 1 else None,
     'cut short': lambda path, n: dict(change=lambda b: b[:len(b)//2], cut=True) if some(path) and n == 1 else None,
-    'shorter than it was': lambda path, n: dict(change=lambda b: b[:len(b)//2]) if '/em/' in path and some(path) and n == 1 else None,
+    'shorter than it was': lambda path, n: dict(change=lambda b: b[:len(b)//2]) if '/em/' in path and some(path)
+    and n == 1 else None,
     'garbled': lambda path, n: dict(change=flipped) if '/em/' in path and some(path) and n == 1 else None,
 }
 
@@ -56,7 +59,8 @@ def test_busy(tiny, sound, tmp_path):
     "A server that is asked again too early stays busy"
     asked = {}
     def fault(path, n):
-        if some(path) and time.time() < asked.setdefault(path, time.time()) + .9: return dict(status=429, headers={'Retry-After': '1'})
+        if some(path) and time.time() < asked.setdefault(path, time.time()) + .9:
+            return dict(status=429, headers={'Retry-After': '1'})
     with served(tiny.parent, latency_s=0, fault=fault) as address:
         fetch(source(tiny, address), config, tmp_path)
         assert served_counts(address)['spoilt'] >= 3
@@ -72,12 +76,15 @@ def chunk_of(sound, tiny, i):
         spans.append(f'{k}-{min(k+size, end)}')
     return '_'.join(spans)
 
-@pytest.mark.parametrize('fault', [dict(status=500), dict(change=flipped), dict(status=404)], ids=['500', 'garbled', '404'])
+@pytest.mark.parametrize('fault', [dict(status=500), dict(change=flipped), dict(status=404)],
+    ids=['500', 'garbled', '404'])
 def test_chunk_is_lost(fault, tiny, sound, tmp_path):
-    "The synapses that need it are listed with the reason; all others are there and right; mended, the store is the sound one"
+    """The synapses that need it are listed with the reason; all others are there and right; mended, the store is the
+    sound one"""
     broken = chunk_of(sound, tiny, 5)
     gap = dict(em=dict(fill_missing=False))
-    with served(tiny.parent, latency_s=0, fault=lambda path, n: fault if path.endswith(broken) and '/em/' in path else None) as address:
+    with served(tiny.parent, latency_s=0, fault=lambda path,
+        n: fault if path.endswith(broken) and '/em/' in path else None) as address:
         table = fetch(source(tiny, address, **gap), config, tmp_path).set_index('id')
     lost = table.index[table.reject_reason != '']
     assert 5 in lost and len(lost) < 12 and table.reject_reason[lost].str.contains('unreadable: layer em, voxels').all()
@@ -91,9 +98,12 @@ def test_chunk_is_lost(fault, tiny, sound, tmp_path):
     assert made(tmp_path) == made(sound)
 
 def test_server_is_gone(tiny, sound, tmp_path):
-    "Nothing is made up: blocks are dead letters with their error and their synapses; the same command with a server that works ends like the sound run"
-    with served(tiny.parent, latency_s=0, fault=lambda path, n: dict(status=500) if '/seg/' in path and n > 1 and 'info' not in path else None) as address:
-        with pytest.raises(QueueError, match='3 of 3 blocks are not fetched, 3 of them failed'): fetch(source(tiny, address), config, tmp_path)
+    """Nothing is made up: blocks are dead letters with their error and their synapses; the same command with a server
+    that works ends like the sound run"""
+    with served(tiny.parent, latency_s=0, fault=lambda path,
+        n: dict(status=500) if '/seg/' in path and n > 1 and 'info' not in path else None) as address:
+        with pytest.raises(QueueError, match='3 of 3 blocks are not fetched, 3 of them failed'):
+            fetch(source(tiny, address), config, tmp_path)
     listed = pd.read_csv(tmp_path/'fetch/missing.csv')
     assert sorted(listed.id) == list(range(1, 13)) and listed.reason.str.contains('layer seg').all()
     assert len(dead_letters(tmp_path/'fetch')) == 3
@@ -107,20 +117,26 @@ def test_going_on_without(tiny, sound, tmp_path):
     with pytest.raises(QueueError, match='1 of 3 blocks are not fetched, 0 of them failed'): finish_fetch(tmp_path)
     drop(tmp_path, lost)
     table = fetch(source(tiny), config, tmp_path).set_index('id')
-    assert (table.reject_reason == 'dropped').sum() == len(lost) == 4 and sorted([*ChunkStore.open(tmp_path/'chunks.zarr').ids, *lost]) == list(range(1, 13))
+    assert (table.reject_reason == 'dropped').sum() == len(lost) == 4 and sorted(
+        [*ChunkStore.open(tmp_path/'chunks.zarr').ids, *lost]) == list(range(1, 13))
 
 @pytest.mark.parametrize('name', ['em', 'seg'])
 def test_not_allowed(name, tiny, tmp_path):
     "403 reads like an empty volume; it is caught before the first block, and names the layer"
-    with served(tiny.parent, latency_s=0, fault=lambda path, n: dict(status=403) if f'/{name}/' in path and 'info' not in path else None) as address:
-        with pytest.raises(volume.VolumeError, match=f'layer {name}, .* at any of 8 synapses'): fetch(source(tiny, address), config, tmp_path)
-        with pytest.raises(volume.VolumeError, match='layer cleft: there is no volume at .*/nothing'): fetch(source(tiny, address, cleft=dict(path=f'precomputed://{address}/nothing')), config, tmp_path)
+    with served(tiny.parent, latency_s=0, fault=lambda path,
+        n: dict(status=403) if f'/{name}/' in path and 'info' not in path else None) as address:
+        with pytest.raises(volume.VolumeError, match=f'layer {name}, .* at any of 8 synapses'):
+            fetch(source(tiny, address), config, tmp_path)
+        with pytest.raises(volume.VolumeError, match='layer cleft: there is no volume at .*/nothing'):
+            fetch(source(tiny, address, cleft=dict(path=f'precomputed://{address}/nothing')), config, tmp_path)
     assert not (tmp_path/'fetch').exists() and not (tmp_path/'chunks.zarr').exists()
 
 def test_wrong_bytes_without_a_checksum(tiny, sound, tmp_path):
     "Nobody can see it when it comes; verify does, and fetching again mends it"
     broken = chunk_of(sound, tiny, 5)
-    with served(tiny.parent, latency_s=0, fault=lambda path, n: dict(bare=True, change=lambda b: b[:7] + b'x' + b[8:]) if path.endswith(broken) and '/em/' in path else None) as address:
+    with served(tiny.parent, latency_s=0, fault=lambda path,
+        n: dict(bare=True, change=lambda b: b[:7] + b'x' + b[8:]) if path.endswith(broken) and '/em/' in path
+        else None) as address:
         fetch(source(tiny, address), config, tmp_path)
     fetch(source(tiny), config, tmp_path) # the plan now names the volume on disk
     got,want = (ChunkStore.open(o/'chunks.zarr').batch(range(12)) for o in (tmp_path, sound))
@@ -177,7 +193,9 @@ def small_disk(sound, tmp_path):
     "A disk that has room for half of the run"
     folder = tmp_path/'disk'
     folder.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={sum(map(len, made(sound).values()))//2}', 'tmpfs', str(folder)], capture_output=True).returncode: pytest.skip('may not mount a tmpfs here')
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={sum(map(len, made(sound).values()))//2}', 'tmpfs',
+        str(folder)], capture_output=True).returncode:
+        pytest.skip('may not mount a tmpfs here')
     yield folder
     subprocess.run(['umount', str(folder)], check=True)
 

@@ -32,7 +32,9 @@ def test_notebook_draws(name, run):
     if name == 'ledger':
         ledger = pd.read_csv(run.folder/'figures/ledger.csv').set_index('number')
         assert len(ledger) > 15 and abs(ledger.difference['parameters of the projector, thousands']) < .5
-    else: assert drawn(run.folder/f'figures/{name}.png') and (run.folder/f'figures/{name}.pdf').read_bytes()[:5] == b'%PDF-'
+    else:
+        assert drawn(run.folder/f'figures/{name}.png') and (run.folder/f'figures/{name}.pdf').read_bytes()[
+            :5] == b'%PDF-'
 
 def test_command(run, tmp_path, capsys, monkeypatch):
     "A run that was moved and has come as far as its features: what can be drawn is, and the rest is named"
@@ -42,7 +44,8 @@ def test_command(run, tmp_path, capsys, monkeypatch):
     done = draw_figures(moved)
     assert done['fig1'] == done['figS1'] == '' and 'run `synapseclr manifold` first' in done['fig5']
     page = Links((moved/'figures/index.html').read_text())
-    assert {'fig1.png', 'figS1.png'} == set(page.loads) and all((moved/'figures'/o).exists() for o in page.leads) and 'synapseclr manifold' in (moved/'figures/index.html').read_text()
+    assert {'fig1.png', 'figS1.png'} == set(page.loads) and all((moved/'figures'/o).exists()
+        for o in page.leads) and 'synapseclr manifold' in (moved/'figures/index.html').read_text()
     assert (moved/'figures/fig1.ipynb').exists() and drawn(moved/'figures/fig1.png')
     with pytest.raises(FigureError, match='synapseclr manifold'): draw_figures(moved, ['fig5'])
     code,said = say(capsys, monkeypatch, 'figures', moved, '--only', 'figS1')

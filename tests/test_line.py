@@ -8,9 +8,12 @@ from synapseclr.data.features import FeatureError, read_features
 from synapseclr.data.store import ChunkStore
 from synapseclr.data.tables import read_table
 
-everything = ['chunks.zarr/**/*', 'fetch/*', 'synapses.parquet', 'train/weights.safetensors', 'train/log.jsonl', 'features*/*.parquet', 'neighbours.parquet', 'map.parquet', 'probe_scores.parquet', 'retrieval.parquet', 'axes.parquet', 'axis_correlations.parquet', 'islands.parquet', 'annotations/**/*']
+everything = ['chunks.zarr/**/*', 'fetch/*', 'synapses.parquet', 'train/weights.safetensors', 'train/log.jsonl',
+    'features*/*.parquet', 'neighbours.parquet', 'map.parquet', 'probe_scores.parquet', 'retrieval.parquet',
+    'axes.parquet', 'axis_correlations.parquet', 'islands.parquet', 'annotations/**/*']
 
-line = [s for s in stages if s not in ('phantom', 'qc', 'impute', 'consensus', 'evaluate')] # of a run on data of one's own
+# of a run on data of one's own
+line = [s for s in stages if s not in ('phantom', 'qc', 'impute', 'consensus', 'evaluate')]
 
 @pytest.fixture(scope='module')
 def whole(tiny, tmp_path_factory):
@@ -23,14 +26,16 @@ def whole(tiny, tmp_path_factory):
     return cwd/'_runs/tiny'
 
 def test_outputs(whole):
-    store,table = ChunkStore.open(whole/'chunks.zarr'),read_table(whole/'synapses.parquet', 'synapses')
+    store = ChunkStore.open(whole/'chunks.zarr')
+    table = read_table(whole/'synapses.parquet', 'synapses')
     assert len(table) == 12 and (table.reject_reason == '').sum() == len(store)
     for folder in ('features', 'features_untrained'):
         for layer in ('backbone', 'hidden', 'projection'):
             ids,x = read_features(whole/folder, layer)
             assert sorted(ids) == sorted(store.ids) and x.shape == (len(store), 128) and (x.std(0) > 0).any()
     result = read_table(whole/'retrieval.parquet', 'retrieval')
-    assert set(result.features) == {'trained', 'untrained', 'morphometrics'} and result.mean_average_precision.between(0, 1).all()
+    assert set(result.features) == {'trained', 'untrained',
+        'morphometrics'} and result.mean_average_precision.between(0, 1).all()
 
 def test_others_can_read_it(whole):
     "Without this package"
@@ -43,7 +48,8 @@ class Links(HTMLParser):
     "What a page loads, and where it leads"
     def __init__(self, page):
         super().__init__()
-        self.loads,self.leads = [],[]
+        self.loads = []
+        self.leads = []
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
@@ -72,7 +78,8 @@ def test_notebooks_change_nothing(whole, tiny, tmp_path):
     assert files(tmp_path/'_runs/tiny', *everything) == files(whole, *everything)
 
 def test_extract_knows_its_network(whole, tiny):
-    "The untrained network is that of the weights, whatever the configuration says now; other views than it was trained on are refused"
+    """The untrained network is that of the weights, whatever the configuration says now; other views than it was
+    trained on are refused"""
     extract = ['extract', '--config', tiny, '--set', 'train.model=paper', '--set', 'train.seed=5', '--no-notebook']
     assert synapseclr(*extract, cwd=whole.parent.parent).returncode == 0
     assert read_features(whole/'features_untrained')[1].shape[1] == 128
@@ -83,7 +90,8 @@ def test_other_networks(whole, tiny, tmp_path):
     "MedicalNet's weights describe the same synapses; weights that are nowhere are asked for"
     import torch
     from synapseclr.learn.model import SynapseNet
-    torch.save({f'module.{k}': v for k,v in SynapseNet('medicalnet', 3).backbone.state_dict().items()}, tmp_path/'resnet_18.pth')
+    torch.save({f'module.{k}': v for k,v in SynapseNet('medicalnet', 3).backbone.state_dict().items()},
+        tmp_path/'resnet_18.pth')
     extract = ['extract', '--config', tiny, '--no-notebook', '--weights']
     done = synapseclr(*extract, tmp_path/'resnet_18.pth', cwd=whole.parent.parent)
     assert done.returncode == 0, done.stderr
@@ -94,7 +102,9 @@ def test_other_networks(whole, tiny, tmp_path):
     assert done.returncode == 1 and 'resnet_10.pth: there is no such file; get the weights from their authors' in done.stderr
 
 def test_again_does_nothing(whole, tiny):
-    def stamps(): return {p: p.stat().st_mtime_ns for o in ('chunks.zarr/**/c/**/*', 'features/*', 'train/checkpoint*') for p in whole.glob(o) if p.is_file()}
+    def stamps():
+        return {p: p.stat().st_mtime_ns for o in ('chunks.zarr/**/c/**/*', 'features/*', 'train/checkpoint*')
+            for p in whole.glob(o) if p.is_file()}
     before = stamps()
     assert {'em', 'mask', 'features', 'train'} <= {part for p in before for part in p.relative_to(whole).parts}
     assert synapseclr('run', '--config', tiny, '--no-notebook', cwd=whole.parent.parent).returncode == 0
@@ -103,16 +113,20 @@ def test_again_does_nothing(whole, tiny):
 kills = { # in the order of the line; `deadly` is counted from where the one before has left off
     'fetch, before the plan': dict(module='synapseclr.ingest.fetch', owner='module', name='write_table', deadly=1),
     'fetch, making the store': dict(module='zarr', owner='module.Group', name='create_array', deadly=3),
-    'fetch, writing the second shard': dict(module='synapseclr.data.store', owner='module.ChunkStore', name='write_shard', deadly=2),
-    'fetch, before the record of a shard': dict(module='synapseclr.ingest.fetch', owner='module', name='atomic', deadly=1),
+    'fetch, writing the second shard': dict(module='synapseclr.data.store', owner='module.ChunkStore',
+    name='write_shard', deadly=2),
+    'fetch, before the record of a shard': dict(module='synapseclr.ingest.fetch', owner='module', name='atomic',
+    deadly=1),
     'fetch, before the table': dict(module='synapseclr.ingest.fetch', owner='module', name='write_table', deadly=1),
-    'annotate, before the table': dict(module='synapseclr.ingest.annotate', owner='module', name='write_table', deadly=1),
+    'annotate, before the table': dict(module='synapseclr.ingest.annotate', owner='module', name='write_table',
+    deadly=1),
     'train, in a step': dict(module='synapseclr.learn.train', owner='module', name='nt_xent', deadly=7),
     'train, writing a checkpoint': dict(module='safetensors.torch', owner='module', name='save_file', deadly=2),
     'train, before the weights': dict(module='synapseclr.learn.train', owner='module', name='save_weights', deadly=1),
     'extract, second shard': dict(module='synapseclr.learn.extract', owner='module', name='write_table', deadly=2),
     'embed, before the map': dict(module='synapseclr.analyse.embed', owner='module', name='write_table', deadly=2),
-    'export, in the annotations': dict(module='synapseclr.show.neuroglancer', owner='module', name='_write_shards', deadly=3),
+    'export, in the annotations': dict(module='synapseclr.show.neuroglancer', owner='module', name='_write_shards',
+    deadly=3),
     'export, before the table': dict(module='synapseclr.show.export', owner='module', name='write_table', deadly=1),
 }
 
@@ -129,19 +143,23 @@ def test_killed_and_resumed(whole, tiny, tmp_path):
 def test_any_voxel(voxel_nm, tmp_path):
     "One configuration in nm serves every anisotropy"
     from synapseclr.dev.fixtures import tiny_volume
-    c = open_run(tiny_volume(tmp_path, n=4, voxel_nm=voxel_nm), [f'run={tmp_path/"run"}', 'train.batch_size=2', 'train.epochs=1', 'fetch.central_sections=60'])
+    c = open_run(tiny_volume(tmp_path, n=4, voxel_nm=voxel_nm),
+        [f'run={tmp_path/"run"}', 'train.batch_size=2', 'train.epochs=1', 'fetch.central_sections=60'])
     for name in stages_of(c): stages[name](c)
     store = ChunkStore.open(tmp_path/'run/chunks.zarr')
-    assert store.voxel_nm == voxel_nm and store.chunk_shape == (min(60, round(880/voxel_nm[0])), *(round(896/v) for v in voxel_nm[1:]))
+    assert store.voxel_nm == voxel_nm and store.chunk_shape == (min(60, round(880/voxel_nm[0])),
+        *(round(896/v) for v in voxel_nm[1:]))
     assert len(read_features(tmp_path/'run/features')[0]) == len(store) == 4
 
 def test_phantom_line(tmp_path):
-    "A run on a phantom is killed while the phantom is written; the same command then does all stages, and the phantom is as if nothing had happened"
+    """A run on a phantom is killed while the phantom is written; the same command then does all stages, and the phantom
+    is as if nothing had happened"""
     from synapseclr.dev.fixtures import tiny_phantom
     from synapseclr.phantom.build import make_phantom
     from synapseclr.phantom.connectome import PhantomConfig
     config,overrides = tiny_phantom('phantom')
-    command = ['run', '--config', config, '--no-notebook', '--set', f'run={tmp_path/"run"}', '--set', 'embed.features=trained - cutting_angle']
+    command = ['run', '--config', config, '--no-notebook', '--set', f'run={tmp_path/"run"}', '--set',
+        'embed.regress_out=["cutting_angle"]']
     kill = dict(module='synapseclr.phantom.build', owner='module', name='write_layer', deadly=3)
     assert python(kill_at.format(**kill), *command, cwd=tmp_path).returncode == -signal.SIGKILL
     assert not (tmp_path/'run/phantom/phantom.json').exists()
@@ -150,7 +168,8 @@ def test_phantom_line(tmp_path):
     whole = make_phantom(tmp_path/'whole', PhantomConfig(seed=2, shape=(96, 384, 384), defects=.3))
     assert files(tmp_path/'run/phantom', '**/*') == files(whole, '**/*')
     targets = read_table(tmp_path/'run/evaluation_targets.parquet', 'evaluation targets')
-    assert set(targets.features) == {'trained', 'trained - cutting_angle', 'untrained', 'morphometrics', 'intensity', 'handcrafted', 'latents'}
+    assert set(targets.features) == {'trained', 'trained - cutting_angle', 'untrained', 'morphometrics', 'intensity',
+        'handcrafted', 'latents'}
     latents = targets[(targets.target == 'presynaptic type') & (targets.within == 'all')].set_index('features').value
     assert latents['latents'] > .9
     refuse_two_networks(tmp_path/'run', tmp_path/'other')
@@ -159,9 +178,12 @@ def refuse_two_networks(run, other):
     "One probe reads what one network describes, in several runs; not what two describe"
     from synapseclr.evaluate.truth import load_with_truth
     other.mkdir()
-    for o,there in {'chunks.zarr': 'chunks.zarr', 'synapses.parquet': 'synapses.parquet', 'features': 'features_untrained', 'features_same': 'features'}.items(): (other/o).symlink_to(run/there)
+    for o,there in {'chunks.zarr': 'chunks.zarr', 'synapses.parquet': 'synapses.parquet',
+        'features': 'features_untrained', 'features_same': 'features'}.items():
+        (other/o).symlink_to(run/there)
     (run/'features_same').symlink_to(run/'features')
     runs = [(run, run/'phantom'), (other, run/'phantom')]
-    with pytest.raises(FeatureError, match='described by another network, or in another way.*use `evaluate_each`'): load_with_truth(runs, {'trained': 'features'})
+    with pytest.raises(FeatureError, match='described by another network, or in another way.*use `evaluate_each`'):
+        load_with_truth(runs, {'trained': 'features'})
     table,sets = load_with_truth(runs, {'trained': 'features_same'})
     assert len(table) == len(sets['trained']) == 2*table.id.nunique()

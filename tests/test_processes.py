@@ -4,7 +4,8 @@ import numpy as np, pytest, torch
 from conftest import files, root
 from synapseclr.dev.fixtures import iget_world_size, tiny_fetched
 
-# Five steps of each objective and optimiser on the same eight synapses, in float64; prints losses, first gradients and final parameters
+# Five steps of each objective and optimiser on the same eight synapses, in float64; prints losses, first gradients and
+# final parameters
 steps = """
 import json, torch
 from functools import partial
@@ -52,7 +53,8 @@ def test_as_one_process(computed, n):
         for name,o in found.items():
             assert o['gradient'].abs().max() > 0
             for what in ('losses', 'gradient', 'state'):
-                torch.testing.assert_close(torch.as_tensor(o[what]), torch.as_tensor(one[name][what]), rtol=0, atol=1e-10, msg=lambda m, name=name, what=what: f'{name}, {what}: {m}')
+                torch.testing.assert_close(torch.as_tensor(o[what]), torch.as_tensor(one[name][what]), rtol=0,
+                    atol=1e-10, msg=lambda m, name=name, what=what: f'{name}, {what}: {m}')
 
 go = """
 import json, os, signal, sys
@@ -87,7 +89,8 @@ def whole(fetched, tmp_path_factory):
 made = ['train/*.safetensors', 'train/log.jsonl']
 
 def test_processes_train_alike(whole):
-    "To rounding, as the sums are taken in another order: a hundred thousandth at first, which every step of Adam on this tiny volume makes some times larger"
+    """To rounding, as the sums are taken in another order: a hundred thousandth at first, which every step of Adam on
+    this tiny volume makes some times larger"""
     one,two = ([json.loads(line) for line in (whole[n]/'train/log.jsonl').read_text().splitlines()] for n in (1, 2))
     assert [o.get('step') for o in one] == [o.get('step') for o in two] and len(one) == 1+10+5
     one,two = ([o['loss'] for o in log if 'loss' in o] for log in (one, two))
@@ -97,24 +100,30 @@ def test_processes_train_alike(whole):
 
 @pytest.mark.parametrize('n', [1, 2])
 def test_killed_three_times(n, whole, fetched, tmp_path):
-    "SIGKILL at three random steps, each time the same command again: weights, moments, log and best weights are the same to the bit"
+    """SIGKILL at three random steps, each time the same command again: weights, moments, log and best weights are the
+    same to the bit"""
     run = copy_of(fetched, tmp_path/'run')
     for deadly in sorted(random.Random(n).sample(range(10), 3)):
-        with pytest.raises(RuntimeError, match=f'ended with (-{signal.SIGKILL.value}{"|1" if n > 1 else ""})'): iget_world_size(n, go, run, deadly)
+        with pytest.raises(RuntimeError, match=f'ended with (-{signal.SIGKILL.value}{"|1" if n > 1 else ""})'):
+            iget_world_size(n, go, run, deadly)
         assert not (run/'train/weights.safetensors').exists()
     assert iget_world_size(n, go, run, -1) == ['done']*n
     assert files(run, *made) == files(whole[n], *made)
 
 def test_slurm_script(fetched, tmp_path):
-    "configs/train.slurm as it stands, with `srun` and `scontrol` that know one machine: two processes train through the command"
+    """configs/train.slurm as it stands, with `srun` and `scontrol` that know one machine: two processes train through
+    the command"""
     for name,does in dict(srun='exec "$@"', scontrol='echo 127.0.0.1').items():
-        (tmp_path/name).write_text(f'#!/bin/bash\n{does}\n'); (tmp_path/name).chmod(0o755)
+        (tmp_path/name).write_text(f'#!/bin/bash\n{does}\n')
+        (tmp_path/name).chmod(0o755)
     run = copy_of(fetched, tmp_path/'run')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    env = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID='7', SLURM_NNODES='1', SLURM_JOB_NODELIST='here', SLURM_GPUS_ON_NODE='2', MASTER_PORT=str(port), OMP_NUM_THREADS='1')
-    done = subprocess.run(['bash', root/'configs/train.slurm', fetched.parent/'tiny.toml', '--set', f'run={run}', '--set', 'train.batch_size=4'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    env = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID='7', SLURM_NNODES='1',
+        SLURM_JOB_NODELIST='here', SLURM_GPUS_ON_NODE='2', MASTER_PORT=str(port), OMP_NUM_THREADS='1')
+    done = subprocess.run(['bash', root/'configs/train.slurm', fetched.parent/'tiny.toml', '--set', f'run={run}',
+        '--set', 'train.batch_size=4'], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (run/'train/log.jsonl').read_text().splitlines()]
     assert [o['step'] for o in log if 'loss' in o] == list(range(8)) and (run/'train/weights.safetensors').exists()

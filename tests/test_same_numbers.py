@@ -1,4 +1,5 @@
-"The files of a run are the same bytes on one core and on two, on a busy machine, shared out among workers, and killed and resumed."
+"""The files of a run are the same bytes on one core and on two, on a busy machine, shared out among workers, and killed
+and resumed."""
 import os, re, shutil, signal, subprocess, sys
 from contextlib import contextmanager
 import pytest
@@ -6,7 +7,8 @@ from conftest import command, files, kill_at, python
 from synapseclr.dev.fixtures import tiny_phantom
 from synapseclr.data.tables import read_metadata
 
-everything = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.safetensors', 'train/log.jsonl', 'features*/*.parquet', '*.parquet', 'synapses.h5ad', 'annotations/**/*']
+everything = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.safetensors', 'train/log.jsonl',
+    'features*/*.parquet', '*.parquet', 'synapses.h5ad', 'annotations/**/*']
 # In front of some code: it gets a single core; where the system cannot bind a process, it is told of one
 one_core = """
 import os
@@ -23,12 +25,16 @@ def load():
         for o in others: o.kill()
 
 class Run:
-    "A run on a small phantom, always at the same place: some files name it. Precision is left open, and the number of threads of training is stated"
+    """A run on a small phantom, always at the same place: some files name it. Precision is left open, and the number of
+    threads of training is stated"""
     def __init__(self, cwd):
-        self.cwd,self.folder = cwd,cwd/'run'
+        self.cwd = cwd
+        self.folder = cwd/'run'
         config,_ = tiny_phantom('phantom')
         self.options = ['--config', config]
-        for option in ('run=run', 'cube.size=20', 'train.threads=2', 'train.precision="auto"', 'extract.precision="auto"'): self.options += ['--set', option]
+        for option in ('run=run', 'cube.size=20', 'train.threads=2', 'train.precision="auto"',
+            'extract.precision="auto"'):
+            self.options += ['--set', option]
 
     def do(self, stage, *args, code=command, **how):
         "A command on this run, with as many threads as there are cores unless `how` says otherwise"
@@ -48,10 +54,13 @@ def run(tmp_path_factory): return Run(tmp_path_factory.mktemp('same'))
 def quiet(run):
     "What a run makes that nothing disturbs; afterwards only its phantom is there"
     run.succeed('run')
-    made,phantom = run.made(),files(run.folder/'phantom', '**/*')
+    made = run.made()
+    phantom = files(run.folder/'phantom', '**/*')
     said = [read_metadata(p)['provenance'] for p in run.folder.glob('features*/*.parquet')]
-    said += [read_metadata(run.folder/f'{name}.parquet')['provenance']['source'] for name in ('map', 'probe_scores', 'defects', 'retrieval', 'imputed', 'neurites', 'axes')]
-    assert len({o['precision'] for o in said}) == 1 and said[0]['precision'] in ('fp32', 'bf16') # one for the whole run, and all that is made from features says which
+    said += [read_metadata(run.folder/f'{name}.parquet')['provenance']['source']
+        for name in ('map', 'probe_scores', 'defects', 'retrieval', 'imputed', 'neurites', 'axes')]
+    # one for the whole run, and all that is made from features says which
+    assert len({o['precision'] for o in said}) == 1 and said[0]['precision'] in ('fp32', 'bf16')
     begin_anew(run)
     return made | {f'phantom/{name}': content for name,content in phantom.items()}
 
@@ -68,7 +77,9 @@ def assert_same(run, quiet):
 
 def test_there_is_something_to_compare(quiet):
     "Of every stage"
-    assert {'synapses.parquet', 'map.parquet', 'defects.parquet', 'retrieval.parquet', 'imputed.parquet', 'neurites.parquet', 'axes.parquet', 'results.parquet', 'evaluation_targets.parquet', 'train/weights.safetensors', 'phantom/truth.parquet'} <= set(quiet)
+    assert {'synapses.parquet', 'map.parquet', 'defects.parquet', 'retrieval.parquet', 'imputed.parquet',
+        'neurites.parquet', 'axes.parquet', 'results.parquet', 'evaluation_targets.parquet',
+        'train/weights.safetensors', 'phantom/truth.parquet'} <= set(quiet)
     assert len([name for name in quiet if name.startswith('features/')]) > 2
 
 def test_one_core(run, quiet):
@@ -78,17 +89,21 @@ def test_one_core(run, quiet):
     assert_same(run, quiet)
 
 def test_busy_killed_and_shared_out(run, quiet):
-    "On a busy machine: training killed on two cores and resumed on one, features from two workers, and the stages that follow side by side in notebooks"
+    """On a busy machine: training killed on two cores and resumed on one, features from two workers, and the stages
+    that follow side by side in notebooks"""
     begin_anew(run)
     queue = f'fq://{run.cwd}/queue'
     with load():
-        killed = run.do('run', code=kill_at.format(module='synapseclr.learn.train', owner='module', name='nt_xent', deadly=5))
+        killed = run.do('run', code=kill_at.format(module='synapseclr.learn.train', owner='module', name='nt_xent',
+            deadly=5))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         run.succeed('train', code=one_core+command)
         run.succeed('extract', '--queue', queue)
-        workers = [subprocess.Popen([sys.executable, '-c', code, 'worker', queue], cwd=run.cwd, env=os.environ | dict(OMP_NUM_THREADS=n), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        workers = [subprocess.Popen([sys.executable, '-c', code, 'worker', queue], cwd=run.cwd,
+            env=os.environ | dict(OMP_NUM_THREADS=n), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             for code,n in ((one_core+command, '3'), (command, '1'))]
-        counts = [re.search(r'(\d+) tasks done, 0 tasks failed, 0 tasks dead', worker.communicate()[0]) for worker in workers]
+        counts = [re.search(r'(\d+) tasks done, 0 tasks failed, 0 tasks dead', worker.communicate()[0])
+            for worker in workers]
     shards = len(list((run.folder/'features').glob('*.parquet')))
     assert sum(int(o[1]) for o in counts) == shards > 2
     run.succeed('run', '--notebook', OMP_NUM_THREADS='3') # stages side by side

@@ -16,11 +16,13 @@ def site():
 def pages(site): return {p: Links(p.read_text()) for p in site.rglob('*.html')}
 
 def test_every_notebook_has_a_page(site):
-    want = {re.sub(r'^\d+[a-z]*_', '', p.stem) for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    want = {re.sub(r'^\d+[a-z]*_', '', p.stem) for p in (root/'nbs').rglob('*.ipynb')
+        if '.ipynb_checkpoints' not in p.parts}
     assert want <= {p.stem for p in site.rglob('*.html')}
 
 def test_links_resolve(site):
-    broken = [(p.name, o) for p,links in pages(site).items() for o in links.leads + links.loads if not re.match(r'[a-z]+:|#|//', o)
+    broken = [(p.name, o) for p,links in pages(site).items() for o in links.leads + links.loads
+        if not re.match(r'[a-z]+:|#|//', o)
         and not (p.parent/unquote(re.split('[#?]', o)[0])).exists()]
     assert not broken
 
@@ -40,7 +42,9 @@ def browser(site, tmp_path_factory):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     browser = open_browser(tmp_path_factory.mktemp('browser'), 'window-size=1200,900')
     yield browser,f'http://127.0.0.1:{server.server_port}'
-    browser.quit(); server.shutdown(); server.server_close()
+    browser.quit()
+    server.shutdown()
+    server.server_close()
 
 def wait(browser, javascript):
     from selenium.webdriver.support.ui import WebDriverWait
@@ -50,19 +54,23 @@ def wait(browser, javascript):
 def test_as_a_reader_meets_it(browser):
     "Formulas are set, pictures have pixels, search leads to a function, and nobody else is asked for anything"
     browser,home = browser
-    asked = lambda: [m['params']['request']['url'] for o in browser.get_log('performance') if (m := json.loads(o['message'])['message'])['method'] == 'Network.requestWillBeSent']
+    asked = lambda: [m['params']['request']['url'] for o in browser.get_log('performance')
+        if (m := json.loads(o['message'])['message'])['method'] == 'Network.requestWillBeSent']
     for page in ('index', 'learn/loss', 'figures/fig2', 'figures/ledger', 'runs/consensus', 'guide/faq'):
         browser.get(f'{home}/{page}.html')
         wait(browser, 'document.readyState == "complete"')
-        assert not browser.execute_script('return [...document.images].filter(o => !o.complete || !o.naturalWidth).map(o => o.src)'), page
+        assert not browser.execute_script('return [...document.images].filter(o => !o.complete || '
+            '!o.naturalWidth).map(o => o.src)'), page
         assert not browser.execute_script('return document.querySelectorAll(".katex-error").length'), page
     browser.get(f'{home}/learn/loss.html')
     assert wait(browser, 'document.querySelectorAll(".katex-html").length') > 5
     browser.find_element('css selector', '.smalldocs-search input').send_keys('nt_xent')
     wait(browser, 'document.querySelectorAll(".search-result").length')
-    assert any(o.endswith('loss.html#nt_xent') for o in browser.execute_script('return [...document.querySelectorAll(".search-result")].map(o => o.href)'))
+    assert any(o.endswith('loss.html#nt_xent') for o in browser.execute_script('return '
+        '[...document.querySelectorAll(".search-result")].map(o => o.href)'))
     outside = [o for o in asked() if not o.startswith((home, 'data:', 'blob:', 'about:', 'chrome'))]
-    assert not outside and not [o for o in browser.get_log('browser') if o['level'] == 'SEVERE' and 'favicon' not in o['message']]
+    assert not outside and not [o for o in browser.get_log('browser') if o['level'] == 'SEVERE'
+        and 'favicon' not in o['message']]
 
 def test_anchors_are_there(site):
     "Links into a page lead to a place in it"
@@ -73,5 +81,6 @@ def test_anchors_are_there(site):
             if re.match(r'[a-z]+:|//', o) or '#' not in o: continue
             page,_,anchor = o.partition('#')
             target = (p.parent/unquote(page)).resolve() if page else p
-            if anchor and target.suffix == '.html' and target in ids and unquote(anchor) not in ids[target]: lost.append((p.name, o))
+            if anchor and target.suffix == '.html' and target in ids and unquote(anchor) not in ids[target]:
+                lost.append((p.name, o))
     assert not lost, lost[:10]

@@ -12,7 +12,8 @@ pytestmark = pytest.mark.skipif(not data.exists(), reason='the VNC volume is not
 def run(tmp_path_factory):
     "The whole line, with one epoch of training"
     folder = tmp_path_factory.mktemp('vnc')
-    done = synapseclr('run', '--config', root/'configs/vnc.toml', '--set', f'run={folder}', '--set', 'train.epochs=1', '--set', 'train.checkpoint_every_steps=5', cwd=folder)
+    done = synapseclr('run', '--config', root/'configs/vnc.toml', '--set', f'run={folder}', '--set', 'train.epochs=1',
+        '--set', 'train.checkpoint_every_steps=5', cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -26,8 +27,10 @@ def test_fetch(run):
 
 def test_chunks_are_where_the_table_says(run):
     "Against the whole layers, cut with numpy"
-    layers = {o: (l := open_layer(o, LayerSource(path=str(data/'precomputed'/o), mip=1))) and read(l, l.box) for o in ('em', 'seg', 'cleft')}
-    source,store = pd.read_csv(data/'synapse_table.csv').set_index('id'),ChunkStore.open(run/'chunks.zarr')
+    layers = {o: (l := open_layer(o, LayerSource(path=str(data/'precomputed'/o), mip=1))) and read(l, l.box)
+        for o in ('em', 'seg', 'cleft')}
+    source = pd.read_csv(data/'synapse_table.csv').set_index('id')
+    store = ChunkStore.open(run/'chunks.zarr')
     blank = read_table(run/'synapses.parquet', 'synapses').set_index('id').blank_fraction
     assert len(store) == (blank < .5).sum()
     padded,(d,h,w) = {k: np.pad(v, 100) for k,v in layers.items()},store.chunk_shape
@@ -37,7 +40,8 @@ def test_chunks_are_where_the_table_says(run):
         cut = {k: v[z+100-d//2:, y+100-h//2:, x+100-w//2:][:d, :h, :w] for k,v in padded.items()}
         assert blank[id_] == (cut['em'] == 0).mean()
         assert np.array_equal(em, cut['em'])
-        assert np.array_equal((mask & PRE) > 0, cut['seg'] == row.presyn_segid) and np.array_equal((mask & POST) > 0, cut['seg'] == row.postsyn_segid)
+        assert np.array_equal((mask & PRE) > 0, cut['seg'] == row.presyn_segid) and np.array_equal((mask & POST) > 0,
+            cut['seg'] == row.postsyn_segid)
         assert np.array_equal((mask & CLEFT) > 0, cut['cleft'] == row.cleft_segid)
 
 def test_retrieval_report(run):

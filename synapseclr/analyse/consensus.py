@@ -29,11 +29,16 @@ def neurite_consensus(
     min_confidence: float = .95, # Of a call; below it a neurite abstains
 ) -> pd.DataFrame: # One row for each neurite: `neurite_id`, `n_synapses`, `log_odds`, `p_inhibitory`, `call` (E, I or abstain)
     "Type neurites by their synapses"
-    p,neurite_id = np.asarray(p_inhibitory, float),np.asarray(neurite_id)
+    p = np.asarray(p_inhibitory, float)
+    neurite_id = np.asarray(neurite_id)
     if len(p) != len(neurite_id): raise ConsensusError(f"{len(p)} probabilities for {len(neurite_id)} neurites")
-    if ((p < 0) | (p > 1)).any(): raise ConsensusError(f"{((p < 0) | (p > 1)).sum()} probabilities are not between 0 and 1")
-    if not (0 < prior < 1 and 0 <= rho <= 1): raise ConsensusError(f"the prior has to be between 0 and 1, rho from 0 to 1; they are {prior} and {rho}")
-    if not np.issubdtype(neurite_id.dtype, np.integer): raise ConsensusError(f"neurite ids are {neurite_id.dtype}, and have to be whole numbers: ids above 2^53 lose digits as floating point")
+    if ((p < 0) | (p > 1)).any():
+        raise ConsensusError(f"{((p < 0) | (p > 1)).sum()} probabilities are not between 0 and 1")
+    if not (0 < prior < 1 and 0 <= rho <= 1):
+        raise ConsensusError(f"the prior has to be between 0 and 1, rho from 0 to 1; they are {prior} and {rho}")
+    if not np.issubdtype(neurite_id.dtype, np.integer):
+        raise ConsensusError(f"neurite ids are {neurite_id.dtype}, and have to be whole numbers: ids above 2^53 lose "
+            "digits as floating point")
     says = np.isfinite(p)
     which,names = pd.factorize(neurite_id)
     evidence = logit(p[says].clip(1e-9, 1-1e-9))-logit(prior)
@@ -51,11 +56,16 @@ def fit_intraclass_correlation(
 ) -> float: # From 0 to 1
     "Correlation of the evidence within neurites of one type"
     use = np.isfinite(p_inhibitory) & np.isfinite(inhibitory)
-    d = pd.DataFrame(dict(neurite=np.asarray(neurite_id)[use], kind=np.asarray(inhibitory)[use], l=logit(np.asarray(p_inhibitory)[use].clip(1e-9, 1-1e-9))))
+    d = pd.DataFrame(dict(neurite=np.asarray(neurite_id)[use], kind=np.asarray(inhibitory)[use],
+        l=logit(np.asarray(p_inhibitory)[use].clip(1e-9, 1-1e-9))))
     d['l'] -= d.groupby('kind').l.transform('mean')
-    size,mean = d.groupby('neurite').l.size(),d.groupby('neurite').l.mean()
-    between,within = len(size)-d.kind.nunique(),len(d)-len(size)
-    if between < 2 or within < 2: raise ConsensusError(f"{len(size)} typed neurites with {len(d)} synapses are too few to tell how they err together")
+    size = d.groupby('neurite').l.size()
+    mean = d.groupby('neurite').l.mean()
+    between = len(size)-d.kind.nunique()
+    within = len(d)-len(size)
+    if between < 2 or within < 2:
+        raise ConsensusError(f"{len(size)} typed neurites with {len(d)} synapses are too few to tell how they err "
+            "together")
     m_between = (size*mean**2).sum()/between
     m_within = ((d.l-d.neurite.map(mean))**2).sum()/within
     typical = (len(d)-(size**2).sum()/len(d))/(len(size)-1)
@@ -69,7 +79,8 @@ def simulate_neurites(
     "Synapses that are calibrated one by one, and err together"
     rng = np.random.default_rng(seed)
     size = rng.geometric(.08, n_neurites)
-    kind,neurite = rng.random(n_neurites) < .5,np.repeat(np.arange(n_neurites), size)
+    kind = rng.random(n_neurites) < .5
+    neurite = np.repeat(np.arange(n_neurites), size)
     error = rho**.5*rng.normal(size=n_neurites)[neurite] + (1-rho)**.5*rng.normal(size=size.sum())
     return expit(np.where(kind, 1, -1)[neurite]*separation**2/2 + separation*error),neurite,kind[neurite]
 
@@ -120,15 +131,18 @@ def censor(
     seed: int = 0,
 ) -> pd.DataFrame: # A row for each test synapse: `neurite`, `inhibitory`, `n_synapses` that vote, and whether it is typed right `single` and by `consensus`
     "Type the synapses whose labels were hidden; at least two neurons (or synapses) of each type stay"
-    rng,unit = np.random.default_rng(seed),np.asarray(neurite) if by == 'neurons' else np.arange(len(neurite))
+    rng = np.random.default_rng(seed)
+    unit = np.asarray(neurite) if by == 'neurons' else np.arange(len(neurite))
     kind = pd.Series(inhibitory).groupby(unit).first()
-    shown = np.concatenate([rng.choice(of.index, max(2, round(completeness*len(of))), replace=False) for _,of in kind.groupby(kind)])
+    shown = np.concatenate([rng.choice(of.index, max(2, round(completeness*len(of))), replace=False) for _,
+        of in kind.groupby(kind)])
     train = np.isin(unit, shown)
     model = GPClassifier(params=params).fit(x[train], inhibitory[train], neurite[train])
     p = expit(model.decision_function(x[~train])-logit(model.prior_))
     found = neurite_consensus(p, neurite[~train], min_confidence=0).set_index('neurite_id').loc[neurite[~train]]
     true = inhibitory[~train].astype(bool)
-    return pd.DataFrame(dict(neurite=neurite[~train], inhibitory=true, n_synapses=found.n_synapses.to_numpy(), single=(p > .5) == true, consensus=(found.call == 'I').to_numpy() == true))
+    return pd.DataFrame(dict(neurite=neurite[~train], inhibitory=true, n_synapses=found.n_synapses.to_numpy(),
+        single=(p > .5) == true, consensus=(found.call == 'I').to_numpy() == true))
 
 def label_fraction_experiment(
     x: np.ndarray, neurite: np.ndarray, inhibitory: np.ndarray, # As of `censor`
@@ -136,13 +150,15 @@ def label_fraction_experiment(
     bins=(1, 2, 5, 10, 20, 50), # Least synapses per neurite in each bin
 ) -> pd.DataFrame: # Accuracy of single synapses and by consensus for each way of censoring, completeness, repeat, type and bin
     "The experiment of Fig. 4B for one polarity; the kernel is tuned once"
-    params,rows = GPClassifier().fit(x, inhibitory, neurite).params_,[]
+    params = GPClassifier().fit(x, inhibitory, neurite).params_
+    rows = []
     for by in ('neurons', 'synapses'):
         for share in completeness:
             for seed in range(repeats):
                 d = censor(x, neurite, inhibitory, share, by, params, seed)
                 d['bin'] = np.array(bins)[np.digitize(d.n_synapses, bins)-1]
-                score = d.groupby(['inhibitory', 'bin'], as_index=False).agg(single=('single', 'mean'), consensus=('consensus', 'mean'), synapses=('single', 'size'), neurites=('neurite', 'nunique'))
+                score = d.groupby(['inhibitory', 'bin'], as_index=False).agg(single=('single', 'mean'),
+                    consensus=('consensus', 'mean'), synapses=('single', 'size'), neurites=('neurite', 'nunique'))
                 rows.append(score.assign(censored=by, completeness=share, repeat=seed))
     return pd.concat(rows, ignore_index=True)
 
@@ -159,23 +175,34 @@ def type_neurites(
     config: ConsensusConfig|None = None,
 ) -> tuple[pd.DataFrame, dict]: # Neurites, with their known `label` (nan if unknown); `prior` and `rho` of each polarity, and whether its type is predicted `above_chance`
     "Consensus of all neurites: `run/neurites.parquet`, and written back to synapses, `synapse_types.parquet`"
-    run,config = Path(run),config or ConsensusConfig()
+    run = Path(run)
+    config = config or ConsensusConfig()
     table = read_table(run/'synapses.parquet', 'synapses').set_index('id')
-    imputed,apart = read_table(run/'imputed.parquet', 'imputed').set_index('id'),read_table(run/'out_of_fold.parquet', 'out of fold').set_index('id')
-    table,apart,parts,found = table.loc[imputed.index],apart.loc[imputed.index],[],{}
+    imputed = read_table(run/'imputed.parquet', 'imputed').set_index('id')
+    apart = read_table(run/'out_of_fold.parquet', 'out of fold').set_index('id')
+    table = table.loc[imputed.index]
+    apart = apart.loc[imputed.index]
+    parts = []
+    found = {}
     told = read_metadata(run/'imputed.parquet')['provenance'].get('above_chance')
     for side in ('pre', 'post'):
         if (name := f'p_inhibitory_{side}') not in imputed: continue
-        neurite,known = table[f'{side}_root_id'].to_numpy(),apart[f'inhibitory_{side}'].to_numpy()
+        neurite = table[f'{side}_root_id'].to_numpy()
+        known = apart[f'inhibitory_{side}'].to_numpy()
         p = np.where(np.isfinite(known), apart[name], imputed[name])
-        prior,rho = float(np.nanmean(known)),fit_intraclass_correlation(apart[name].to_numpy(), neurite, known)
+        prior = float(np.nanmean(known))
+        rho = fit_intraclass_correlation(apart[name].to_numpy(), neurite, known)
         neurites = neurite_consensus(p, neurite, prior, rho, config.min_confidence)
         clear = told is None or f'inhibitory_{side}' in told
         if not clear: neurites['call'] = pd.Categorical(['abstain']*len(neurites), neurites.call.cat.categories)
         neurites['label'] = pd.Series(known).groupby(neurite).first().loc[neurites.neurite_id].to_numpy()
-        parts.append(neurites.assign(polarity=side)); found[side] = dict(prior=prior, rho=rho, above_chance=clear)
-    if not parts: raise ConsensusError(f"{run}: no types were imputed; see the report of `synapseclr impute` for the reason")
-    neurites,origin = pd.concat(parts, ignore_index=True),provenance(config, source=read_metadata(run/'imputed.parquet')['provenance'].get('source'), n_synapses=len(imputed))
+        parts.append(neurites.assign(polarity=side))
+        found[side] = dict(prior=prior, rho=rho, above_chance=clear)
+    if not parts:
+        raise ConsensusError(f"{run}: no types were imputed; see the report of `synapseclr impute` for the reason")
+    neurites = pd.concat(parts, ignore_index=True)
+    origin = provenance(config, source=read_metadata(run/'imputed.parquet')['provenance'].get('source'),
+        n_synapses=len(imputed))
     write_table(neurites, run/'neurites.parquet', 'neurites', origin)
     write_table(assign_to_synapses(table.reset_index(), neurites), run/'synapse_types.parquet', 'synapse types', origin)
     return neurites,found

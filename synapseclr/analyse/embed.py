@@ -42,11 +42,13 @@ def nearest_neighbours(
     "The graph of nearest neighbours. Raises `EmbedError` for less than three synapses, or features that are not finite"
     x = np.ascontiguousarray(x, np.float32)
     if len(x) < 3: raise EmbedError(f'{len(x)} synapses have no neighbourhood')
-    if not np.isfinite(x).all(): raise EmbedError(f'features of row {np.flatnonzero(~np.isfinite(x).all(1))[0]} are not finite')
+    if not np.isfinite(x).all():
+        raise EmbedError(f'features of row {np.flatnonzero(~np.isfinite(x).all(1))[0]} are not finite')
     if metric == 'cosine': x = normalize(x)
     k = min(k, len(x)-1)
     with worker_pool(n_cores()) as pool:
-        squares,rows,found = (*_knn(pool, x, x, k+1), 1.) if len(x) <= exact_up_to else _search_cells(pool, x, k, recall, seed)
+        squares,rows,found = (*_knn(pool, x, x, k+1), 1.) if len(x) <= exact_up_to else _search_cells(pool, x, k,
+            recall, seed)
     rows,squares = _without_self(rows, squares)
     return Neighbours(rows.astype(np.int32), (squares/2 if metric == 'cosine' else squares**.5), found)
 
@@ -56,20 +58,25 @@ def _knn(pool: Executor, queries: np.ndarray, x: np.ndarray, k: int) -> tuple[np
     squares,rows = zip(*pieces)
     return np.concatenate(squares),np.concatenate(rows)
 
-def _search_cells(pool: Executor, x: np.ndarray, k: int, recall: float, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
-    "Squared distances, rows, and measured recall: synapses of one k-means cell are compared with those of the cells nearest to it"
-    rng,n_cells = np.random.default_rng(seed),int(2*len(x)**.5)
+def _search_cells(pool: Executor, x: np.ndarray, k: int, recall: float,
+    seed: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Squared distances, rows, and measured recall: synapses of one k-means cell are compared with those of the cells
+    nearest to it"""
+    rng = np.random.default_rng(seed)
+    n_cells = int(2*len(x)**.5)
     means = faiss.Kmeans(x.shape[1], n_cells, niter=10, min_points_per_centroid=1, seed=seed+1)
     means.train(x[rng.choice(len(x), min(len(x), 50*n_cells), replace=False)])
     cell = _knn(pool, x, means.centroids, 1)[1][:, 0]
     order = np.argsort(cell, kind='stable')
-    sorted_x,ends = x[order],np.searchsorted(cell[order], np.arange(n_cells+1))
+    sorted_x = x[order]
+    ends = np.searchsorted(cell[order], np.arange(n_cells+1))
     near = np.argsort(faiss.pairwise_distances(means.centroids, means.centroids), 1)
     # How many cells away the true neighbours of some synapses lie says how many cells it takes
     some = rng.choice(len(x), min(500, len(x)), replace=False)
     away = np.argsort(near, 1)[cell[some, None], cell[_knn(pool, x[some], x, k+1)[1][:, 1:]]]
     enough = int(np.quantile(away, recall+.1*(1-recall), method='higher'))+1
-    squares,rows = np.empty((len(x), k+1), np.float32),np.empty((len(x), k+1), np.int64)
+    squares = np.empty((len(x), k+1), np.float32)
+    rows = np.empty((len(x), k+1), np.int64)
     def search(c):
         sizes = np.diff(ends)[near[c]].cumsum()
         others = near[c, :max(enough, np.searchsorted(sizes, k+1)+1)]
@@ -95,10 +102,12 @@ def connectivities(
 ) -> sp.csr_matrix: # `(N, N)`, symmetric, between 0 and 1
     "UMAP's fuzzy graph"
     from umap.umap_ import fuzzy_simplicial_set # numba takes seconds to load
-    n,k = len(near.indices),min(k, near.indices.shape[1]+1)
+    n = len(near.indices)
+    k = min(k, near.indices.shape[1]+1)
     rows = np.hstack([np.arange(n, dtype=np.int32)[:, None], near.indices[:, :k-1]])
     distance = np.hstack([np.zeros((n, 1), np.float32), near.distances[:, :k-1]])
-    return fuzzy_simplicial_set(np.empty((n, 0)), k, np.random.RandomState(0), 'precomputed', knn_indices=rows, knn_dists=distance)[0].tocsr()
+    return fuzzy_simplicial_set(np.empty((n, 0)), k, np.random.RandomState(0), 'precomputed', knn_indices=rows,
+        knn_dists=distance)[0].tocsr()
 
 @threads(1)
 def umap_layout(
@@ -106,7 +115,8 @@ def umap_layout(
     x: np.ndarray, # `(N, d)` features, whose main directions it starts from
     dimensions: int = 2,
     min_dist: float = .1, # How dense a map may get
-    epochs: int|None = None, # Passes over the graph; UMAP's own choice if None: 500, or 200 for more than 10,000 synapses
+    # Passes over the graph; UMAP's own choice if None: 500, or 200 for more than 10,000 synapses
+    epochs: int|None = None,
     seed: int = 42,
 ) -> np.ndarray: # `(N, dimensions)` float32
     "UMAP's coordinates: the same for the same seed"
@@ -116,7 +126,8 @@ def umap_layout(
     start[:, :dimensions_] = PCA(dimensions_, random_state=seed).fit_transform(np.asarray(x, np.float32))
     start = 10*start/max(abs(start).max(), 1e-12) + np.random.default_rng(seed).normal(scale=1e-4, size=start.shape)
     a,b = find_ab_params(1., min_dist)
-    return simplicial_set_embedding(np.asarray(x, np.float32), graph, dimensions, 1., a, b, 1., 5, epochs or (500 if len(x) <= 10_000 else 200), start.astype(np.float32),
+    return simplicial_set_embedding(np.asarray(x, np.float32), graph, dimensions, 1., a, b, 1., 5,
+        epochs or (500 if len(x) <= 10_000 else 200), start.astype(np.float32),
         np.random.RandomState(seed), 'euclidean', {}, False, {}, False)[0].astype(np.float32)
 
 # %% ../../nbs/analyse/01_embed.ipynb #6a4e1480
@@ -126,8 +137,10 @@ def leiden(
     seed: int = 42,
 ) -> np.ndarray: # `(N,)` int32, the largest cluster is 0
     "Leiden clusters by modularity: the same for the same seed"
-    n,own = len(near.indices),np.arange(len(near.indices), dtype=np.int64)[:, None]
-    graph = igraph.Graph(n=n, edges=np.stack(np.divmod(np.unique(np.minimum(own, near.indices)*n + np.maximum(own, near.indices)), n), 1))
+    n = len(near.indices)
+    own = np.arange(len(near.indices), dtype=np.int64)[:, None]
+    graph = igraph.Graph(n=n, edges=np.stack(np.divmod(
+        np.unique(np.minimum(own, near.indices)*n + np.maximum(own, near.indices)), n), 1))
     igraph.set_random_number_generator(random.Random(seed))
     try: found = np.array(graph.community_leiden('modularity', resolution=resolution, n_iterations=10).membership)
     finally: igraph.set_random_number_generator(random)
@@ -143,14 +156,14 @@ def _by_size(label: np.ndarray) -> np.ndarray:
 def islands(
     xy: np.ndarray, # `(N, dimensions)` map
     gap: float = 6., # How many times the median distance to the tenth neighbour nothing has to lie between
-    least: float = .02, # Share of all synapses below which it is not an island
+    min_fraction: float = .02, # Share of all synapses below which it is not an island
 ) -> np.ndarray: # `(N,)` int32, the largest is 0; -1 for synapses on none
     "Parts of the map with nothing between them"
     distance,rows = cKDTree(xy).query(xy, min(11, len(xy)))
     close = distance <= gap*np.median(distance[:, -1])
     links = sp.coo_matrix((np.ones(close.sum()), (np.nonzero(close)[0], rows[close])), (len(xy), len(xy)))
     found = _by_size(connected_components(links, directed=False)[1])
-    return np.where(np.bincount(found)[found] >= least*len(xy), found, -1).astype(np.int32)
+    return np.where(np.bincount(found)[found] >= min_fraction*len(xy), found, -1).astype(np.int32)
 
 # %% ../../nbs/analyse/01_embed.ipynb #8641b4d9
 class EmbedConfig(FeatureChoice):
@@ -181,7 +194,8 @@ def embed(
     config: EmbedConfig|None = None,
 ) -> pd.DataFrame: # `id`, coordinates, `cluster`, `island`
     "Write the graph and the map of a run, unless they are there for the same features"
-    run,config = Path(run),config or EmbedConfig()
+    run = Path(run)
+    config = config or EmbedConfig()
     table,sets = read_feature_sets(run, config.layer, [config.feature_set], include_defects=True)
     x = sets[config.feature_set]
     if config.feature_set == 'morphometrics': x = zscore(x)
@@ -190,10 +204,14 @@ def embed(
     if done.exists() and read_metadata(done).get('provenance') == origin: return read_table(done, 'map')
     near = nearest_neighbours(x, config.n_neighbors, config.metric, config.exact_up_to, config.min_recall, config.seed)
     list_of = lambda values: pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    write_table(pa.table(dict(id=table.id.to_numpy(), indices=list_of(near.indices), distances=list_of(near.distances))), run/'neighbours.parquet', 'neighbours', origin | dict(metric=config.metric, recall=near.recall))
+    write_table(pa.table(dict(id=table.id.to_numpy(), indices=list_of(near.indices),
+        distances=list_of(near.distances))), run/'neighbours.parquet', 'neighbours',
+        origin | dict(metric=config.metric, recall=near.recall))
     graph = connectivities(near, config.umap_n_neighbors)
-    maps = {d: umap_layout(graph, x, d, config.min_dist, config.n_epochs, config.seed) for d in sorted(set(config.n_components))}
-    found = pd.DataFrame(dict(id=table.id) | {name: xy[:, i] for d,xy in maps.items() for i,name in enumerate(coordinates(d))})
+    maps = {d: umap_layout(graph, x, d, config.min_dist, config.n_epochs, config.seed)
+        for d in sorted(set(config.n_components))}
+    found = pd.DataFrame(dict(id=table.id) | {name: xy[:, i] for d,xy in maps.items() for i,
+        name in enumerate(coordinates(d))})
     found = found.assign(cluster=leiden(near, config.resolution, config.seed), island=islands(maps[2]))
     write_table(found, done, 'map', origin)
     return found
@@ -204,5 +222,6 @@ def read_neighbours(
     "Read the graph of a run"
     path = Path(run)/'neighbours.parquet'
     table = read_arrow(path, 'neighbours')
-    rows,distance = (table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1) for name in ('rows', 'distance'))
+    rows,distance = (table[name].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        for name in ('indices', 'distances'))
     return table['id'].to_numpy(),Neighbours(rows, distance, read_metadata(path)['provenance']['recall'])

@@ -40,12 +40,17 @@ def variance(kernel: str, x: Tensor, scale: Tensor, shape: Tensor) -> Tensor:
     return scale.exp()*((x*x).sum(1)+shape.exp()) if kernel == 'linear' else scale.exp().expand(len(x))
 
 # %% ../../nbs/analyse/06_gp.ipynb #5d5e3f53
-start,bounds = (0., 0., -1., -1.),((-9, 9), (-4, 7), (-14, 4), (-14, 4)) # Logarithms of variance, length (or offset), noise and habit, in units of the data
+# Logarithms of variance, length (or offset), noise and habit, in units of the data
+start = (0., 0., -1., -1.)
+bounds = ((-9, 9), (-4, 7), (-14, 4), (-14, 4))
 
 class Exact:
     "Posterior given all of `x` and `y`, both in their own units: `(N, d)` and `(N,)` doubles"
     def __init__(self, x: Tensor, y: Tensor, kernel: str, params: np.ndarray, groups: np.ndarray):
-        self.x,self.y,self.kernel,self.params = x,y,kernel,torch.as_tensor(params, dtype=torch.float64)
+        self.x = x
+        self.y = y
+        self.kernel = kernel
+        self.params = torch.as_tensor(params, dtype=torch.float64)
         c = covariance(kernel, _own(kernel, x), *self.params[:2])
         self.factor = torch.linalg.cholesky(_add_noise(c, _same(groups), *self.params[2:]))
         self.weights = torch.cholesky_solve(y[:, None], self.factor)[:, 0]
@@ -53,7 +58,8 @@ class Exact:
     @staticmethod
     def tune(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> np.ndarray:
         "Parameters of the highest marginal likelihood; no habits (minus infinity) if each group is one synapse"
-        close,same = _own(kernel, x),_same(groups)
+        close = _own(kernel, x)
+        same = _same(groups)
         n,rest = (4, []) if len(np.unique(groups)) < len(groups) else (3, [-np.inf])
         def loss(params):
             p = torch.tensor([*params, *rest], requires_grad=True)
@@ -67,13 +73,15 @@ class Exact:
             p.grad[2] += slope.trace()*noise.exp()
             p.grad[3] += slope[same].sum()*habit.exp()
             return float(y@weights/2 + factor.diagonal().log().sum()),p.grad[:n].numpy()
-        return np.array([*minimize(loss, start[:n], jac=True, method='L-BFGS-B', bounds=bounds[:n], options=dict(maxiter=60)).x, *rest])
+        return np.array([*minimize(loss, start[:n], jac=True, method='L-BFGS-B', bounds=bounds[:n],
+            options=dict(maxiter=60)).x, *rest])
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Mean and variance for synapses of new neurons, white noise and the spread of habits included"
         k = covariance(self.kernel, closeness(self.kernel, x, self.x), *self.params[:2])
         known = torch.linalg.solve_triangular(self.factor, k.T, upper=False).square().sum(0)
-        return k@self.weights,(variance(self.kernel, x, *self.params[:2])-known).clamp_min(0) + self.params[2:].exp().sum()
+        return k@self.weights,(variance(self.kernel, x, *self.params[:2])-known).clamp_min(0) + self.params[2:].exp(
+            ).sum()
 
     def block(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor|float]:
         "Of some rows: their block of the inverse, its product with `y`, and variance beyond the block"
@@ -111,7 +119,10 @@ def inducing_points(x: Tensor, n: int, seed: int) -> Tensor:
 class Sparse:
     "Posterior through inducing points"
     def __init__(self, x: Tensor, y: Tensor, kernel: str, params: np.ndarray, centres: Tensor):
-        self.x,self.y,self.kernel,self.centres = x,y,kernel,centres
+        self.x = x
+        self.y = y
+        self.kernel = kernel
+        self.centres = centres
         self.params = torch.as_tensor(params, dtype=torch.float64)
         self.root = _root(kernel, _own(kernel, centres), self.params)
         self.noise = self.params[2].exp()
@@ -128,7 +139,8 @@ class Sparse:
     @staticmethod
     def tune(x: Tensor, y: Tensor, kernel: str, centres: Tensor) -> np.ndarray:
         "Parameters of the highest bound"
-        own,close = _own(kernel, centres),closeness(kernel, x, centres)
+        own = _own(kernel, centres)
+        close = closeness(kernel, x, centres)
         def loss(params):
             p = torch.tensor(params, requires_grad=True)
             minus = -collapsed_bound(p, x, y, kernel, own, close)
@@ -140,7 +152,8 @@ class Sparse:
         "Mean and variance, white noise included"
         phi = self._through(x)
         known = torch.linalg.solve_triangular(self.factor, phi.T, upper=False).square().sum(0)
-        return phi@self.at_centres,(variance(self.kernel, x, *self.params[:2])-phi.square().sum(1)).clamp_min(0) + known + self.noise
+        return phi@self.at_centres,(variance(self.kernel, x, *self.params[:2])-phi.square().sum(1)).clamp_min(
+            0) + known + self.noise
 
     def block(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         "As of `Exact`"
@@ -153,7 +166,8 @@ class Sparse:
         return (1-half.square().sum(0)/self.noise)/self.noise,self.slack
 
     @cached_property
-    def slack(self) -> Tensor: return (variance(self.kernel, self.x, *self.params[:2])-self.phi.square().sum(1)).clamp_min(0)
+    def slack(self) -> Tensor:
+        return (variance(self.kernel, self.x, *self.params[:2])-self.phi.square().sum(1)).clamp_min(0)
 
 def _root(kernel: str, own: Tensor, p: Tensor) -> Tensor:
     "Cholesky factor of the kernel at the inducing points"
@@ -178,7 +192,8 @@ def left_out(
     if len(np.unique(groups)) == len(groups):
         diagonal,slack = posterior.diagonal()
         return (posterior.y-posterior.weights/diagonal).numpy(),(1/diagonal+slack).numpy()
-    mean,var = np.empty(len(groups)),np.empty(len(groups))
+    mean = np.empty(len(groups))
+    var = np.empty(len(groups))
     order = np.argsort(groups, kind='stable')
     for rows in np.split(order, np.flatnonzero(np.diff(groups[order]))+1):
         block,weights,slack = posterior.block(rows)
@@ -190,18 +205,23 @@ def left_out(
 def platt(
     score: np.ndarray, # `(N,)`
     y: np.ndarray, # `(N,)` bool
-    groups: np.ndarray|None = None, # `(N,)` neurons; the slope is drawn towards that of a regression, as strongly as one of them pulls
+    # `(N,)` neurons; the slope is drawn towards that of a regression, as strongly as one of them pulls
+    groups: np.ndarray|None = None,
 ) -> tuple[float, float]: # Slope, not negative, and offset
-    "The logistic curve from scores to probabilities; targets are moved inwards a little, as in Platt (1999), so that perfect scores do not make it a step"
+    """The logistic curve from scores to probabilities; targets are moved inwards a little, as in Platt (1999), so that
+    perfect scores do not make it a step"""
     target = np.where(y, (y.sum()+1)/(y.sum()+2), 1/((~y).sum()+2))
     start = 1/y.std()
     evidence = len(y) if groups is None else 2*min(len(np.unique(groups[y])), len(np.unique(groups[~y])))
     pull = groups is not None
     def loss(ab):
         odds = ab[0]*score+ab[1]
-        slope,off = expit(odds)-target,pull*(ab[0]/start-1)
-        return evidence*(np.logaddexp(0, odds)-target*odds).mean()+off**2/2,np.array([evidence*(slope@score)/len(y)+off/start, evidence*slope.mean()])
-    return tuple(minimize(loss, (1., logit(target.mean())), jac=True, method='L-BFGS-B', bounds=((0, None), (None, None))).x)
+        slope = expit(odds)-target
+        off = pull*(ab[0]/start-1)
+        return evidence*(np.logaddexp(0, odds)-target*odds).mean()+off**2/2,np.array(
+            [evidence*(slope@score)/len(y)+off/start, evidence*slope.mean()])
+    return tuple(minimize(loss, (1., logit(target.mean())), jac=True, method='L-BFGS-B',
+        bounds=((0, None), (None, None))).x)
 
 def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> np.ndarray:
     "Parameters with which groups that are left out are typed best"
@@ -211,20 +231,25 @@ def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> n
         score = left_out(Exact(x, y, kernel, params(o), groups), groups)[0]
         slope,offset = platt(score, yes)
         return (np.logaddexp(0, slope*score+offset) - yes*(slope*score+offset)).mean()
-    return params(minimize(loss, start[1:3], method='Nelder-Mead', options=dict(maxfev=40, xatol=.2, fatol=2e-3, initial_simplex=[(0, -1), (1, -1), (0, 1)])).x)
+    return params(minimize(loss, start[1:3], method='Nelder-Mead',
+        options=dict(maxfev=40, xatol=.2, fatol=2e-3, initial_simplex=[(0, -1), (1, -1), (0, 1)])).x)
 
 # %% ../../nbs/analyse/06_gp.ipynb #5a6ba5a6
 class Variational:
     "The paper's recipe"
     def __init__(self, x: Tensor, y: Tensor, kernel: str, centres: Tensor, n_steps: int, seed: int, binary: bool):
-        self.kernel,self.binary = kernel,binary
+        self.kernel = kernel
+        self.binary = binary
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._train(x, y, centres, n_steps)
         value = lambda v: v.detach().clone()
         shape = {'rbf': 'lengthscale', 'laplace': 'lengthscale', 'linear': 'offset'}[kernel]
-        self.params = torch.stack([value(model.kernel.variance).log(), value(getattr(model.kernel, shape)).log(), value(model.likelihood.variance).log() if not binary else torch.tensor(-torch.inf).double()])
-        self.centres,self.loc,self.sd = value(model.Xu),value(model.u_loc),value(model.u_sd)
+        self.params = torch.stack([value(model.kernel.variance).log(), value(getattr(model.kernel, shape)).log(),
+            value(model.likelihood.variance).log() if not binary else torch.tensor(-torch.inf).double()])
+        self.centres = value(model.Xu)
+        self.loc = value(model.u_loc)
+        self.sd = value(model.u_sd)
         self.root = _root(kernel, _own(kernel, self.centres), self.params)
 
     _through = Sparse._through
@@ -241,13 +266,15 @@ class Variational:
             for _ in range(n_steps):
                 optimiser.zero_grad()
                 elbo(model.model, model.guide).backward()
-                optimiser.step(); rate.step()
+                optimiser.step()
+                rate.step()
         return model
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Mean and variance; white noise included, but for a type, where they are of the log-odds"
         phi = self._through(x)
-        var = (variance(self.kernel, x, *self.params[:2])-phi.square().sum(1)).clamp_min(0) + (phi*self.sd).square().sum(1)
+        var = (variance(self.kernel, x, *self.params[:2])-phi.square().sum(1)).clamp_min(0) + (phi*self.sd).square(
+            ).sum(1)
         return phi@self.loc,var + self.params[2].exp()
 
 def _pyro_model(x: Tensor, y: Tensor, kernel: str, centres: Tensor, binary: bool):
@@ -268,8 +295,10 @@ def _pyro_model(x: Tensor, y: Tensor, kernel: str, centres: Tensor, binary: bool
             self.offset = PyroParam(torch.ones(()).double(), constraints.positive)
         def forward(self, X, Z=None, diag=False): return super().forward(X, Z, diag) + self.variance*self.offset
 
-    d,one = x.shape[1],torch.ones(()).double()
-    make = dict(rbf=lambda: gp.kernels.RBF(d, one, one), laplace=lambda: gp.kernels.Exponential(d, one, one), linear=lambda: Linear(d))[kernel]
+    d = x.shape[1]
+    one = torch.ones(()).double()
+    make = dict(rbf=lambda: gp.kernels.RBF(d, one, one), laplace=lambda: gp.kernels.Exponential(d, one, one),
+        linear=lambda: Linear(d))[kernel]
     likelihood = gp.likelihoods.Binary() if binary else gp.likelihoods.Gaussian(torch.tensor(np.exp(start[2])))
     model = MeanField(x, y, make(), centres.clone(), likelihood, whiten=True, jitter=1e-6)
     model.u_sd = PyroParam(torch.ones(len(centres)).double(), constraints.positive)

@@ -11,7 +11,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
-from .gp import Exact, GPError, Sparse, Variational, closeness, inducing_points, left_out, platt, tune_on_left_out
+from synapseclr.analyse.gp import (Exact, GPError, Sparse, Variational, closeness, inducing_points, left_out, platt,
+    tune_on_left_out)
 
 # %% auto #0
 __all__ = ['GPRegressor', 'GPClassifier']
@@ -20,18 +21,27 @@ __all__ = ['GPRegressor', 'GPClassifier']
 class _GP(BaseEstimator):
     "What both estimators share"
     def __init__(self, kernel, method, n_inducing, n_steps, n_tuning, params, seed):
-        self.kernel,self.method,self.n_inducing,self.n_steps,self.n_tuning,self.params,self.seed = kernel,method,n_inducing,n_steps,n_tuning,params,seed
+        self.kernel = kernel
+        self.method = method
+        self.n_inducing = n_inducing
+        self.n_steps = n_steps
+        self.n_tuning = n_tuning
+        self.params = params
+        self.seed = seed
 
     def _check(self, X, y, groups) -> tuple[np.ndarray, np.ndarray]:
         "Features and groups, if they can be used"
-        for name,value,known in (('kernel', self.kernel, ('rbf', 'laplace', 'linear')), ('method', self.method, ('exact', 'sgpr', 'vsgp'))):
+        for name,value,known in (('kernel', self.kernel, ('rbf', 'laplace', 'linear')),
+            ('method', self.method, ('exact', 'sgpr', 'vsgp'))):
             if value not in known: raise GPError(f"there is no {name} '{value}'; there are {', '.join(known)}")
         groups = np.arange(len(y)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
         if len(groups) != len(y): raise GPError(f"{len(groups)} groups for {len(y)} targets")
-        if len(y) > 1 and groups.max() == 0: raise GPError('all targets are of one group: with none left to learn from, nothing can be left out')
+        if len(y) > 1 and groups.max() == 0:
+            raise GPError('all targets are of one group: with none left to learn from, nothing can be left out')
         self.centre_ = X.mean(0)
         some = torch.from_numpy(X[np.random.default_rng(self.seed).permutation(len(X))[:1000]]-self.centre_)
-        typical = some.square().sum(1) if self.kernel == 'linear' else closeness('rbf', some, some)[~torch.eye(len(some), dtype=bool)]
+        typical = some.square().sum(1) if self.kernel == 'linear' else closeness('rbf', some,
+            some)[~torch.eye(len(some), dtype=bool)]
         self.scale_ = float(typical.median())**.5 or 1. if len(typical) else 1.
         return groups
 
@@ -41,14 +51,20 @@ class _GP(BaseEstimator):
 
     def _posterior(self, x: Tensor, y: Tensor, groups: np.ndarray, types: bool) -> Exact|Sparse|Variational:
         "Fit by the method asked for; `params_` are the parameters found"
-        params,some = self.params,np.random.default_rng(self.seed).permutation(groups.max()+1)[groups].argsort(kind='stable')[:self.n_tuning]
-        if params is None and self.method != 'vsgp' and types: params = tune_on_left_out(x[some], y[some], self.kernel, groups[some])
+        params = self.params
+        some = np.random.default_rng(self.seed).permutation(groups.max()+1)[groups].argsort(kind='stable')[
+            :self.n_tuning]
+        if params is None and self.method != 'vsgp' and types:
+            params = tune_on_left_out(x[some], y[some], self.kernel, groups[some])
         if self.method == 'exact':
-            found = Exact(x, y, self.kernel, Exact.tune(x[some], y[some], self.kernel, groups[some]) if params is None else params, groups)
+            found = Exact(x, y, self.kernel, Exact.tune(x[some], y[some], self.kernel, groups[some]) if params is None
+                else params, groups)
         else:
             centres = inducing_points(x, self.n_inducing, self.seed)
             if self.method == 'vsgp': found = Variational(x, y, self.kernel, centres, self.n_steps, self.seed, types)
-            else: found = Sparse(x, y, self.kernel, Sparse.tune(x, y, self.kernel, centres) if params is None else params[:3], centres)
+            else:
+                found = Sparse(x, y, self.kernel, Sparse.tune(x, y, self.kernel, centres) if params is None
+                    else params[:3], centres)
         self.params_ = tuple(found.params.tolist())
         return found
 
@@ -59,7 +75,8 @@ class _GP(BaseEstimator):
 
     def _left_out(self, posterior, groups) -> tuple[np.ndarray, np.ndarray]:
         "As `left_out`, for the groups of the fit if there are none"
-        if self.method == 'vsgp': raise GPError("method 'vsgp' has no closed form for leaving out; use cross_val_predict with groups")
+        if self.method == 'vsgp':
+            raise GPError("method 'vsgp' has no closed form for leaving out; use cross_val_predict with groups")
         groups = self.groups_ if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
         if len(groups) != len(self.groups_): raise GPError(f"{len(groups)} groups for {len(self.groups_)} targets")
         if groups.max() == 0: raise GPError('all targets are of one group: nothing is left to predict them from')
@@ -91,16 +108,22 @@ class GPRegressor(RegressorMixin, _GP):
         y = np.asarray(y, float)
         self.groups_ = self._check(X, y, groups)
         if self.log_offset is not None:
-            if (low := y+self.log_offset <= 0).any(): raise GPError(f"{low.sum()} of {len(y)} targets have no logarithm (the lowest is {y.min():g}, log_offset {self.log_offset:g})")
+            if (low := y+self.log_offset <= 0).any():
+                raise GPError(f"{low.sum()} of {len(y)} targets have no logarithm (the lowest is {y.min():g}, "
+                    f"log_offset {self.log_offset:g})")
             y = np.log(y+self.log_offset)
-        self.y_mean_,self.y_sd_ = y.mean(),y.std()
-        if self.y_sd_ <= 1e-12*abs(self.y_mean_): raise GPError(f"the target is {y[0]:g} for all {len(y)}: there is nothing to learn")
-        self.posterior_ = self._posterior(self._units(X), torch.from_numpy((y-self.y_mean_)/self.y_sd_), self.groups_, types=False)
+        self.y_mean_ = y.mean()
+        self.y_sd_ = y.std()
+        if self.y_sd_ <= 1e-12*abs(self.y_mean_):
+            raise GPError(f"the target is {y[0]:g} for all {len(y)}: there is nothing to learn")
+        self.posterior_ = self._posterior(self._units(X), torch.from_numpy((y-self.y_mean_)/self.y_sd_), self.groups_,
+            types=False)
         return self
 
     def _moments(self, mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         "Mean and standard deviation in units of the target"
-        mean,sd = self.y_mean_+self.y_sd_*mean,self.y_sd_*var**.5
+        mean = self.y_mean_+self.y_sd_*mean
+        sd = self.y_sd_*var**.5
         if self.log_offset is None: return mean,sd
         with np.errstate(over='ignore'): # infinite for a row so far from all others that nothing is known of it
             middle = np.exp(mean+sd**2/2)
@@ -122,7 +145,8 @@ class GPRegressor(RegressorMixin, _GP):
         return tuple(ends) if self.log_offset is None else tuple(np.exp(e)-self.log_offset for e in ends)
 
     def loo(self, groups=None) -> tuple[np.ndarray, np.ndarray]: # `(N,)` mean and standard deviation
-        "What would be predicted for each target without its group (that of the fit, if there is none; without itself alone, if there was none)"
+        """What would be predicted for each target without its group (that of the fit, if there is none; without itself
+        alone, if there was none)"""
         check_is_fitted(self)
         return self._moments(*self._left_out(self.posterior_, groups))
 
@@ -130,8 +154,11 @@ class GPRegressor(RegressorMixin, _GP):
 class GPClassifier(ClassifierMixin, _GP):
     "Gaussian-process classification of two classes, calibrated on left-out groups"
     def __init__(self,
-        kernel: str = 'rbf', method: str = 'exact', n_inducing: int = 200, n_steps: int = 20000, n_tuning: int = 500, params: tuple|None = None, # As of `GPRegressor`
-        balanced: int = 0, # Fits to class-balanced resamples (the paper's 5), the prior corrected back; one fit to all data if 0
+        # As of `GPRegressor`
+        kernel: str = 'rbf', method: str = 'exact', n_inducing: int = 200, n_steps: int = 20000, n_tuning: int = 500,
+        params: tuple|None = None,
+        # Fits to class-balanced resamples (the paper's 5), the prior corrected back; one fit to all data if 0
+        balanced: int = 0,
         seed: int = 0,
     ):
         super().__init__(kernel, method, n_inducing, n_steps, n_tuning, params, seed)
@@ -151,12 +178,19 @@ class GPClassifier(ClassifierMixin, _GP):
         X,y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self.classes_,y = np.unique(y, return_inverse=True)
-        if len(self.classes_) > 2: raise GPError(f"Only binary classification is supported. The type of the target is multiclass, with {len(self.classes_)} classes")
-        if len(self.classes_) < 2: raise GPError(f"all {len(y)} targets are of one class, {self.classes_[0]}: there is nothing to learn")
-        self.groups_,self.prior_ = self._check(X, y, groups),y.mean()
-        x,y,rng = self._units(X),y.astype(bool),np.random.default_rng(self.seed)
+        if len(self.classes_) > 2:
+            raise GPError("Only binary classification is supported. The type of the target is multiclass, with "
+                f"{len(self.classes_)} classes")
+        if len(self.classes_) < 2:
+            raise GPError(f"all {len(y)} targets are of one class, {self.classes_[0]}: there is nothing to learn")
+        self.groups_ = self._check(X, y, groups)
+        self.prior_ = y.mean()
+        x = self._units(X)
+        y = y.astype(bool)
+        rng = np.random.default_rng(self.seed)
         few = min(y.sum(), (~y).sum())
-        draws = [np.concatenate([rng.choice(np.flatnonzero(y == c), few, replace=False) for c in (False, True)]) for _ in range(self.balanced)]
+        draws = [np.concatenate([rng.choice(np.flatnonzero(y == c), few, replace=False) for c in (False, True)])
+            for _ in range(self.balanced)]
         self.members_ = [self._member(x[rows], y[rows], self.groups_[rows]) for rows in draws or [np.arange(len(y))]]
         return self
 
@@ -170,7 +204,8 @@ class GPClassifier(ClassifierMixin, _GP):
         "Log-odds of the second class"
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        return sum(_log_odds(*self._predict(p, X), curve) for p,curve in self.members_)/len(self.members_) + (logit(self.prior_) if self.balanced else 0)
+        return sum(_log_odds(*self._predict(p, X), curve) for p,
+            curve in self.members_)/len(self.members_) + (logit(self.prior_) if self.balanced else 0)
 
     def predict_proba(self, X) -> np.ndarray:
         "Probability of each class, `(N, 2)`"
@@ -185,10 +220,13 @@ class GPClassifier(ClassifierMixin, _GP):
     def loo(self, groups=None) -> np.ndarray: # `(N,)` probability of the second class
         "What would be predicted for each target without its group, as of `GPRegressor`"
         check_is_fitted(self)
-        if self.balanced: raise GPError('fits to resamples leave out other targets each: use balanced=0, or cross_val_predict with groups')
+        if self.balanced:
+            raise GPError('fits to resamples leave out other targets each: use balanced=0, or cross_val_predict with '
+                'groups')
         (posterior,curve), = self.members_
         return expit(_log_odds(*self._left_out(posterior, groups), curve))
 
 def _log_odds(mean: np.ndarray, var: np.ndarray, curve: tuple|None) -> np.ndarray:
-    "By the logistic curve; without one they are log-odds already, averaged over their uncertainty (MacKay's approximation)"
+    """By the logistic curve; without one they are log-odds already, averaged over their uncertainty (MacKay's
+    approximation)"""
     return mean/np.sqrt(1+np.pi*var/8) if curve is None else curve[0]*mean+curve[1]

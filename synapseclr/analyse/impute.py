@@ -14,7 +14,8 @@ from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
 from ..core import SynapseCLRError, n_cores, progress, provenance, threads, worker_pool
-from ..metrics import classification_scores, cluster_bootstrap, neuron_disjoint_folds, percentile_interval, regression_scores, roc_auc, uncentred_explained_variance
+from ..metrics import (classification_scores, cluster_bootstrap, neuron_disjoint_folds, percentile_interval,
+    regression_scores, roc_auc, uncentred_explained_variance)
 from ..data.features import FeatureChoice, feature_provenance, read_feature_sets, zscore
 from ..data.results import MORPHOMETRIC_COLUMNS
 from ..data.tables import write_table
@@ -36,9 +37,11 @@ class Trait:
     @property
     def is_type(self) -> bool: return self.log_offset is None
 
-TRAITS = (Trait('cleft_um3', 'cleft_um3', 'pre', 0.), Trait('pre_soma_um', 'pre_soma_um', 'pre', 1.), Trait('post_soma_um', 'post_soma_um', 'post', 1.),
+TRAITS = (Trait('cleft_um3', 'cleft_um3', 'pre', 0.), Trait('pre_soma_um', 'pre_soma_um', 'pre', 1.),
+    Trait('post_soma_um', 'post_soma_um', 'post', 1.),
     Trait('pre_mito_um3', 'pre_mito_um3', 'pre', 0.), Trait('post_mito_um3', 'post_mito_um3', 'post', 0.),
-    Trait('inhibitory_pre', 'inhibitory', 'pre'), Trait('inhibitory_post', 'inhibitory', 'post'), Trait('mito_pre', 'pre_mito_um3', 'pre'), Trait('mito_post', 'post_mito_um3', 'post'))
+    Trait('inhibitory_pre', 'inhibitory', 'pre'), Trait('inhibitory_post', 'inhibitory', 'post'),
+    Trait('mito_pre', 'pre_mito_um3', 'pre'), Trait('mito_post', 'post_mito_um3', 'post'))
 
 class ImputeError(SynapseCLRError):
     "Nothing can be imputed"
@@ -46,21 +49,30 @@ class ImputeError(SynapseCLRError):
 def known_targets(
     table: pd.DataFrame, # Synapses
     neurons: pd.DataFrame, # From `read_neurons`
-    least: int = 20, # Known values without which a trait is skipped
+    min_known: int = 20, # Known values without which a trait is skipped
 ) -> tuple[pd.DataFrame, list[str]]: # A column for each trait that can be learnt, nan where it is not known; and why others are not there
     "What is known of each synapse"
-    known,skipped = {},[]
+    known = {}
+    skipped = []
     for t in TRAITS:
-        value = table[f'{t.side}_root_id'].map(neurons.set_index('root_id').inhibitory) if t.column == 'inhibitory' else table.get(t.column)
-        if value is None: skipped.append(f"{t.name}: the synapse table has no column {t.column}"); continue
+        value = table[f'{t.side}_root_id'].map(neurons.set_index(
+            'root_id').inhibitory) if t.column == 'inhibitory' else table.get(t.column)
+        if value is None:
+            skipped.append(f"{t.name}: the synapse table has no column {t.column}")
+            continue
         if t.is_type and t.column != 'inhibitory': value = (value > 0).where(value.notna())
         if 'mito' in t.column and not t.is_type: value = value.where(value > 0)
         value = value.astype(float)
         of_neuron = value.groupby(table[f'{t.side}_root_id'])
-        if value.notna().sum() < least: skipped.append(f"{t.name}: known for {value.notna().sum()} synapses, {least} are the least to learn from")
-        elif value.nunique() < 2: skipped.append(f"{t.name}: {value.dropna().iloc[0]:g} for all synapses where it is known")
-        elif t.is_type and (fewest := min((of_neuron.min() == 0).sum(), (of_neuron.max() == 1).sum())) < 2: skipped.append(f"{t.name}: one of the two types is known for {fewest} neuron{'' if fewest == 1 else 's'} alone")
-        elif not t.is_type and of_neuron.count().gt(0).sum() < 4: skipped.append(f"{t.name}: known for synapses of {of_neuron.count().gt(0).sum()} neurons, 4 are the least")
+        if value.notna().sum() < min_known:
+            skipped.append(f"{t.name}: known for {value.notna().sum()} synapses, {min_known} are the least to learn from")
+        elif value.nunique() < 2:
+            skipped.append(f"{t.name}: {value.dropna().iloc[0]:g} for all synapses where it is known")
+        elif t.is_type and (fewest := min((of_neuron.min() == 0).sum(), (of_neuron.max() == 1).sum())) < 2:
+            skipped.append(f"{t.name}: one of the two types is known for {fewest} neuron{'' if fewest == 1 else 's'} "
+                "alone")
+        elif not t.is_type and of_neuron.count().gt(0).sum() < 4:
+            skipped.append(f"{t.name}: known for synapses of {of_neuron.count().gt(0).sum()} neurons, 4 are the least")
         else: known[t.name] = value
     return pd.DataFrame(known, index=table.index),skipped
 
@@ -71,7 +83,8 @@ def model_for(trait: Trait, **options) -> GPRegressor|GPClassifier:
 
 def predictions(model: GPRegressor|GPClassifier, x: np.ndarray, prior: float) -> np.ndarray:
     "`mean`, `sd`, `lo90`, `hi90` of a number, or the probability of a type, at a `prior` share of it, `(N, 4 or 1)`"
-    if isinstance(model, GPClassifier): return expit(model.decision_function(x)-logit(model.prior_)+logit(prior))[:, None]
+    if isinstance(model, GPClassifier):
+        return expit(model.decision_function(x)-logit(model.prior_)+logit(prior))[:, None]
     return np.stack([*model.predict(x, return_std=True), *model.predict_interval(x)], 1)
 
 def cross_val_predictions(
@@ -80,7 +93,8 @@ def cross_val_predictions(
     groups: np.ndarray, # `(N,)` neurons
     folds: Iterable[tuple[np.ndarray, np.ndarray]], # Train and test
 ) -> list[tuple[np.ndarray, np.ndarray]]: # For each fold: which are tested, and their `predictions`
-    "Predict the test part of each fold by a model that was fitted to its training part; a fold without both types, or two neurons, in training is left out"
+    """Predict the test part of each fold by a model that was fitted to its training part; a fold without both types, or
+    two neurons, in training is left out"""
     found = []
     for train,test in folds:
         if len(np.unique(y[train])) < 2 or len(np.unique(groups[train])) < 2: continue
@@ -94,7 +108,8 @@ def score_trait(
     location: float, scale: float, # Of the logarithm of a number
 ) -> tuple[dict, tuple]: # All scores; and what goes into the first of them, for the bootstrap
     "How good predictions are; numbers are compared as z-scored logarithms, in which their intervals are symmetric"
-    if trait.is_type: return classification_scores(y.astype(bool), predicted[:, 0]),(roc_auc, y.astype(bool), predicted[:, 0])
+    if trait.is_type:
+        return classification_scores(y.astype(bool), predicted[:, 0]),(roc_auc, y.astype(bool), predicted[:, 0])
     z = lambda v: (np.log(v+trait.log_offset)-location)/scale
     lo,hi = z(predicted[:, 2]),z(predicted[:, 3])
     mean,sd = (lo+hi)/2,(hi-lo)/2/norm.ppf(.95)
@@ -126,9 +141,12 @@ def cross_validate_trait(
     y,pre,post = y[at],pre[at],post[at]
     groups = pre if trait.side == 'pre' else post
     logs = np.log(y+trait.log_offset) if not trait.is_type else np.zeros(1)
-    rows,ingredients,kept = [],{},{}
+    rows = []
+    ingredients = {}
+    kept = {}
     for name,x in sets.items():
-        x,model = x[at],model_for(trait, **config.model)
+        x = x[at]
+        model = model_for(trait, **config.model)
         random,_ = _apart(model, x, y, np.arange(len(y)), ShuffleSplit(5, test_size=.1, random_state=0).split(x))
         random = pd.DataFrame([score_trait(trait, y[test], p, logs.mean(), logs.std())[0] for test,p in random])
         folds,tuned = _apart(model, x, y, groups, neuron_disjoint_folds(pre, post, y, config.n_splits))
@@ -136,11 +154,13 @@ def cross_validate_trait(
         for test,p in folds: apart[test] = p
         scores,ingredients[name] = score_trait(trait, y, apart, logs.mean(), logs.std())
         about = dict(trait=trait.name, features=name, n=len(y), neurons=len(np.unique(groups)))
-        rows += [about | dict(split='random', sd=random.iloc[:, 0].std()) | random.mean().to_dict(), about | dict(split='neurons') | scores]
+        rows += [about | dict(split='random', sd=random.iloc[:, 0].std()) | random.mean().to_dict(),
+            about | dict(split='neurons') | scores]
         kept[name] = apart,tuned
     statistic,truth,_ = next(iter(ingredients.values()))
     draws = cluster_bootstrap(statistic, truth, [s for _,_,s in ingredients.values()], groups, n_draws=200)
-    chosen,score = list(sets).index(config.feature_set),'AUC' if trait.is_type else 'EV'
+    chosen = list(sets).index(config.feature_set)
+    score = 'AUC' if trait.is_type else 'EV'
     for i,row in enumerate(rows[1::2]):
         row['lo95'],row['hi95'] = percentile_interval(draws[:, i])
         row['gain'] = rows[1::2][chosen][score]-row[score]
@@ -149,18 +169,20 @@ def cross_validate_trait(
     out[at] = kept[config.feature_set][0]
     return pd.DataFrame(rows),out,kept[config.feature_set][1]
 
-def _apart(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray, groups: np.ndarray, folds) -> tuple[list, tuple|None]:
+def _apart(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray, groups: np.ndarray,
+    folds) -> tuple[list, tuple|None]:
     "`cross_val_predictions` with parameters tuned on everything, unless that is a few neurons, and these"
     params = clone(model).fit(x, y, groups).params_ if model.method != 'vsgp' else None
-    return cross_val_predictions(clone(model).set_params(params=params if len(np.unique(groups)) >= MIN_NEURONS else None), x, y, groups, folds),params
+    return cross_val_predictions(clone(model).set_params(params=params if len(np.unique(groups)) >= MIN_NEURONS
+        else None), x, y, groups, folds),params
 
 # %% ../../nbs/analyse/08_impute.ipynb #5240095e
 def hide_labels(
     neurons: pd.DataFrame, # From `read_neurons`
-    share: float, seed: int = 0,
+    fraction: float, seed: int = 0,
 ) -> pd.DataFrame:
     "The table with the types of all but a `share` of the typed neurons hidden; each type keeps its share"
-    shown = neurons.groupby('inhibitory').sample(frac=share, random_state=seed).index
+    shown = neurons.groupby('inhibitory').sample(frac=fraction, random_state=seed).index
     return neurons.assign(inhibitory=neurons.inhibitory.where(neurons.index.isin(shown)))
 
 def traits_above_chance(
@@ -172,7 +194,8 @@ def traits_above_chance(
     return chosen.lo95 > np.where(chosen.AUC.notna() if 'AUC' in chosen else False, .5, 0)
 
 def _at_once(config: ImputeConfig, known: pd.DataFrame) -> int:
-    "How many traits to learn at once: as many as there are cores, and memory for. An exact process needs some ten matrices of all pairs of known synapses"
+    """How many traits to learn at once: as many as there are cores, and memory for. An exact process needs some ten
+    matrices of all pairs of known synapses"""
     if config.method == 'vsgp': return 1 # Pyro does not go into threads
     bytes_each = 10*8*int(known.notna().sum().max())**2 if config.method == 'exact' else 0
     room = int(psutil.virtual_memory().available//max(1, bytes_each))
@@ -184,29 +207,41 @@ def impute(
     neurons: pd.DataFrame, # From `read_neurons`
     config: ImputeConfig|None = None,
 ) -> tuple[pd.DataFrame, list[str]]: # All scores, and which traits are not there and why
-    "Judge and impute all traits: `run/imputation_scores.parquet` has the scores, `imputed.parquet` every synapse, `out_of_fold.parquet` what is said of known synapses by models that have not seen their neurons"
-    run,config = Path(run),config or ImputeConfig()
+    """Judge and impute all traits: `run/imputation_scores.parquet` has the scores, `imputed.parquet` every synapse,
+    `out_of_fold.parquet` what is said of known synapses by models that have not seen their neurons"""
+    run = Path(run)
+    config = config or ImputeConfig()
     table,sets = read_feature_sets(run, config.layer, reference=config.feature_set)
     sets = {name: zscore(x) for name,x in sets.items()}
     known,skipped = known_targets(table, hide_labels(neurons, config.label_fraction))
     if not len(known.columns): raise ImputeError('\n  '.join(['there is no trait to learn:'] + skipped))
-    pre,post = table.pre_root_id.to_numpy(),table.post_root_id.to_numpy()
+    pre = table.pre_root_id.to_numpy()
+    post = table.post_root_id.to_numpy()
     def one(t):
         y = known[t.name].to_numpy()
-        own = sets | dict(morphometrics=np.delete(sets['morphometrics'], [i for i,c in enumerate(MORPHOMETRIC_COLUMNS) if c == t.column], 1))
+        own = sets | dict(morphometrics=np.delete(sets['morphometrics'],
+            [i for i,c in enumerate(MORPHOMETRIC_COLUMNS) if c == t.column], 1))
         scores,out,params = cross_validate_trait(t, own, y, pre, post, config)
-        at,x = np.isfinite(y),own[config.feature_set]
+        at = np.isfinite(y)
+        x = own[config.feature_set]
         model = model_for(t, **config.model, params=params).fit(x[at], y[at], (pre if t.side == 'pre' else post)[at])
         names = [f'p_{t.name}'] if t.is_type else [f'{t.name}_{o}' for o in ('mean', 'sd', 'lo90', 'hi90')]
         return scores,dict(zip(names, predictions(model, x, y[at].mean()).T)),dict(zip(names, out.T)) | {t.name: y}
-    learnt,imputed,apart,judged = [t for t in TRAITS if t.name in known],dict(id=table.id.to_numpy()),dict(id=table.id.to_numpy()),[]
+    learnt = [t for t in TRAITS if t.name in known]
+    imputed = dict(id=table.id.to_numpy())
+    apart = dict(id=table.id.to_numpy())
+    judged = []
     with worker_pool(_at_once(config, known)) as pool:
         for scores,every,out in progress(pool.map(one, learnt), total=len(learnt), desc='impute', unit='trait'):
-            imputed |= every; apart |= out
+            imputed |= every
+            apart |= out
             judged.append(scores)
-    judged,origin = pd.concat(judged, ignore_index=True),provenance(config, source=feature_provenance(run, config.feature_set), n_synapses=len(table), neurons=len(neurons))
+    judged = pd.concat(judged, ignore_index=True)
+    origin = provenance(config, source=feature_provenance(run, config.feature_set), n_synapses=len(table),
+        neurons=len(neurons))
     write_table(judged, run/'imputation_scores.parquet', 'imputation scores', origin)
     write_table(pd.DataFrame(apart), run/'out_of_fold.parquet', 'out of fold', origin)
     clear = traits_above_chance(judged, config.feature_set)
-    write_table(pd.DataFrame(imputed), run/'imputed.parquet', 'imputed', origin | dict(above_chance=clear.index[clear].tolist()))
+    write_table(pd.DataFrame(imputed), run/'imputed.parquet', 'imputed',
+        origin | dict(above_chance=clear.index[clear].tolist()))
     return judged,skipped

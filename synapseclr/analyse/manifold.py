@@ -41,7 +41,8 @@ def _rank_correlation(y: np.ndarray, x: np.ndarray, weight: np.ndarray|None = No
     if use.sum() < 3: return np.nan
     a,b = rankdata(y[use]),rankdata(x[use])
     w = np.ones(len(a)) if weight is None else weight[use]
-    a,b = a-np.average(a, weights=w),b-np.average(b, weights=w)
+    a = a-np.average(a, weights=w)
+    b = b-np.average(b, weights=w)
     norm = np.sqrt((w@a**2)*(w@b**2))
     return float(w@(a*b)/norm) if norm > 0 else np.nan
 
@@ -61,7 +62,8 @@ def axis_correlations(
         draws = cluster_bootstrap(_rank_correlation, y[use], scores, neuron[use], n_draws)
         for i,x in enumerate(scores):
             lo,hi = percentile_interval(draws[:, i])
-            rows.append(dict(axis=i+1, annotation=name, rho=_rank_correlation(y[use], x), lo95=lo, hi95=hi, n=int(use.sum())))
+            rows.append(dict(axis=i+1, annotation=name, rho=_rank_correlation(y[use], x), lo95=lo, hi95=hi,
+                n=int(use.sum())))
     return pd.DataFrame(rows, columns=['axis', 'annotation', 'rho', 'lo95', 'hi95', 'n'])
 
 # %% ../../nbs/analyse/05_manifold.ipynb #c848a8b5
@@ -77,12 +79,15 @@ def grid_of_examples(
     step = np.maximum((hi-lo)/np.maximum(1, np.array([columns, rows])-1), 1e-12)
     choice = np.flatnonzero(np.ones(len(at), bool) if prefer is None else prefer)
     tree = cKDTree(at[choice]/step)
-    found,taken = np.full((rows, columns), -1),set()
+    found = np.full((rows, columns), -1)
+    taken = set()
     for i,y in enumerate(np.linspace(hi[1], lo[1], rows)):
         for j,x in enumerate(np.linspace(lo[0], hi[0], columns)):
-            for k in sorted(tree.query_ball_point(np.array([x, y])/step, .5), key=lambda k, x=x, y=y: np.square((at[choice[k]]-[x, y])/step).sum()):
+            for k in sorted(tree.query_ball_point(np.array([x, y])/step, .5), key=lambda k, x=x,
+                y=y: np.square((at[choice[k]]-[x, y])/step).sum()):
                 if choice[k] in taken: continue
-                found[i, j] = choice[k]; taken.add(choice[k])
+                found[i, j] = choice[k]
+                taken.add(choice[k])
                 break
     return found
 
@@ -93,11 +98,14 @@ def island_summary(
 ) -> pd.DataFrame: # A row for each island and annotation: `n`, `mean`, `median`, `q25`, `q75`
     "What the synapses of each island are like"
     long = annotations.assign(island=island).melt('island', var_name='annotation').dropna()
-    found = long.groupby(['island', 'annotation'], sort=True).value.agg(n='size', mean='mean', median='median', q25=lambda v: v.quantile(.25), q75=lambda v: v.quantile(.75))
+    found = long.groupby(['island', 'annotation'], sort=True).value.agg(n='size', mean='mean', median='median',
+        q25=lambda v: v.quantile(.25), q75=lambda v: v.quantile(.75))
     return found.reset_index()
 
 # %% ../../nbs/analyse/05_manifold.ipynb #4ecd8517
-measured = ['pre_um3', 'cleft_um3', 'post_um3', 'contact_um2', 'pre_mito', 'post_mito', 'pre_mito_um3', 'post_mito_um3', 'pre_soma_um', 'post_soma_um', 'pre_inhibitory', 'post_inhibitory'] # Annotations, as far as a run has them
+# Annotations, as far as a run has them
+measured = ['pre_um3', 'cleft_um3', 'post_um3', 'contact_um2', 'pre_mito', 'post_mito', 'pre_mito_um3', 'post_mito_um3',
+    'pre_soma_um', 'post_soma_um', 'pre_inhibitory', 'post_inhibitory']
 imputed = ['p_inhibitory_pre', 'p_inhibitory_post', 'p_mito_pre', 'p_mito_post'] # ... and what was imputed
 nuisance = ['cleft_cos_z', 'n_blank_sections', 'ctr_z_nm'] # ... and what should not matter
 
@@ -123,14 +131,18 @@ def axes_of(
     dimensions = [d for d in range(2, 20) if set(coordinates(d)) <= set(table)]
     size = table.island[table.island >= 0].value_counts()
     large = sorted(size.index[size >= config.min_synapses])
-    if not large: raise ManifoldError(f'no island of the map has {config.min_synapses} synapses; the largest has {size.max() if len(size) else 0}')
-    places,found = [],[]
+    if not large:
+        raise ManifoldError(f'no island of the map has {config.min_synapses} synapses; the largest has '
+            f'{size.max() if len(size) else 0}')
+    places = []
+    found = []
     for island in large:
         t = table[table.island == island]
         notes = annotations_of(t)
         for d in dimensions:
             along,share = umap_pca(t[coordinates(d)].to_numpy(), notes.cleft_um3.to_numpy())
-            places.append(pd.DataFrame(along, columns=[f'pc_{i+1}' for i in range(d)]).assign(id=t.id.to_numpy(), island=island, dimensions=d))
+            places.append(pd.DataFrame(along, columns=[f'pc_{i+1}' for i in range(d)]).assign(id=t.id.to_numpy(),
+                island=island, dimensions=d))
             c = axis_correlations(along, notes, t.pre_root_id.to_numpy())
             found.append(c.assign(island=island, dimensions=d, variance=share[c.axis-1]))
     return pd.concat(places, ignore_index=True),pd.concat(found, ignore_index=True)
@@ -142,10 +154,13 @@ def manifold(
     config: ManifoldConfig|None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # From `axes_of`
     "Write `run/axes.parquet`, `run/axis_correlations.parquet` and `run/islands.parquet`"
-    run,config = Path(run),config or ManifoldConfig()
+    run = Path(run)
+    config = config or ManifoldConfig()
     places,found = axes_of(table, config)
-    origin = provenance(config, source=read_metadata(run/'map.parquet')['provenance'].get('source'), n_synapses=len(table))
+    origin = provenance(config, source=read_metadata(run/'map.parquet')['provenance'].get('source'),
+        n_synapses=len(table))
     write_table(places, run/'axes.parquet', 'axes', origin)
     write_table(found, run/'axis_correlations.parquet', 'axis correlations', origin)
-    write_table(island_summary(annotations_of(table), table.island.to_numpy()), run/'islands.parquet', 'islands', origin)
+    write_table(island_summary(annotations_of(table), table.island.to_numpy()), run/'islands.parquet', 'islands',
+        origin)
     return places,found

@@ -10,7 +10,8 @@ from ..core import threads
 from .query import mean_average_precision, average_precision_per_query
 from ..data.features import read_feature_sets, zscore
 from ..data.store import ChunkStore
-from ..metrics import roc_auc, explained_variance, percentile_interval, cluster_bootstrap, cross_val_predict_by_neuron
+from ..metrics import (roc_auc, explained_variance, percentile_interval, cluster_bootstrap,
+    cross_val_predict_by_neuron)
 
 # %% auto #0
 __all__ = ['probe_targets', 'mean_intensity', 'probe_feature_sets', 'probe_run']
@@ -22,14 +23,16 @@ def probe_targets(
     brightness: np.ndarray|None = None, # `(N,)` from `mean_intensity`
 ) -> list[tuple[str, str, np.ndarray]]: # Question, `nuisance` or `biology`, and values: bool-like 0 and 1 for a type
     "What is to be read off features"
-    found = [('angle to sections', 'nuisance', table.cleft_cos_z), ('missing sections', 'nuisance', table.n_blank_sections)]
+    found = [('angle to sections', 'nuisance', table.cleft_cos_z),
+        ('missing sections', 'nuisance', table.n_blank_sections)]
     found += [(f'position {a}', 'nuisance', table[f'ctr_{a}_nm']) for a in 'xyz']
     if brightness is not None: found.append(('brightness', 'nuisance', brightness))
     if neurons is not None:
         kind = neurons.set_index('root_id').inhibitory
         found += [(f'{side}synaptic type', 'biology', table[f'{side}_root_id'].map(kind)) for side in ('pre', 'post')]
     found.append(('cleft volume', 'biology', np.log(table.cleft_um3.where(table.cleft_um3 > 0))))
-    found += [(f'{side}synaptic mitochondrion', 'biology', (table[f'{side}_mito_um3'] > 0).where(table[f'{side}_mito_um3'].notna())) for side in ('pre', 'post')]
+    found += [(f'{side}synaptic mitochondrion', 'biology',
+        (table[f'{side}_mito_um3'] > 0).where(table[f'{side}_mito_um3'].notna())) for side in ('pre', 'post')]
     return [(name, kind, np.asarray(values, float)) for name,kind,values in found]
 
 def mean_intensity(
@@ -48,25 +51,31 @@ def probe_feature_sets(
     table: pd.DataFrame, # Synapses
     sets: dict[str, np.ndarray], # Kinds of features, `(N, d)` each
     asked: list[tuple[str, str, np.ndarray]], # From `questions`
-    least: int = 20, # Known values without which a question is left out
+    min_known: int = 20, # Known values without which a question is left out
     n_draws: int = 200,
 ) -> pd.DataFrame: # A row for each question and kind of features: `target`, `group`, `features`, `metric`, `value`, `lo95`, `hi95`, `n`
-    "Score each kind of features on each question, on neurons that the probe has not seen, with intervals over presynaptic neurons"
-    pre,post,rows = table.pre_root_id.to_numpy(),table.post_root_id.to_numpy(),[]
+    """Score each kind of features on each question, on neurons that the probe has not seen, with intervals over
+    presynaptic neurons"""
+    pre = table.pre_root_id.to_numpy()
+    post = table.post_root_id.to_numpy()
+    rows = []
     for question,about,y in asked:
         at = np.flatnonzero(np.isfinite(y))
-        if len(at) < least or len(np.unique(y[at])) < 2: continue
+        if len(at) < min_known or len(np.unique(y[at])) < 2: continue
         is_type = set(np.unique(y[at])) <= {0., 1.} and about == 'biology'
         values,statistic = (y[at] > .5, roc_auc) if is_type else (y[at], explained_variance)
         scores = [cross_val_predict_by_neuron(x[at], values, pre[at], post[at]) for x in sets.values()]
         draws = cluster_bootstrap(statistic, values, scores, pre[at], n_draws)
         for i,name in enumerate(sets):
             lo,hi = percentile_interval(draws[:, i])
-            rows.append(dict(target=question, group=about, features=name, metric='AUC' if is_type else 'R2', value=statistic(values, scores[i]), lo95=lo, hi95=hi, n=len(at)))
+            rows.append(dict(target=question, group=about, features=name, metric='AUC' if is_type else 'R2',
+                value=statistic(values, scores[i]), lo95=lo, hi95=hi, n=len(at)))
     for name,x in sets.items():
         found = mean_average_precision(average_precision_per_query(zscore(x), pre, table.cleft_id.to_numpy()))
-        rows.append(dict(target='presynaptic neuron', group='both', features=name, metric='mAP - chance', n=found['n_queries'],
-            **{o: found[m]-found['chance'] for o,m in dict(value='mean_average_precision', lo95='lo95', hi95='hi95').items()}))
+        rows.append(dict(target='presynaptic neuron', group='both', features=name, metric='mAP - chance',
+            n=found['n_queries'],
+            **{o: found[m]-found['chance'] for o,m in dict(value='mean_average_precision', lo95='lo95',
+            hi95='hi95').items()}))
     return pd.DataFrame(rows)
 
 @threads(1)
@@ -74,13 +83,14 @@ def probe_run(
     run: str|Path, # Run folder, extracted and annotated
     neurons: pd.DataFrame|None = None, # From `read_neurons`
     layer: str = 'backbone',
-    most: int = 4000, # Synapses that are asked about, at random
+    max_synapses: int = 4000, # Synapses that are asked about, at random
     seed: int = 0,
     reference: str|None = None, # As of `read_feature_sets`
 ) -> pd.DataFrame: # From `tell`
     "One call for a run: all kinds of features, the untrained network and the ruler among them"
     table,sets = read_feature_sets(run, layer, reference=reference)
-    some = np.sort(np.random.default_rng(seed).permutation(len(table))[:most])
+    some = np.sort(np.random.default_rng(seed).permutation(len(table))[:max_synapses])
     table = table.iloc[some]
     brightness = mean_intensity(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
-    return probe_feature_sets(table, {name: x[some] for name,x in sets.items()}, probe_targets(table, neurons, brightness))
+    return probe_feature_sets(table, {name: x[some] for name,x in sets.items()},
+        probe_targets(table, neurons, brightness))

@@ -41,7 +41,10 @@ class DefectDetector(BaseEstimator):
         fdr: float = .2, # Share of sound synapses among the removed that is put up with
         null_sets: int = 100, # Sets of synapses that it is estimated from, of each kind
         seed: int = 0, # Of these
-    ): self.fdr,self.null_sets,self.seed = fdr,null_sets,seed
+    ):
+        self.fdr = fdr
+        self.null_sets = null_sets
+        self.seed = seed
 
     def fit(self,
         features: np.ndarray, # `(N, d)` of all synapses, the prompts among them
@@ -49,37 +52,48 @@ class DefectDetector(BaseEstimator):
         clean=(), # Some that people have found to be sound
         ids: np.ndarray|None = None, # `(N,)`
     ) -> DefectDetector:
-        "Learn the direction of the prompts, and what is beyond a threshold by chance. Raises `QCError` for prompts that are not there"
-        x,rng = np.asarray(features, float),np.random.default_rng(self.seed)
+        """Learn the direction of the prompts, and what is beyond a threshold by chance. Raises `QCError` for prompts
+        that are not there"""
+        x = np.asarray(features, float)
+        rng = np.random.default_rng(self.seed)
         if not 0 < self.fdr < 1: raise QCError(f'fdr is {self.fdr}, it has to lie between 0 and 1')
-        if not np.isfinite(x).all(): raise QCError(f'features of row {np.flatnonzero(~np.isfinite(x).all(1))[0]} are not finite')
+        if not np.isfinite(x).all():
+            raise QCError(f'features of row {np.flatnonzero(~np.isfinite(x).all(1))[0]} are not finite')
         prompts,clean = (_rows(o, ids, len(x)) for o in (prompts, clean))
         if not len(prompts): raise QCError('no prompt; name at least one defective synapse')
-        if len(both := np.intersect1d(prompts, clean)): raise QCError(f'synapse {both[0] if ids is None else ids[both[0]]} is called both defective and clean')
+        if len(both := np.intersect1d(prompts, clean)):
+            raise QCError(f'synapse {both[0] if ids is None else ids[both[0]]} is called both defective and clean')
         rest = np.setdiff1d(np.arange(len(x)), prompts)
-        if len(rest) <= len(prompts): raise QCError(f'{len(prompts)} prompts among {len(x)} synapses leave too few to look through')
-        self.mean_,self.sd_ = x.mean(0),np.maximum(x.std(0), 1e-12)
+        if len(rest) <= len(prompts):
+            raise QCError(f'{len(prompts)} prompts among {len(x)} synapses leave too few to look through')
+        self.mean_ = x.mean(0)
+        self.sd_ = np.maximum(x.std(0), 1e-12)
         z = lambda rows: (x[rows]-self.mean_)/self.sd_
         some = rng.permutation(rest)[:20_000] # enough for a covariance, and for tails
         sample = z(some)
         covariance,_ = ledoit_wolf(sample, assume_centered=True)
         unit = sample/np.maximum(np.linalg.norm(sample, axis=1, keepdims=True), 1e-12)
-        alike = [some[np.argpartition(-(unit@unit[i]), len(prompts)-1)[:len(prompts)]] for i in rng.permutation(len(some))[:self.null_sets]]
+        alike = [some[np.argpartition(-(unit@unit[i]), len(prompts)-1)[:len(prompts)]]
+            for i in rng.permutation(len(some))[:self.null_sets]]
         sets = np.stack([prompts, *alike, *(rng.choice(rest, len(prompts), replace=False) for _ in alike)])
         directions = np.linalg.solve(covariance + 1e-9*np.eye(len(covariance)), z(sets).mean(1).T)
         s = sample@directions
         middle = np.median(s, 0)
         spread = np.maximum(middle-np.quantile(s, norm.cdf(-1), axis=0), 1e-12)
-        self.direction_,self.middle_,self.spread_ = directions[:, 0],middle[0],spread[0]
+        self.direction_ = directions[:, 0]
+        self.middle_ = middle[0]
+        self.spread_ = spread[0]
         chance = ((s-middle)/spread)[:, 1:]
         place = np.full(len(x), len(some)) # in the sample; behind it for all that are not
         place[some] = np.arange(len(some))
         other = np.ones((len(sets), len(some)+1), bool)
         np.put_along_axis(other, place[sets], False, 1)
         other = other[1:, :-1].T
-        self.chance_ = [np.sort(chance[:, which][other[:, which]]) for which in (slice(len(alike)), slice(len(alike), None))]
+        self.chance_ = [np.sort(chance[:, which][other[:, which]])
+            for which in (slice(len(alike)), slice(len(alike), None))]
         judged = self.score(x[np.r_[prompts, clean]])
-        self.prompts_,self.called_ = prompts,(np.sort(judged[:len(prompts)]), np.sort(judged[len(prompts):]))
+        self.prompts_ = prompts
+        self.called_ = (np.sort(judged[:len(prompts)]), np.sort(judged[len(prompts):]))
         self.sorted_ = np.sort(self.score(x[rest]))
         return self
 
@@ -112,7 +126,9 @@ def _rows(which, ids: np.ndarray|None, n: int) -> np.ndarray:
     which = np.atleast_1d(np.asarray(which, int))
     rows = which if ids is None else pd.Index(ids).get_indexer(which)
     lost = which[(rows < 0) | (rows >= n)]
-    if len(lost): raise QCError(f"{'synapses' if ids is not None else 'rows'} {', '.join(map(str, lost[:3]))}{' ...' if len(lost) > 3 else ''} are not in this run")
+    if len(lost):
+        raise QCError(f"{'synapses' if ids is not None else 'rows'} "
+            f"{', '.join(map(str, lost[:3]))}{' ...' if len(lost) > 3 else ''} are not in this run")
     return np.unique(rows)
 
 # %% ../../nbs/analyse/04_qc.ipynb #c14691b8
@@ -121,7 +137,8 @@ class QCConfig(FeatureChoice):
     prompts: list[int] = [] # Ids of defective synapses; with the ones called `defect` in RUN/labels.csv
     clean: list[int] = [] # Ids of sound ones, if known; with the ones called `clean` there
     method: Literal['score', 'cluster'] = 'score' # The scored rule, or the paper's
-    fdr: float = pydantic.Field(.2, gt=0, lt=1) # Of the scored rule: share of sound synapses among the removed that is put up with
+    # Of the scored rule: share of sound synapses among the removed that is put up with
+    fdr: float = pydantic.Field(.2, gt=0, lt=1)
     simulate_prompts: pydantic.NonNegativeInt = 0 # With a phantom: so many of its defects are marked, as a person would
 
 @threads(1)
@@ -130,21 +147,30 @@ def detect_defects(
     config: QCConfig|None = None,
     marked: list[int]|tuple = (), # More prompts
 ) -> pd.DataFrame: # `id`, `score`, `fdr`, `prompt`, `removed`
-    "Judge every synapse, and write `run/defects.parquet`. Raises `QCError` for ids that are not in the run, or no prompts"
-    run,config = Path(run),config or QCConfig()
+    """Judge every synapse, and write `run/defects.parquet`. Raises `QCError` for ids that are not in the run, or no
+    prompts"""
+    run = Path(run)
+    config = config or QCConfig()
     table,sets = read_feature_sets(run, config.layer, [config.feature_set], include_defects=True)
-    x,ids = sets[config.feature_set],table.id.to_numpy()
+    x = sets[config.feature_set]
+    ids = table.id.to_numpy()
     said = read_labels(run/'labels.csv')
-    prompts,clean = (sorted({*given, *(i for i,label in said.items() if label == name)}) for name,given in dict(defect=[*config.prompts, *marked], clean=config.clean).items())
-    if not prompts: raise QCError(f"no defective synapse to start from: give ids in [qc] prompts, or call some `defect` in {run/'labels.csv'}")
+    prompts,clean = (sorted({*given, *(i for i,label in said.items() if label == name)}) for name,
+        given in dict(defect=[*config.prompts, *marked], clean=config.clean).items())
+    if not prompts:
+        raise QCError("no defective synapse to start from: give ids in [qc] prompts, or call some `defect` in "
+            f"{run/'labels.csv'}")
     detector = DefectDetector(config.fdr).fit(x, prompts, clean, ids)
     score = detector.score(x)
     if config.method == 'score': removed = detector.predict(x)
     else: removed = marked_cluster(read_clusters(run, ids), read_neighbours(run)[1], detector.prompts_)
     removed[detector.prompts_] = True
     removed &= ~np.isin(ids, clean)
-    found = pd.DataFrame(dict(id=ids, score=score, fdr=detector.false_discovery_rate(score), prompt=np.isin(ids, prompts), removed=removed))
-    write_table(found, run/'defects.parquet', 'defects', provenance(config, source=feature_provenance(run, config.feature_set), prompts=prompts, clean=clean, n_synapses=len(ids)))
+    found = pd.DataFrame(dict(id=ids, score=score, fdr=detector.false_discovery_rate(score),
+        prompt=np.isin(ids, prompts), removed=removed))
+    write_table(found, run/'defects.parquet', 'defects',
+        provenance(config, source=feature_provenance(run, config.feature_set), prompts=prompts, clean=clean,
+        n_synapses=len(ids)))
     return found
 
 def read_clusters(
@@ -153,5 +179,6 @@ def read_clusters(
 ) -> np.ndarray:
     "Cluster of each synapse"
     where = read_table(run/'map.parquet', 'map').set_index('id').cluster
-    if lost := set(ids)-set(where.index): raise QCError(f"{run/'map.parquet'}: synapse {min(lost)} is not on the map; run `synapseclr embed` again")
+    if lost := set(ids)-set(where.index):
+        raise QCError(f"{run/'map.parquet'}: synapse {min(lost)} is not on the map; run `synapseclr embed` again")
     return where.loc[ids].to_numpy()

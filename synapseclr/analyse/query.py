@@ -29,9 +29,11 @@ class SimilarityIndex:
         metric: Literal['euclidean', 'cosine'] = 'euclidean',
     ):
         if len(features) != len(ids): raise QueryError(f"{len(features)} rows of features for {len(ids)} ids")
-        if metric not in ('euclidean', 'cosine'): raise QueryError(f"there is no metric '{metric}'; there are euclidean and cosine")
+        if metric not in ('euclidean', 'cosine'):
+            raise QueryError(f"there is no metric '{metric}'; there are euclidean and cosine")
         if not np.isfinite(features).all(): raise QueryError("there are features that are not finite")
-        self.metric,self.ids = metric,np.asarray(ids)
+        self.metric = metric
+        self.ids = np.asarray(ids)
         self.features = self._prepared(features)
         self.row_of = {int(k): i for i,k in enumerate(self.ids)}
         self.index = faiss.IndexFlatL2(self.features.shape[1])
@@ -44,29 +46,36 @@ class SimilarityIndex:
 
     def rows(self, ids) -> np.ndarray:
         "Rows of some synapses. Raises `QueryError` naming those that are not there"
-        if lost := [str(i) for i in ids if int(i) not in self.row_of]: raise QueryError(f"synapse{'s'*(len(lost) > 1)} {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''} {'are' if len(lost) > 1 else 'is'} not in this run")
+        if lost := [str(i) for i in ids if int(i) not in self.row_of]:
+            raise QueryError(f"synapse{'s'*(len(lost) > 1)} {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''} "
+                f"{'are' if len(lost) > 1 else 'is'} not in this run")
         return np.array([self.row_of[int(i)] for i in ids], int)
 
     def query(self,
-        what: int|list[int]|np.ndarray, # A synapse; several, whose mean is looked for; or `(d,)` features, as an array of floats
+        # A synapse; several, whose mean is looked for; or `(d,)` features, as an array of floats
+        query: int|list[int]|np.ndarray,
         k: int = 7, # How many
-        skip: list[int]|np.ndarray = (), # Synapses that are not to be found, such as those of the same cleft; those asked about never are
-        among: np.ndarray|None = None, # Synapses that may be found: ids, or `(N,)` bool; all if None
+        # Synapses that are not to be found, such as those of the same cleft; those asked about never are
+        exclude: list[int]|np.ndarray = (),
+        candidates: np.ndarray|None = None, # Synapses that may be found: ids, or `(N,)` bool; all if None
     ) -> pd.DataFrame: # `id` and `distance`, nearest first
         "The nearest synapses. Raises `QueryError` for an unknown id or a vector of another length"
-        by_vector = isinstance(what, np.ndarray) and what.dtype.kind == 'f'
-        if by_vector and what.shape != self.features.shape[1:]: raise QueryError(f"a vector of {what.size} numbers, the features have {self.features.shape[1]}")
-        asked = np.zeros(0, int) if by_vector else self.rows(np.atleast_1d(what))
+        by_vector = isinstance(query, np.ndarray) and query.dtype.kind == 'f'
+        if by_vector and query.shape != self.features.shape[1:]:
+            raise QueryError(f"a vector of {query.size} numbers, the features have {self.features.shape[1]}")
+        asked = np.zeros(0, int) if by_vector else self.rows(np.atleast_1d(query))
         if not by_vector and not len(asked): raise QueryError('no synapse to look for')
-        vector = self._prepared(what[None])[0] if by_vector else self._prepared(self.features[asked].mean(0)[None])[0]
-        among = self.ids if among is None else np.asarray(among)
-        allowed = among.copy() if among.dtype == bool else np.isin(self.ids, among)
-        if len(allowed) != len(self.ids): raise QueryError(f"a filter for {len(allowed)} synapses, there are {len(self.ids)}")
+        vector = self._prepared(query[None])[0] if by_vector else self._prepared(self.features[asked].mean(0)[None])[0]
+        candidates = self.ids if candidates is None else np.asarray(candidates)
+        allowed = candidates.copy() if candidates.dtype == bool else np.isin(self.ids, candidates)
+        if len(allowed) != len(self.ids):
+            raise QueryError(f"a filter for {len(allowed)} synapses, there are {len(self.ids)}")
         allowed[asked] = False
-        allowed &= ~np.isin(self.ids, list(skip))
+        allowed &= ~np.isin(self.ids, list(exclude))
         only = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(allowed, bitorder='little')))
         distance,rows = (o[0] for o in self.index.search(vector[None], max(1, min(k, int(allowed.sum()))), params=only))
-        distance,rows = distance[rows >= 0].clip(0),rows[rows >= 0]
+        distance = distance[rows >= 0].clip(0)
+        rows = rows[rows >= 0]
         return pd.DataFrame(dict(id=self.ids[rows], distance=distance/2 if self.metric == 'cosine' else distance**.5))
 
 # %% ../../nbs/analyse/02_query.ipynb #7620c648
@@ -76,7 +85,8 @@ def average_precision_per_query(
     exclude: np.ndarray|None = None, # `(N,)` synapses that share this are not compared: the cleft
 ) -> pd.DataFrame: # One row for each synapse that has a hit: `group`, `n_hits`, `average_precision`, `chance`
     "How well each synapse finds the others of its group, by euclidean distance"
-    features,groups = np.asarray(features, np.float64),np.asarray(groups)
+    features = np.asarray(features, np.float64)
+    groups = np.asarray(groups)
     exclude = np.arange(len(groups)) if exclude is None else np.asarray(exclude)
     rows = []
     for i,f in enumerate(features):
@@ -85,8 +95,10 @@ def average_precision_per_query(
         if not hit.any(): continue
         distance = ((features[others]-f)**2).sum(1)
         at = np.sort(distance[hit])
-        precision = np.searchsorted(at, at, side='right')/np.searchsorted(np.sort(distance), at, side='right') # of all that are as near as each hit
-        rows.append(dict(group=groups[i], n_hits=hit.sum(), average_precision=precision.mean(), chance=chance_precision(len(hit), hit.sum())))
+        # of all that are as near as each hit
+        precision = np.searchsorted(at, at, side='right')/np.searchsorted(np.sort(distance), at, side='right')
+        rows.append(dict(group=groups[i], n_hits=hit.sum(), average_precision=precision.mean(),
+            chance=chance_precision(len(hit), hit.sum())))
     return pd.DataFrame(rows, columns=['group', 'n_hits', 'average_precision', 'chance'])
 
 def chance_precision(
@@ -107,7 +119,8 @@ def mean_average_precision(
     values = by_group.average_precision.to_numpy()
     draws = np.random.default_rng(seed).choice(values, (n_bootstrap, len(values))).mean(1) if len(values) else [np.nan]
     lo,hi = np.quantile(draws, [.025, .975])
-    return dict(mean_average_precision=by_group.average_precision.mean(), lo95=lo, hi95=hi, chance=by_group.chance.mean(), n_groups=len(values), n_queries=len(found))
+    return dict(mean_average_precision=by_group.average_precision.mean(), lo95=lo, hi95=hi,
+        chance=by_group.chance.mean(), n_groups=len(values), n_queries=len(found))
 
 # %% ../../nbs/analyse/02_query.ipynb #f62da195
 def paired_gain(
@@ -115,7 +128,8 @@ def paired_gain(
     seed: int = 0, n_bootstrap: int = 2000,
 ) -> tuple[float, float, float]: # Mean over groups, and its 95 % interval
     "By how much the mean average precision of `found` is higher"
-    difference = (found.groupby('group').average_precision.mean() - than.groupby('group').average_precision.mean()).to_numpy()
+    difference = (found.groupby('group').average_precision.mean()
+        - than.groupby('group').average_precision.mean()).to_numpy()
     draws = np.random.default_rng(seed).choice(difference, (n_bootstrap, len(difference))).mean(1)
     return float(difference.mean()),*(float(o) for o in np.quantile(draws, [.025, .975]))
 
@@ -136,10 +150,12 @@ def compare_retrieval(
     table,sets = read_feature_sets(run, layer, ['trained', 'untrained', 'morphometrics'])
     sets['morphometrics'] = zscore(sets['morphometrics'])
     strict = (table.blank_fraction < .1).to_numpy()
-    subsets = {'all kept': np.ones(len(table), bool)} | ({'less than 10 % blank': strict} if 0 < strict.sum() < len(table) else {})
+    subsets = {'all kept': np.ones(len(table), bool)} | ({'less than 10 % blank': strict}
+        if 0 < strict.sum() < len(table) else {})
     rows = []
     for subset,which in subsets.items():
-        found = {name: average_precision_per_query(x[which], table.pre_root_id[which].to_numpy(), table.cleft_id[which].to_numpy()) for name,x in sets.items()}
+        found = {name: average_precision_per_query(x[which], table.pre_root_id[which].to_numpy(),
+            table.cleft_id[which].to_numpy()) for name,x in sets.items()}
         for name,f in found.items():
             if not len(f): continue
             lead = dict(zip(('trained_gain', 'gain_lo95', 'gain_hi95'), paired_gain(found['trained'], f)))
@@ -149,16 +165,18 @@ def compare_retrieval(
 # %% ../../nbs/analyse/02_query.ipynb #02933198
 def find_similar(
     run: str|Path, # Run folder, extracted and annotated
-    what: int|list[int]|np.ndarray, # As of `SimilarityIndex.query`
+    query: int|list[int]|np.ndarray, # As of `SimilarityIndex.query`
     k: int = 10, # How many
     where: str = '', # Only among synapses of which this is true: `p_inhibitory_pre > .5 and island == 0`
     features: str = 'trained', metric: str = 'cosine', # As of `read_feature_sets` and `SimilarityIndex`
 ) -> pd.DataFrame: # Rows of `read_results`, the nearest first, with their `distance`; with `neuroglancer`, if the run has been exported
     "Synapses that look alike. Raises `QueryError` if `where` cannot be understood"
     table,sets = read_feature_sets(run, names=[features])
-    known,links = read_results(run, include_defects=False),Path(run)/'results.parquet'
-    if links.exists() and 'neuroglancer' in (shown := read_table(links, 'results')): known = known.merge(shown[['id', 'neuroglancer']], on='id', how='left')
+    known = read_results(run, include_defects=False)
+    links = Path(run)/'results.parquet'
+    if links.exists() and 'neuroglancer' in (shown := read_table(links, 'results')):
+        known = known.merge(shown[['id', 'neuroglancer']], on='id', how='left')
     try: allowed = known.query(where).id.to_numpy() if where else None
     except Exception as e: raise QueryError(f"where = '{where}': {e}; columns are {', '.join(known.columns)}") from None
-    found = SimilarityIndex(sets[features], table.id.to_numpy(), metric).query(what, k, among=allowed)
+    found = SimilarityIndex(sets[features], table.id.to_numpy(), metric).query(query, k, candidates=allowed)
     return found.merge(known, on='id', how='left')

@@ -23,7 +23,8 @@ def read_features(
     folder: str|Path, # Of feature files
     layer: str = 'backbone', # Or `hidden`, `projection`
 ) -> tuple[np.ndarray, np.ndarray]: # ids `(N,)` int64, features `(N, d)` float32
-    "Read one layer for all synapses. Raises `FeatureError` naming the file if any are missing, there twice, or not finite"
+    """Read one layer for all synapses. Raises `FeatureError` naming the file if any are missing, there twice, or not
+    finite"""
     paths = sorted(Path(folder).glob('*.parquet'))
     if not paths: raise FeatureError(f"{folder}: there are no features; make them with `synapseclr extract`")
     tags = {p: read_metadata(p) for p in paths}
@@ -31,23 +32,30 @@ def read_features(
         if tag.get('format') != 'features': raise FeatureError(f"{p}: not a feature file of synapseclr")
         first = tags[paths[0]]['provenance']
         if other := [k for k in first | tag['provenance'] if first.get(k) != tag['provenance'].get(k)]:
-            raise FeatureError(f"{p}: made from other {', '.join(other)} than {paths[0].name}; finish the folder with `synapseclr extract`")
-    if layer not in (layers := pq.read_schema(paths[0]).names[1:]): raise FeatureError(f"{folder}: there is no layer '{layer}'; there are {', '.join(layers)}")
+            raise FeatureError(f"{p}: made from other {', '.join(other)} than {paths[0].name}; finish the folder with "
+                "`synapseclr extract`")
+    if layer not in (layers := pq.read_schema(paths[0]).names[1:]):
+        raise FeatureError(f"{folder}: there is no layer '{layer}'; there are {', '.join(layers)}")
     tables = [pq.read_table(p, columns=['id', layer]) for p in paths]
     ids = np.concatenate([t['id'].to_numpy() for t in tables])
     values = np.concatenate([t[layer].combine_chunks().flatten().to_numpy().reshape(len(t), -1) for t in tables])
-    n,file = tags[paths[0]]['provenance']['n_synapses'],np.repeat(paths, [len(t) for t in tables])
+    n = tags[paths[0]]['provenance']['n_synapses']
+    file = np.repeat(paths, [len(t) for t in tables])
     unique,first_row = np.unique(ids, return_index=True)
     if len(unique) < len(ids):
         twice = np.delete(np.arange(len(ids)), first_row)[0]
         raise FeatureError(f"{file[twice]}: synapse {ids[twice]} is in another file too")
-    if len(ids) != n: raise FeatureError(f"{folder}: features of {len(ids)} synapses, of {n} in the store; finish it with `synapseclr extract`")
-    if not (finite := np.isfinite(values).all(1)).all(): raise FeatureError(f"{file[~finite][0]}: the features of synapse {ids[~finite][0]} are not finite")
+    if len(ids) != n:
+        raise FeatureError(f"{folder}: features of {len(ids)} synapses, of {n} in the store; finish it with "
+            "`synapseclr extract`")
+    if not (finite := np.isfinite(values).all(1)).all():
+        raise FeatureError(f"{file[~finite][0]}: the features of synapse {ids[~finite][0]} are not finite")
     return ids,values
 
 # %% ../../nbs/data/05_features.ipynb #45e7cc2d
 Nuisance = Literal['cutting_angle', 'blank_sections', 'depth']
-NUISANCE_COLUMNS = dict(cutting_angle='cleft_cos_z', blank_sections='n_blank_sections', depth='ctr_z_nm') # In the synapse table
+# In the synapse table
+NUISANCE_COLUMNS = dict(cutting_angle='cleft_cos_z', blank_sections='n_blank_sections', depth='ctr_z_nm')
 
 class FeatureChoice(Strict):
     "Which feature vectors a stage works on"
@@ -67,16 +75,19 @@ def parse_feature_name(
     network,*nuisances = name.split(' - ')
     for nuisance in nuisances:
         if nuisance not in NUISANCE_COLUMNS:
-            raise FeatureError(f"feature set '{name}': '{nuisance}' cannot be regressed out; {', '.join(NUISANCE_COLUMNS)} can")
+            raise FeatureError(f"feature set '{name}': '{nuisance}' cannot be regressed out; "
+                f"{', '.join(NUISANCE_COLUMNS)} can")
     return network,nuisances
 
 def feature_provenance(
     run: str|Path, # Run folder, extracted and annotated
     features: str, # Kind, as of `read_feature_sets`
 ) -> dict: # As of `provenance`
-    "What made some features: weights, views, precision; for the record of what is made from them. Raises `FeatureError` if they are not there"
+    """What made some features: weights, views, precision; for the record of what is made from them. Raises
+    `FeatureError` if they are not there"""
     name = parse_feature_name(features)[0]
-    pattern = dict(morphometrics='synapses.parquet', trained='features/*.parquet').get(name, f'features_{name}/*.parquet')
+    pattern = dict(morphometrics='synapses.parquet', trained='features/*.parquet').get(name,
+        f'features_{name}/*.parquet')
     if not (paths := sorted(Path(run).glob(pattern))): raise FeatureError(f"{run}: there are no features '{name}'")
     return read_metadata(paths[0])['provenance']
 
@@ -85,7 +96,8 @@ def regress_out(
     table: pd.DataFrame, # `N` synapses, in the same order
     nuisances: list[Nuisance], # Columns of the table, by `NUISANCE_COLUMNS`; an unknown value counts as the mean
 ) -> np.ndarray: # `(N, d)`
-    "Residuals of the least-squares fit of a quadratic in each nuisance: no line or parabola predicts a nuisance from what is left"
+    """Residuals of the least-squares fit of a quadratic in each nuisance: no line or parabola predicts a nuisance from
+    what is left"""
     if not nuisances: return x
     terms = [np.ones(len(x))]
     for nuisance in nuisances:
@@ -102,21 +114,27 @@ def read_feature_sets(
     include_defects: bool = False, # As of `read_kept`
     reference: str|None = None, # A kind that all others are put after
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses, and `(N, d)` float features of each kind
-    """Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms); each also with nuisances regressed out (`trained - cutting_angle`), fitted to all synapses that fetch kept.
+    """Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms);
+    each also with nuisances regressed out (`trained - cutting_angle`), fitted to all synapses that fetch kept.
     Raises `FeatureError` naming the folder if one describes other synapses than the table"""
     run,every = Path(run),read_kept(run, include_defects=True)
     table = every if include_defects else read_kept(run)
-    folders = {'trained': run/'features'} | {p.name.removeprefix('features_'): p for p in sorted(run.glob('features_*'))}
+    folders = {'trained': run/'features'} | {p.name.removeprefix('features_'): p
+        for p in sorted(run.glob('features_*'))}
     known = [*folders, 'morphometrics']
     names = list(dict.fromkeys([*([reference] if reference else []), *(names or known)]))
-    if absent := [n for n in names if parse_feature_name(n)[0] not in known]: raise FeatureError(f"{run}: there are no features '{absent[0]}'; there are {', '.join(known)}")
+    if absent := [n for n in names if parse_feature_name(n)[0] not in known]:
+        raise FeatureError(f"{run}: there are no features '{absent[0]}'; there are {', '.join(known)}")
     def described(name):
         if name == 'morphometrics': return np.log1p(every[MORPHOMETRIC_COLUMNS].fillna(0).to_numpy())
         ids,x = read_features(folders[name], layer)
         rows = pd.Index(ids).get_indexer(every.id)
-        if len(lost := every.id[rows < 0]): raise FeatureError(f"{folders[name]}: nothing about {len(lost)} synapses of the table, such as {lost.iloc[0]}; extract again")
+        if len(lost := every.id[rows < 0]):
+            raise FeatureError(f"{folders[name]}: nothing about {len(lost)} synapses of the table, such as "
+                f"{lost.iloc[0]}; extract again")
         return x[rows]
-    sets,rows = {},pd.Index(every.id).get_indexer(table.id)
+    sets = {}
+    rows = pd.Index(every.id).get_indexer(table.id)
     for n in names:
         network,nuisances = parse_feature_name(n)
         sets[n] = regress_out(described(network), every, nuisances)[rows]

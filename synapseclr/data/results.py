@@ -14,7 +14,9 @@ from .tables import TableError, read_table
 __all__ = ['MORPHOMETRIC_COLUMNS', 'RESULT_FILES', 'read_kept', 'ResultError', 'read_results']
 
 # %% ../../nbs/data/04_results.ipynb #3c31aebf
-MORPHOMETRIC_COLUMNS = ['pre_um3', 'cleft_um3', 'post_um3', 'pre_mito_um3', 'post_mito_um3', 'contact_um2', 'cleft_planarity'] # The ruler's view of a synapse
+# The ruler's view of a synapse
+MORPHOMETRIC_COLUMNS = ['pre_um3', 'cleft_um3', 'post_um3', 'pre_mito_um3', 'post_mito_um3', 'contact_um2',
+    'cleft_planarity']
 
 def read_kept(
     run: str|Path, # Run folder, annotated
@@ -23,14 +25,16 @@ def read_kept(
     "The synapses that count"
     run = Path(run)
     table = read_table(run/'synapses.parquet', 'synapses')
-    if lost := [c for c in MORPHOMETRIC_COLUMNS if c not in table]: raise TableError(f"{run/'synapses.parquet'}: no column {lost[0]}; run `synapseclr annotate` first")
+    if lost := [c for c in MORPHOMETRIC_COLUMNS if c not in table]:
+        raise TableError(f"{run/'synapses.parquet'}: no column {lost[0]}; run `synapseclr annotate` first")
     keep = table.reject_reason == ''
     if not include_defects and (run/'defects.parquet').exists():
         defects = read_table(run/'defects.parquet', 'defects')
         keep &= ~table.id.isin(defects.id[defects.removed])
     return table[keep].reset_index(drop=True)
 
-RESULT_FILES = dict(map='map', defects='defects', imputed='imputed', synapse_types='synapse types') # Files in a run folder, and their formats
+# Files in a run folder, and their formats
+RESULT_FILES = dict(map='map', defects='defects', imputed='imputed', synapse_types='synapse types')
 
 class ResultError(SynapseCLRError):
     "Tables of a run do not fit together"
@@ -49,12 +53,19 @@ def read_results(
         path = run/f'{name}.parquet'
         if not path.exists(): continue
         part = read_table(path, RESULT_FILES[name])
-        if name == 'defects': part = part.rename(columns=dict(score='defect_score', fdr='defect_fdr')).drop(columns='prompt')
-        if name == 'synapse_types': part = part.drop(columns=['p_inhibitory_pre', 'p_inhibitory_post']).rename(columns=dict(call_pre='pre_call', call_post='post_call'))
+        if name == 'defects':
+            part = part.rename(columns=dict(score='defect_score', fdr='defect_fdr')).drop(columns='prompt')
+        if name == 'synapse_types':
+            part = part.drop(columns=['p_inhibitory_pre', 'p_inhibitory_post']).rename(
+                columns=dict(call_pre='pre_call', call_post='post_call'))
         due = set(table.id) if name in ('map', 'defects') else sound
-        if lost := due-set(part.id): raise ResultError(f"{path}: nothing about {len(lost)} synapses, such as {min(lost)}; run the stage again that makes it")
+        if lost := due-set(part.id):
+            raise ResultError(f"{path}: nothing about {len(lost)} synapses, such as {min(lost)}; run the stage again "
+                "that makes it")
         table = table.merge(part, on='id', how='left', validate='1:1')
     if neurons is not None:
         about = neurons.set_index('root_id')[[c for c in ('inhibitory', 'cell_type', 'subtype') if c in neurons]]
-        for side in ('pre', 'post'): table = pd.concat([table, about.reindex(table[f'{side}_root_id']).add_prefix(f'{side}_').reset_index(drop=True)], axis=1)
+        for side in ('pre', 'post'):
+            table = pd.concat([table, about.reindex(table[f'{side}_root_id']).add_prefix(f'{side}_').reset_index(
+                drop=True)], axis=1)
     return table

@@ -14,7 +14,10 @@ from ..core import FORMAT_VERSION, SynapseCLRError, version_problem
 __all__ = ['PRE', 'CLEFT', 'POST', 'MITO', 'EMPTY', 'StoreError', 'Chunk', 'ChunkStore', 'ConcatStore']
 
 # %% ../../nbs/data/03_store.ipynb #31d76529
-PRE,CLEFT,POST,MITO = 1,2,4,8
+PRE = 1
+CLEFT = 2
+POST = 4
+MITO = 8
 EMPTY = -1 # id of a place without a synapse
 
 class StoreError(SynapseCLRError):
@@ -32,8 +35,10 @@ class ChunkStore:
     format = 'synapseclr.chunks'
 
     def __init__(self, path, group: zarr.Group):
-        self.path,self.group = Path(path),group
-        self.em,self.mask = group['em'],group['mask']
+        self.path = Path(path)
+        self.group = group
+        self.em = group['em']
+        self.mask = group['mask']
         self.readers = [_tensorstore(self.path/a, read=True) for a in ('em', 'mask')]
         self.place_ids = group['id'][:]
         self.places = np.flatnonzero(self.place_ids != EMPTY)
@@ -47,11 +52,15 @@ class ChunkStore:
         **about, # What the group says of itself: `voxel_nm`, `provenance` ...
     ) -> ChunkStore:
         "Make an empty store"
-        group = zarr.create_group(path, attributes=dict(format=cls.format, version=FORMAT_VERSION, complete=False, **about))
+        group = zarr.create_group(path, attributes=dict(format=cls.format, version=FORMAT_VERSION, complete=False,
+            **about))
         for name in ('em', 'mask'):
-            group.create_array(name, shape=(n_places, *shape), chunks=(1, *shape), shards=(per_shard, *shape), dtype='uint8',
-                fill_value=0, compressors=[ZstdCodec(level=1), Crc32cCodec()], dimension_names=('synapse', 'z', 'y', 'x'))
-        group.create_array('id', shape=(n_places,), chunks=(per_shard,), dtype='int64', fill_value=EMPTY, dimension_names=('synapse',))
+            group.create_array(name, shape=(n_places, *shape), chunks=(1, *shape), shards=(per_shard, *shape),
+                dtype='uint8',
+                fill_value=0, compressors=[ZstdCodec(level=1), Crc32cCodec()],
+                dimension_names=('synapse', 'z', 'y', 'x'))
+        group.create_array('id', shape=(n_places,), chunks=(per_shard,), dtype='int64', fill_value=EMPTY,
+            dimension_names=('synapse',))
         return cls(path, group)
 
     @classmethod
@@ -60,14 +69,19 @@ class ChunkStore:
         unfinished: bool = False, # Open it although fetch is not done with it
     ) -> ChunkStore:
         "Open a store. Raises `StoreError` if it is absent, unfinished, lacks a shard, or is of another kind or version"
-        if not (Path(path)/'zarr.json').exists(): raise StoreError(f"{path}: there is no chunk store; make it with `synapseclr fetch`")
+        if not (Path(path)/'zarr.json').exists():
+            raise StoreError(f"{path}: there is no chunk store; make it with `synapseclr fetch`")
         group = zarr.open_group(path, mode='r+' if unfinished else 'r')
-        if group.attrs.get('format') != cls.format: raise StoreError(f"{path}: a Zarr group, but not a chunk store of synapseclr")
+        if group.attrs.get('format') != cls.format:
+            raise StoreError(f"{path}: a Zarr group, but not a chunk store of synapseclr")
         if problem := version_problem(group.attrs['version']): raise StoreError(f'{path}: {problem}')
         store = cls(path, group)
         if unfinished: return store
-        if not group.attrs['complete']: raise StoreError(f"{path}: not all of it is fetched; run `synapseclr fetch` again to finish it")
-        if lost := store._lost_shards(): raise StoreError(f"{path}: {len(lost)} of its shards are gone, {lost[0]} among them; restore them or fetch again")
+        if not group.attrs['complete']:
+            raise StoreError(f"{path}: not all of it is fetched; run `synapseclr fetch` again to finish it")
+        if lost := store._lost_shards():
+            raise StoreError(f"{path}: {len(lost)} of its shards are gone, {lost[0]} among them; restore them or "
+                "fetch again")
         return store
 
     def _lost_shards(self) -> list[str]:
@@ -92,7 +106,8 @@ class ChunkStore:
         places = slice(k*self.per_shard, min((k+1)*self.per_shard, len(self.place_ids)))
         n = places.stop-places.start
         for name,values in (('em', em), ('mask', mask)):
-            if len(values) < n: values = np.concatenate([values, np.zeros((n-len(values), *values.shape[1:]), np.uint8)])
+            if len(values) < n:
+                values = np.concatenate([values, np.zeros((n-len(values), *values.shape[1:]), np.uint8)])
             try: _tensorstore(self.path/name, write=True)[places].write(values).result()
             except ValueError as e: raise OSError(f'{self.path/name}, shard {k}: {e}') from e
         self.group['id'][places] = np.concatenate([ids, np.full(n-len(ids), EMPTY)])
@@ -136,7 +151,8 @@ class ChunkStore:
 
 def _tensorstore(path: Path, **mode) -> tensorstore.TensorStore:
     "An array of the store, for reading at random or writing a shard: a third of zarr's time"
-    return tensorstore.open(dict(driver='zarr3', kvstore=dict(driver='file', path=f'{path.absolute()}/')), **mode).result()
+    return tensorstore.open(dict(driver='zarr3', kvstore=dict(driver='file', path=f'{path.absolute()}/')),
+        **mode).result()
 
 # %% ../../nbs/data/03_store.ipynb #f9da4563
 class ConcatStore:
@@ -147,12 +163,15 @@ class ConcatStore:
         first = stores[0]
         for s in stores:
             if (s.chunk_shape, s.voxel_nm) != (first.chunk_shape, first.voxel_nm):
-                raise StoreError(f"{s.path}: chunks of {s.chunk_shape} voxels of {s.voxel_nm} nm, those of {first.path} have {first.chunk_shape} of {first.voxel_nm}; fetch them alike")
-        self.stores,self.voxel_nm = stores,first.voxel_nm
+                raise StoreError(f"{s.path}: chunks of {s.chunk_shape} voxels of {s.voxel_nm} nm, those of "
+                    f"{first.path} have {first.chunk_shape} of {first.voxel_nm}; fetch them alike")
+        self.stores = stores
+        self.voxel_nm = first.voxel_nm
         self.ends = np.cumsum([len(s) for s in stores])
         found = [s.attrs for s in stores]
         self.attrs = dict(provenance=[a.get('provenance') for a in found])
-        if all(a.get('mean') for a in found): self.attrs |= {k: float(np.mean([a[k] for a in found])) for k in ('mean', 'sd')}
+        if all(a.get('mean') for a in found):
+            self.attrs |= {k: float(np.mean([a[k] for a in found])) for k in ('mean', 'sd')}
 
     def __len__(self) -> int: return int(self.ends[-1])
 

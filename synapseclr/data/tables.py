@@ -35,7 +35,8 @@ def write_table(
 def read_metadata(path: str|Path) -> dict:
     "The format, version and origin of a parquet file of ours; empty if it is not one"
     try: metadata = pq.read_schema(path).metadata or {}
-    except FileNotFoundError: raise TableError(f"{path}: there is no such file; an earlier stage makes it, `synapseclr run` does all in order") from None
+    except FileNotFoundError:
+        raise TableError(f"{path}: there is no such file; an earlier stage makes it, `synapseclr run` does all in order") from None
     except (pa.ArrowInvalid, OSError) as e: raise TableError(f"{path}: not a readable parquet file: {e}") from None
     return json.loads(metadata.get(b'synapseclr', b'{}'))
 
@@ -51,7 +52,8 @@ def read_arrow(
 ) -> pa.Table: # Rows
     "The same, for columns that hold lists"
     tag = read_metadata(path)
-    if tag.get('format') != format: raise TableError(f"{path}: holds '{tag.get('format', 'something unknown')}', expected '{format}'")
+    if tag.get('format') != format:
+        raise TableError(f"{path}: holds '{tag.get('format', 'something unknown')}', expected '{format}'")
     if problem := version_problem(tag['version']): raise TableError(f'{path}: {format} {problem}')
     return pq.read_table(path)
 
@@ -67,9 +69,11 @@ ID_COLUMNS = ['id', 'pre_root_id', 'post_root_id']
 # %% ../../nbs/data/02_tables.ipynb #be867fcf
 def _load(path: Path) -> pd.DataFrame:
     "The rows of a csv, tsv, parquet or feather file, as they are"
-    readers = {'.csv': pd.read_csv, '.tsv': partial(pd.read_csv, sep='\t'), '.parquet': pd.read_parquet, '.feather': pd.read_feather}
+    readers = {'.csv': pd.read_csv, '.tsv': partial(pd.read_csv, sep='\t'), '.parquet': pd.read_parquet,
+        '.feather': pd.read_feather}
     if not path.exists(): raise TableError(f"{path}: there is no such file")
-    if path.suffix not in readers: raise TableError(f"{path}: cannot read '{path.suffix}'; a table is one of {', '.join(readers)}")
+    if path.suffix not in readers:
+        raise TableError(f"{path}: cannot read '{path.suffix}'; a table is one of {', '.join(readers)}")
     try: return readers[path.suffix](path)
     except (ValueError, OSError, pa.ArrowException) as e: raise TableError(f"{path}: {e}") from None
 
@@ -83,8 +87,11 @@ def _centre_columns(table: pd.DataFrame) -> tuple[list[str], bool]:
 
 def _centres(table: pd.DataFrame, columns: list[str], scale) -> np.ndarray|str:
     "Centres in nm, `(n, 3)` as x, y, z, or what is wrong with them"
-    if not columns: return f"no columns with the centre of the cleft: one of {', '.join(p.format('x') for p in CENTRE_PATTERNS_NM + CENTRE_PATTERNS_VX)}, and the same for y and z"
-    if scale is None: return f"positions are in voxels ({', '.join(columns)}): state the size of these voxels (table_voxel_nm)"
+    if not columns:
+        return ("no columns with the centre of the cleft: one of "
+            f"{', '.join(p.format('x') for p in CENTRE_PATTERNS_NM + CENTRE_PATTERNS_VX)}, and the same for y and z")
+    if scale is None:
+        return f"positions are in voxels ({', '.join(columns)}): state the size of these voxels (table_voxel_nm)"
     try: return table[columns].to_numpy(np.float64) * scale[::-1]
     except (TypeError, ValueError): return f"columns {', '.join(columns)}: not numbers"
 
@@ -99,19 +106,23 @@ def _id_problem(name: str, column: pd.Series) -> str|None:
     if pd.api.types.is_object_dtype(column.dtype) or pd.api.types.is_string_dtype(column.dtype):
         return f"column {column.name} is text, such as {column.iloc[0]!r}, and {name} has to be whole numbers"
     if not pd.api.types.is_integer_dtype(column.dtype):
-        return f"column {column.name} is {column.dtype}, and {name} has to be whole numbers: ids above 2^53 lose digits as floating point; fill its gaps and save it as int64"
+        return (f"column {column.name} is {column.dtype}, and {name} has to be whole numbers: ids above 2^53 lose "
+            "digits as floating point; fill its gaps and save it as int64")
     if column.isna().any(): return f"column {column.name}: no id in {_examples(column.isna())}"
     if (column < 0).any(): return f"column {column.name}: negative ids in {_examples(column < 0)}"
-    if name == 'id' and (column > np.iinfo(np.int64).max).any(): return f"column {column.name}: ids beyond int64 in {_examples(column > np.iinfo(np.int64).max)}"
+    if name == 'id' and (column > np.iinfo(np.int64).max).any():
+        return f"column {column.name}: ids beyond int64 in {_examples(column > np.iinfo(np.int64).max)}"
 
 # %% ../../nbs/data/02_tables.ipynb #36bdc447
 def read_synapses(
     path: str|Path, # csv, parquet or feather
-    voxel_nm: tuple[float, float, float]|None = None, # Size of the table's voxels, `(z, y, x)`, if its positions are in voxels
+    # Size of the table's voxels, `(z, y, x)`, if its positions are in voxels
+    voxel_nm: tuple[float, float, float]|None = None,
     bounds_nm: tuple|None = None, # Lowest and highest position of the volume, each `(z, y, x)`
     columns: dict[str, str]|None = None, # What our columns are called in this table, if it has names of its own
 ) -> pd.DataFrame: # One row per synapse, in the file's order, our columns first
-    "Read a synapse table in our, Synaptor's or MICrONS' schema. Raises `TableError` listing everything that is wrong with it"
+    """Read a synapse table in our, Synaptor's or MICrONS' schema. Raises `TableError` listing everything that is wrong
+    with it"""
     path = Path(path)
     table = _renamed(path, _load(path), columns or {})
     if not len(table): raise TableError(f"{path}: no rows")
@@ -119,10 +130,13 @@ def read_synapses(
     problems = [f"no column for {o} (one of {', '.join(COLUMN_ALIASES[o])})" for o in ID_COLUMNS if found[o] is None]
     unfit = {o: _id_problem(o, table[found[o]]) for o in ID_COLUMNS if found[o]}
     problems += [o for o in unfit.values() if o]
-    if (c := found['cleft_id']) and c != found['id'] and _whole(table[c]) is None: problems.append(_id_problem('cleft_id', table[c]))
+    if (c := found['cleft_id']) and c != found['id'] and _whole(table[c]) is None:
+        problems.append(_id_problem('cleft_id', table[c]))
     if found['id'] and not unfit['id'] and (twice := table[found['id']].duplicated()).any():
-        problems.append(f"column {found['id']}: ids that came before in {_examples(twice)}" + ('; give synapses that share a cleft ids of their own, in a column id' if found['id'] != 'id' else ''))
-    if not any(unfit.get(o, True) for o in ID_COLUMNS[1:]) and (self := table[found['pre_root_id']] == table[found['post_root_id']]).any():
+        problems.append(f"column {found['id']}: ids that came before in {_examples(twice)}" + ('; give synapses that '
+            'share a cleft ids of their own, in a column id' if found['id'] != 'id' else ''))
+    if not any(unfit.get(o, True) for o in ID_COLUMNS[1:]) and (self := table[found['pre_root_id']]
+        == table[found['post_root_id']]).any():
         problems.append(f"pre and post are the same cell in {_examples(self)}")
     at,in_vx = _centre_columns(table)
     centres = _centres(table, at, voxel_nm if in_vx else (1, 1, 1))
@@ -141,18 +155,22 @@ def _renamed(path: Path, table: pd.DataFrame, columns: dict[str, str]) -> pd.Dat
     wrong = [f"columns.{o}: is not one of {', '.join(known)}" for o in columns if o not in known]
     wrong += [f"columns.{o}: the table has no column '{c}'" for o,c in columns.items() if c not in table]
     if wrong: raise TableError('\n  '.join([f"{path}: cannot be used:"] + wrong + [_has(table)]))
-    return table.drop(columns=[o for o,c in columns.items() if o in table and o != c]).rename(columns={c: o for o,c in columns.items()})
+    return table.drop(columns=[o for o,c in columns.items() if o in table and o != c]).rename(
+        columns={c: o for o,c in columns.items()})
 
 def _has(table: pd.DataFrame) -> str:
     "What there is instead of a column that is missing"
-    if len(table.columns) == 1 and any(o in table.columns[0] for o in ';\t'): return f"it has one column, '{table.columns[0]}': separate them by commas"
-    return f"it has {', '.join(map(str, table.columns))}; [data] columns says which is which, as in columns = {{id = \"{table.columns[0]}\"}}"
+    if len(table.columns) == 1 and any(o in table.columns[0] for o in ';\t'):
+        return f"it has one column, '{table.columns[0]}': separate them by commas"
+    return (f"it has {', '.join(map(str, table.columns))}; [data] columns says which is which, as in columns = {{id = "
+        f"\"{table.columns[0]}\"}}")
 
 def _whole(column: pd.Series) -> np.ndarray|None:
     "Whole numbers, 0 where there is none; None if they are not, or too large for the floating point that they are in"
     if not pd.api.types.is_numeric_dtype(column.dtype): return None
     column = column.fillna(0)
-    if pd.api.types.is_integer_dtype(column.dtype): return column.to_numpy(np.uint64 if (column > np.iinfo(np.int64).max).any() else np.int64)
+    if pd.api.types.is_integer_dtype(column.dtype):
+        return column.to_numpy(np.uint64 if (column > np.iinfo(np.int64).max).any() else np.int64)
     return column.to_numpy(np.int64) if ((column%1 == 0) & (column.abs() < 2**53)).all() else None
 
 def _position_problems(centres, bounds_nm) -> list[str]:
@@ -162,7 +180,9 @@ def _position_problems(centres, bounds_nm) -> list[str]:
     if bounds_nm is None: return problems
     lo,hi = (np.array(o)[::-1] for o in bounds_nm)
     outside = finite & ((centres < lo) | (centres >= hi)).any(1)
-    if outside.any(): problems.append(f"positions outside the volume, {lo} to {hi} nm (x, y, z), in {_examples(outside)}: are units and voxel size right?")
+    if outside.any():
+        problems.append(f"positions outside the volume, {lo} to {hi} nm (x, y, z), in {_examples(outside)}: are units "
+            "and voxel size right?")
     return problems
 
 # %% ../../nbs/data/02_tables.ipynb #136bb48a
@@ -180,7 +200,8 @@ def append_labels(
         if end: f.seek(end-1)
         start = 'id,label,time\n' if not end else '' if f.read() == b'\n' else '\n'
         f.write((start + out.getvalue()).encode())
-        f.flush(); os.fsync(f.fileno())
+        f.flush()
+        os.fsync(f.fileno())
 
 _writing = threading.Lock()
 
@@ -190,8 +211,10 @@ def read_labels(
     "What was said last of each synapse. Raises `TableError` if it is another kind of file"
     if not Path(path).exists(): return {}
     with open(path, newline='', encoding='utf-8', errors='replace') as f:
-        if (first := f.readline().strip()) != 'id,label,time': raise TableError(f"{path}: begins with '{first[:40]}', expected 'id,label,time'")
-        rows = (next(csv.reader([line]), []) for line in f) # each for itself: a line cut short may have left a quote open
+        if (first := f.readline().strip()) != 'id,label,time':
+            raise TableError(f"{path}: begins with '{first[:40]}', expected 'id,label,time'")
+        # each for itself: a line cut short may have left a quote open
+        rows = (next(csv.reader([line]), []) for line in f)
         said = {int(row[0]): row[1] for row in rows if len(row) == 3 and row[0].isdigit() and len(row[2].strip()) == 25}
     return {i: label for i,label in said.items() if label}
 
@@ -214,11 +237,13 @@ def read_ids(
 
 # %% ../../nbs/data/02_tables.ipynb #16cd011f
 neuron_names = dict(root_id=['root_id', 'pt_root_id', 'cell_segid'], cell_type=['cell_type', 'cell_type_x'])
-neuron_types = {'excitatory': 0, 'exc': 0, 'e': 0, 'pyramidal': 0, 'inhibitory': 1, 'inh': 1, 'i': 1} # All else is not known to be either
+# All else is not known to be either
+neuron_types = {'excitatory': 0, 'exc': 0, 'e': 0, 'pyramidal': 0, 'inhibitory': 1, 'inh': 1, 'i': 1}
 
 def read_neurons(
     path: str|Path, # csv, parquet or feather
-    voxel_nm: tuple[float, float, float]|None = None, # Size of the table's voxels, `(z, y, x)`, if positions are to be taken from a column `pt_position`
+    # Size of the table's voxels, `(z, y, x)`, if positions are to be taken from a column `pt_position`
+    voxel_nm: tuple[float, float, float]|None = None,
 ) -> pd.DataFrame: # One row per cell, our columns first
     "Read what is known about cells. Raises `TableError` listing everything that is wrong with it"
     path = Path(path)
@@ -230,14 +255,20 @@ def read_neurons(
     if not problems:
         words = table[found['cell_type']].dropna().astype('str').str.strip().str.lower()
         kind = words.map(neuron_types).reindex(table.index).astype(float)
-        if (words != '').any() and kind.isna().all(): problems.append(f"column {found['cell_type']}: none of its words is known, such as '{words[words != ''].iloc[0]}'; write excitatory or inhibitory, or leave it empty where the type is not known")
+        if (words != '').any() and kind.isna().all():
+            problems.append(f"column {found['cell_type']}: none of its words is known, such as "
+                f"'{words[words != ''].iloc[0]}'; write excitatory or inhibitory, or leave it empty where the type "
+                "is not known")
         kinds = kind.groupby(table[found['root_id']]).transform('nunique')
-        if (kinds > 1).any(): problems.append(f"column {found['root_id']}: cells that are excitatory in one row and inhibitory in another, in {_examples(kinds > 1)}")
+        if (kinds > 1).any():
+            problems.append(f"column {found['root_id']}: cells that are excitatory in one row and inhibitory in "
+                f"another, in {_examples(kinds > 1)}")
     problems += wrong
     if not len(table): problems.append('no rows')
     if problems: raise TableError('\n  '.join([f"{path}: cannot be used:"] + problems))
     root = table[found['root_id']]
-    ours = pd.DataFrame(dict(root_id=root, inhibitory=kind.groupby(root).transform('first')) | soma | dict(n_somata=root.groupby(root).transform('size')))
+    ours = pd.DataFrame(dict(root_id=root, inhibitory=kind.groupby(root).transform('first')) | soma
+        | dict(n_somata=root.groupby(root).transform('size')))
     ours.loc[ours.n_somata > 1, list(soma)] = np.nan
     rest = table.drop(columns=[c for c in {found['root_id'], *soma} if c in table])
     return pd.concat([ours, rest], axis=1)[~root.duplicated()].reset_index(drop=True)
@@ -253,7 +284,8 @@ def _somata(table: pd.DataFrame, voxel_nm) -> tuple[dict, list[str]]:
     "Columns with the positions of somata in nm, and what is wrong with them"
     names = [f'soma_{a}_nm' for a in 'xyz']
     if voxel_nm and 'pt_position' in table:
-        at = table.pt_position.astype('str').str.extract(r'(-?[\d.]+)[\s,]+(-?[\d.]+)[\s,]+(-?[\d.]+)').astype(float).to_numpy()*voxel_nm[::-1]
+        at = table.pt_position.astype('str').str.extract(r'(-?[\d.]+)[\s,]+(-?[\d.]+)[\s,]+(-?[\d.]+)').astype(
+            float).to_numpy()*voxel_nm[::-1]
         if np.isnan(at).any(): return {},[f"column pt_position: not three numbers in {_examples(np.isnan(at).any(1))}"]
         return dict(zip(names, at.T)),[]
     if not set(names) <= set(table): return dict.fromkeys(names, np.full(len(table), np.nan)),[]
@@ -262,6 +294,7 @@ def _somata(table: pd.DataFrame, voxel_nm) -> tuple[dict, list[str]]:
     for i,j in ((0, 1), (0, 2), (1, 2)):
         ratio = use[:, j]/use[:, i]
         if len(use) > 2 and np.ptp(use[:, i]) > 0 and np.allclose(ratio, ratio[0], rtol=1e-6):
-            return {},[f"columns {', '.join(names)}: cannot be right, {names[j][5]} is {ratio[0]:g} times {names[i][5]} in every row; leave them out"
+            return {},[f"columns {', '.join(names)}: cannot be right, {names[j][5]} is {ratio[0]:g} times "
+                f"{names[i][5]} in every row; leave them out"
                 + (", and state the voxel size so that pt_position is used" if 'pt_position' in table else '')]
     return dict(zip(names, at.T)),[]

@@ -22,12 +22,15 @@ __all__ = ['http_timeout_s', 'LayerSource', 'VolumeError', 'Layer', 'open_layer'
 def _no_secret(path: str) -> str:
     "`path`, unless it carries a password or a token"
     if re.search(r'//[^/]*@|[?&](\w*token|key|signature|\w*secret|password|x-amz-\w+|x-goog-\w+)=', path, re.I):
-        raise ValueError('a password or token in the address would end up in every log and result; CloudVolume reads credentials from ~/.cloudvolume/secrets')
+        raise ValueError('a password or token in the address would end up in every log and result; CloudVolume reads '
+            'credentials from ~/.cloudvolume/secrets')
     return path
 
 class LayerSource(Strict):
     "Where a layer lies"
-    path: Annotated[Source, pydantic.AfterValidator(_no_secret)] # As CloudVolume takes it: `gs://`, `s3://`, `https://`, `file://`, `graphene://`, `zarr://`, `n5://` ..., or a local folder
+    # As CloudVolume takes it: `gs://`, `s3://`, `https://`, `file://`, `graphene://`, `zarr://`, `n5://` ..., or a
+    # local folder
+    path: Annotated[Source, pydantic.AfterValidator(_no_secret)]
     mip: int = 0 # Level of downsampling
     timestamp: int|None = None # Of a graphene segmentation: its state at this time, in seconds since 1970
     fill_missing: bool = True # A storage chunk that is not there counts as zeros; an error if false
@@ -52,10 +55,15 @@ def open_layer(
 ) -> Layer: # The open layer
     "Open a layer. Raises `VolumeError` naming the layer if it is absent or has no such mip"
     path = source.path if '://' in source.path else f'file://{source.path}'
-    try: volume = CloudVolume(path, mip=source.mip, progress=False, bounded=True, fill_missing=source.fill_missing, lru_bytes=cache_bytes,
+    try:
+        volume = CloudVolume(path, mip=source.mip, progress=False, bounded=True, fill_missing=source.fill_missing,
+            lru_bytes=cache_bytes,
         agglomerate=path.startswith('graphene://'), timestamp=source.timestamp)
-    except InfoUnavailableError: raise VolumeError(f"layer {name}: there is no volume at {path} (no file `info`)") from None
-    except ScaleUnavailableError: raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has {', '.join(map(str, CloudVolume(path).available_mips))}") from None
+    except InfoUnavailableError:
+        raise VolumeError(f"layer {name}: there is no volume at {path} (no file `info`)") from None
+    except ScaleUnavailableError:
+        raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has "
+            f"{', '.join(map(str, CloudVolume(path).available_mips))}") from None
     except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e)}") from e
     x,y,z = (float(o) for o in volume.resolution)
     box = Box(*(tuple(int(o) for o in c)[::-1] for c in (volume.bounds.minpt, volume.bounds.maxpt)))
@@ -76,7 +84,8 @@ def read(
     if not seen.n_vx: return out
     z,y,x = seen.slices()
     try: voxels = np.asarray(layer.volume[x, y, z])
-    except Exception as e: raise VolumeError(f"layer {layer.name}, voxels {seen.lo} to {seen.hi} (z, y, x): {_plain(e)}") from e
+    except Exception as e:
+        raise VolumeError(f"layer {layer.name}, voxels {seen.lo} to {seen.hi} (z, y, x): {_plain(e)}") from e
     if seen == box: return voxels[..., 0].T
     out[seen.slices(box.lo)] = voxels[..., 0].T
     return out
@@ -88,7 +97,8 @@ class _Patient(HTTPAdapter):
     "Gives up a silent connection, and comes back when a busy server says so"
     def send(self, request, **kwargs): return super().send(request, **kwargs | dict(timeout=http_timeout_s))
 
-HttpInterface.adaptor = _Patient(pool_maxsize=32, max_retries=Retry(total=3, connect=0, read=0, other=0, status_forcelist=[429, 503], raise_on_status=False))
+HttpInterface.adaptor = _Patient(pool_maxsize=32, max_retries=Retry(total=3, connect=0, read=0, other=0,
+    status_forcelist=[429, 503], raise_on_status=False))
 
 # %% ../../nbs/data/01_volume.ipynb #3c054615
 def write_layer(
@@ -99,7 +109,8 @@ def write_layer(
     chunk_vx: tuple[int, int, int] = (32, 64, 64), # Size of a storage chunk
     ids: np.ndarray|None = None, # What to write for each value of `voxels`; the value itself if absent
 ) -> str: # The path, as `LayerSource` takes it
-    "Write `voxels` as a precomputed layer, a row of storage chunks at a time: uint8 as an image, wider integers as a segmentation"
+    """Write `voxels` as a precomputed layer, a row of storage chunks at a time: uint8 as an image, wider integers as a
+    segmentation"""
     path = str(path) if '://' in str(path) else f'file://{path}'
     dtype = voxels.dtype if ids is None else ids.dtype
     image = dtype == np.uint8
@@ -121,10 +132,15 @@ def check_layers(
     layers: dict[str, Layer], # Open layers, by name, `em` among them
     centres_vx: np.ndarray|None = None, # `(n, 3)` voxels that all of them have to have
 ):
-    "Raise `VolumeError` unless the EM is uint8, and all layers have voxels of its size, share some of its space, and hold all centres"
-    em,problems = layers['em'],[]
-    if (dtype := em.volume.dtype) != np.uint8: problems.append(f"layer em, {em.volume.cloudpath}, is {dtype}; EM has to be uint8" + (': is this the segmentation?' if np.dtype(dtype).itemsize > 2 else ''))
-    problems += [f"layer {o}, {l.volume.cloudpath}, is {l.volume.dtype}; it has to hold ids" for o,l in layers.items() if not np.issubdtype(l.volume.dtype, np.integer)]
+    """Raise `VolumeError` unless the EM is uint8, and all layers have voxels of its size, share some of its space, and
+    hold all centres"""
+    em = layers['em']
+    problems = []
+    if (dtype := em.volume.dtype) != np.uint8:
+        problems.append(f"layer em, {em.volume.cloudpath}, is {dtype}; EM has to be uint8"
+            + (': is this the segmentation?' if np.dtype(dtype).itemsize > 2 else ''))
+    problems += [f"layer {o}, {l.volume.cloudpath}, is {l.volume.dtype}; it has to hold ids" for o,
+        l in layers.items() if not np.issubdtype(l.volume.dtype, np.integer)]
     for name,layer in layers.items():
         a,b = (np.asarray(o.volume.resolution, float) for o in (layer, em))
         if not np.allclose(a, b, rtol=.01):
@@ -134,6 +150,7 @@ def check_layers(
             continue
         spans = f"layer {name} spans voxels {layer.box.lo} to {layer.box.hi}, the EM {em.box.lo} to {em.box.hi}"
         if not (layer.box & em.box).n_vx: problems.append(f"{spans}: they do not meet")
-        elif centres_vx is not None and (n := ((centres_vx < layer.box.lo) | (centres_vx >= layer.box.hi)).any(1).sum()):
+        elif centres_vx is not None and (n := ((centres_vx < layer.box.lo)
+            | (centres_vx >= layer.box.hi)).any(1).sum()):
             problems.append(f"{spans}: {n} of {len(centres_vx)} synapses lie outside of it")
     if problems: raise VolumeError('\n  '.join(['the layers do not fit each other:'] + problems))

@@ -20,7 +20,9 @@ def tiny_volume(
     "Write EM, segmentation, cleft and mitochondria layers, a synapse table in Synaptor's schema, and a configuration"
     import numpy as np, pandas as pd
     from synapseclr.data.volume import write_layer
-    rng,folder,pitch = np.random.default_rng(seed),Path(folder),900
+    rng = np.random.default_rng(seed)
+    folder = Path(folder)
+    pitch = 900
     grid = [(z, y, x) for z in range(2) for y in range(2) for x in range(-(-n//4))][:n]
     shape = [int(np.ceil((max(g[i] for g in grid)+1)*pitch/v)) for i,v in enumerate(voxel_nm)]
     where = np.stack(np.meshgrid(*(np.arange(s)*v for s,v in zip(shape, voxel_nm)), indexing='ij'), -1)
@@ -29,7 +31,8 @@ def tiny_volume(
     rows = []
     for i,g in enumerate(grid):
         centre = (np.array(g)+.5)*pitch + rng.uniform(-60, 60, 3)
-        axis = rng.normal(size=3); axis /= np.linalg.norm(axis)
+        axis = rng.normal(size=3)
+        axis /= np.linalg.norm(axis)
         near = tuple(slice(max(0, int((c-400)/v)), int((c+400)/v)+1) for c,v in zip(centre, voxel_nm))
         d = where[near]-centre
         along = d@axis
@@ -45,7 +48,8 @@ def tiny_volume(
         em[near][disc] -= 50
         em[near][organelle] -= 40
         x,y,z = centre[::-1]
-        rows.append(dict(cleft_segid=i+1, presyn_segid=pre, postsyn_segid=post, centroid_x_nm=x, centroid_y_nm=y, centroid_z_nm=z, vx_count=int(disc.sum())))
+        rows.append(dict(cleft_segid=i+1, presyn_segid=pre, postsyn_segid=post, centroid_x_nm=x, centroid_y_nm=y,
+            centroid_z_nm=z, vx_count=int(disc.sum())))
     em = (em.clip(1, 255)//8*8+1).astype(np.uint8) # few grey values: small files, small figures
     em[int(650/voxel_nm[0])] = 0
     for name,voxels in dict(em=em, seg=seg, cleft=cleft, mito=mito).items(): write_layer(folder/name, voxels, voxel_nm)
@@ -94,7 +98,8 @@ def tiny_fetched(
     from synapseclr.ingest.cutout import DataConfig, FetchConfig
     from synapseclr.ingest.fetch import fetch
     folder = tiny_volume(folder).parent
-    data = DataConfig(table=str(folder/'synapses.csv'), **{o: dict(path=str(folder/o)) for o in ('em', 'seg', 'cleft', 'mito')})
+    data = DataConfig(table=str(folder/'synapses.csv'),
+        **{o: dict(path=str(folder/o)) for o in ('em', 'seg', 'cleft', 'mito')})
     fetch(data, FetchConfig(**dict(window_nm=(880, 896, 896), max_blank_fraction=1) | options), folder/'run')
     return folder/'run'
 
@@ -110,7 +115,9 @@ def tiny_phantom(
 ) -> tuple: # Configuration and overrides, with all stages before `stage` done
     "The same on a small phantom, for the stages that need one"
     folder = Path(tempfile.mkdtemp())
-    (folder/'tiny.toml').write_text(_tiny_config[_tiny_config.index('[fetch]'):].replace('batch_size = 5', 'batch_size = 24').replace('epochs = 4', 'epochs = 1') + '[phantom]\nseed = 2\nshape = [96, 384, 384]\ndefects = 0.3\n[qc]\nplay = 3\n')
+    (folder/'tiny.toml').write_text(_tiny_config[_tiny_config.index('[fetch]'):].replace('batch_size = 5',
+        'batch_size = 24').replace('epochs = 4', 'epochs = 1') +
+        '[phantom]\nseed = 2\nshape = [96, 384, 384]\ndefects = 0.3\n[qc]\nplay = 3\n')
     return _run_until(stage, str(folder/'tiny.toml'), folder)
 
 def _run_until(stage, config, folder):
@@ -129,12 +136,16 @@ def in_processes(
     *args, # Of the command line
     **env, # More of the environment
 ) -> list: # What each printed
-    "Run `code` in `n` processes that can meet through `torch.distributed`. Raises `RuntimeError` with what the first one that failed wrote"
+    """Run `code` in `n` processes that can meet through `torch.distributed`. Raises `RuntimeError` with what the first
+    one that failed wrote"""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    common = os.environ | dict(WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS='1') | env
-    started = [subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=common | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(n)]
+    common = os.environ | dict(WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+        OMP_NUM_THREADS='1') | env
+    started = [subprocess.Popen([sys.executable, '-c', code, *map(str, args)],
+        env=common | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for r in range(n)]
     said = [p.communicate() for p in started]
     for p,(_,error) in zip(started, said):
         if p.returncode: raise RuntimeError(f'process ended with {p.returncode}: {error}')

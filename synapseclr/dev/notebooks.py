@@ -22,12 +22,14 @@ def run_nb(
     from nbdev.clean import nbdev_clean
     from nbdev.config import get_config
     from nbdev.process import NBProcessor
-    fn,t = Path(fn).resolve(),time.time()
+    fn = Path(fn).resolve()
+    t = time.time()
     skip = set(get_config().tst_flags.split()) - set(flags.split())
     dirs = {c.id: getattr(c, 'directives_', None) or {} for c in NBProcessor(fn).nb.cells}
     def pre(c):
         d = dirs.get(c.id, {})
-        return c.cell_type!='code' or 'nbdev_export'+'(' in c.source or d.get('eval:', [''])[0].lower()=='false' or bool(skip & d.keys())
+        return c.cell_type!='code' or 'nbdev_export'+'(' in c.source or d.get('eval:',
+            [''])[0].lower()=='false' or bool(skip & d.keys())
     nb = read_nb(fn)
     for c in nb.cells:
         if not pre(c): c.outputs = [] # a cell that is silent now would keep what it said before
@@ -64,18 +66,25 @@ def take_outputs(
     executed, # Notebook that papermill left
     nb, # The one it was made of
 ):
-    "Give `nb` the outputs of `executed`, large pictures in 256 colours. Raises `ValueError` if their code is not the same"
+    """Give `nb` the outputs of `executed`, large pictures in 256 colours. Raises `ValueError` if their code is not the
+    same"""
     import base64, io
     from PIL import Image
     from execnb.nbio import read_nb, write_nb
     from nbdev.clean import nbdev_clean
-    code = lambda nb: [c for c in nb.cells if c.cell_type=='code' and 'injected-parameters' not in c.metadata.get('tags', [])]
-    new,old = read_nb(executed),read_nb(nb)
-    if [c.source for c in code(new)] != [c.source for c in code(old)]: raise ValueError(f'{executed}: made of another {nb}')
-    for a,b in zip(code(new), code(old)): b.outputs,b.execution_count = [o for o in a.outputs if o.get('name') != 'stderr'],a.execution_count
+    code = lambda nb: [c for c in nb.cells if c.cell_type=='code'
+        and 'injected-parameters' not in c.metadata.get('tags', [])]
+    new = read_nb(executed)
+    old = read_nb(nb)
+    if [c.source for c in code(new)] != [c.source for c in code(old)]:
+        raise ValueError(f'{executed}: made of another {nb}')
+    for a,b in zip(code(new), code(old)):
+        b.outputs = [o for o in a.outputs if o.get('name') != 'stderr']
+        b.execution_count = a.execution_count
     for o in (o for c in code(old) for o in c.outputs if len(o.get('data', {}).get('image/png', '')) > 100_000):
         small = io.BytesIO()
-        Image.open(io.BytesIO(base64.b64decode(o['data']['image/png']))).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
+        Image.open(io.BytesIO(base64.b64decode(o['data']['image/png']))).convert('RGB').quantize(256,
+            dither=Image.Dither.NONE).save(small, 'PNG', optimize=True)
         o['data']['image/png'] = base64.b64encode(small.getvalue()).decode()
     write_nb(old, nb)
     nbdev_clean.__wrapped__(str(nb))
@@ -88,7 +97,8 @@ def nb_cli(
     flags:str='', # Test flags to run that are normally skipped, such as `slow`
     executed:str='', # For `take`: the notebook that papermill left
 ):
-    "Edit the notebook as text: `pull` writes `_txt/...py`, `push` puts it back, runs it, cleans it and exports; `run` only the last three; `take` gives it the outputs of one that was executed elsewhere"
+    """Edit the notebook as text: `pull` writes `_txt/...py`, `push` puts it back, runs it, cleans it and exports; `run`
+    only the last three; `take` gives it the outputs of one that was executed elsewhere"""
     from nbdev.doclinks import nbdev_export
     txt = Path('_txt')/Path(nbs).with_suffix('.py')
     if cmd=='pull': return pull_nb(nbs, txt)

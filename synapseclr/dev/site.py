@@ -52,12 +52,14 @@ def stage_docs(
     dest, # Folder to make
     n_workers:int=1, # Processes; each imports the libraries anew
 ):
-    "Run nbdev's documentation processors, and lay the result out in `dest` as a site whose pages have their final names"
+    """Run nbdev's documentation processors, and lay the result out in `dest` as a site whose pages have their final
+    names"""
     import yaml
     from nbdev import doclinks
     from nbdev.config import get_config
     from nbdev.serve import proc_nbs
-    cfg,dest = get_config(),Path(dest)
+    cfg = get_config()
+    dest = Path(dest)
     doclinks._build_modidx()
     src = proc_nbs(n_workers=n_workers, force=True)
     base = f"{cfg['doc_host']}{cfg['doc_baseurl']}/"
@@ -79,7 +81,8 @@ def mend_anchors(
     ids = {p: set(re.findall(r'id="([^"]+)"', p.read_text())) for p in Path(site).rglob('*.html')}
     for p in ids:
         def mend(m, p=p):
-            page,anchor = (p.parent/m[1]).resolve() if m[1] else p,m[2]
+            page = (p.parent/m[1]).resolve() if m[1] else p
+            anchor = m[2]
             return f'href="{m[1]}#{anchor.partition(".")[0]}"' if page in ids and anchor not in ids[page] else m[0]
         text = p.read_text()
         if (new := re.sub(r'href="([\w/.-]*?)#([\w-]+\.[\w.-]+)"', mend, text)) != text: p.write_text(new)
@@ -89,9 +92,11 @@ def own_katex(
     katex, # The `dist` folder of KaTeX
 ):
     "Copy KaTeX into `site` and point its pages there"
-    site,katex = Path(site),Path(katex)
+    site = Path(site)
+    katex = Path(katex)
     lib = site/'site_libs'/'katex'
-    for o in [katex/'katex.min.css', katex/'katex.min.js', katex/'contrib'/'auto-render.min.js', *(katex/'fonts').glob('*.woff2')]:
+    for o in [katex/'katex.min.css', katex/'katex.min.js', katex/'contrib'/'auto-render.min.js',
+        *(katex/'fonts').glob('*.woff2')]:
         t = lib/o.relative_to(katex)
         t.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(o, t)
@@ -102,7 +107,8 @@ def own_katex(
 def _katex(d, version='0.16.11'):
     "Fetch KaTeX with npm into `d`, and return its `dist` folder, or None without npm"
     if not shutil.which('npm'): return
-    subprocess.run(['npm','pack','--silent',f'katex@{version}'], cwd=d, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(['npm','pack','--silent',f'katex@{version}'], cwd=d, check=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL)
     shutil.unpack_archive(next(Path(d).glob('katex-*.tgz')), d)
     return Path(d)/'package'/'dist'
 

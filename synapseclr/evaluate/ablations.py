@@ -30,20 +30,24 @@ def run_ablation(
     name: str, # What to call it
     config: str|Path, # TOML file of a run
     overrides: list[str], # `section.key=value`: what is tried
-    learn_from: str|Path|None, # Run folder, annotated, whose synapses are trained on; without one the network stays untrained
+    # Run folder, annotated, whose synapses are trained on; without one the network stays untrained
+    learn_from: str|Path|None,
     read_on: str|Path, # Run folder whose synapses are then described, into `features_NAME`
     out: str|Path, # Folder for the trial's own training
     views: int = 1, # See `extract`
 ):
     "Train with some changes, and describe another volume; what is done already is not done again"
-    c,folder = read_config(AblationConfig, config, overrides),Path(out)/name
+    c = read_config(AblationConfig, config, overrides)
+    folder = Path(out)/name
     if learn_from:
         folder.mkdir(parents=True, exist_ok=True)
         for o in ('chunks.zarr', 'synapses.parquet'):
             if not (folder/o).exists(): os.symlink((Path(learn_from)/o).resolve(), folder/o)
         net,about = load_weights(train(folder, c.train, c.augment, c.cube))
         law = AugmentConfig(**about['augment'])
-    else: net,law = SynapseNet(c.train.model, c.train.seed),with_dataset_statistics(c.augment, ChunkStore.open(Path(read_on)/'chunks.zarr'))
+    else:
+        net = SynapseNet(c.train.model, c.train.seed)
+        law = with_dataset_statistics(c.augment, ChunkStore.open(Path(read_on)/'chunks.zarr'))
     extract(read_on, net, law, c.cube, f'features_{name}', views=views)
 
 def score_ablations(
@@ -54,9 +58,11 @@ def score_ablations(
     "What each description knows of biology and of imaging"
     everything,sets = load_with_truth([(read_on, phantom)], {n: f'features_{n}' for n in names})
     sound = (everything.defect == '').to_numpy()
-    table,sets = everything[sound].reset_index(drop=True),{k: x[sound] for k,x in sets.items()}
+    table = everything[sound].reset_index(drop=True)
+    sets = {k: x[sound] for k,x in sets.items()}
     targets = score_targets(table, sets).set_index(['target', 'subset', 'features']).value.sort_index()
     rows = score_nuisances(table, sets).set_index('features')
-    for column,key in {'type AUC': ('presynaptic type', 'all'), 'type AUC, shaft': ('presynaptic type', 'shaft'), 'cleft size EV': ('cleft size', 'all')}.items():
+    for column,key in {'type AUC': ('presynaptic type', 'all'), 'type AUC, shaft': ('presynaptic type', 'shaft'),
+        'cleft size EV': ('cleft size', 'all')}.items():
         rows.insert(0, column, targets.loc[key])
     return rows.reset_index()

@@ -21,7 +21,8 @@ def benchmark_detection(
     defect: np.ndarray, # `(N,)` kind of defect, '' for none
     proofread: np.ndarray, # `(N,)` bool
     cluster: np.ndarray|None = None, near: Neighbours|None = None, # For the paper's rule on the first kind of features
-    kinds: list[str]|None = None, # Kinds of defects that are looked for, each by prompts of its own; all that there are enough of if None
+    # Kinds of defects that are looked for, each by prompts of its own; all that there are enough of if None
+    kinds: list[str]|None = None,
     counts=(1, 3, 5), # Prompts
     fdr: float = .2, n_draws: int = 20, seed: int = 0,
 ) -> pd.DataFrame: # A row for each kind of defect, number of prompts, rule and kind of features
@@ -29,13 +30,17 @@ def benchmark_detection(
     rows = []
     for kind in kinds or [k for k in sorted(set(defect)-{''}) if (defect == k).sum() >= max(counts)+3]:
         use = (defect == kind) | (defect == '')
-        y,checked = (defect == kind)[use],proofread[use]
+        y = (defect == kind)[use]
+        checked = proofread[use]
         for n in counts:
             rng = np.random.default_rng([seed, n])
             drawn = [rng.choice(np.flatnonzero(y), n, replace=False) for _ in range(n_draws)]
-            for name,x in sets.items(): rows.append(dict(defect=kind, prompts=n, rule='score', features=name) | _mean_of([_found(*_by_score(x[use], p, fdr), y, checked, p) for p in drawn]))
+            for name,x in sets.items():
+                rows.append(dict(defect=kind, prompts=n, rule='score', features=name)
+                    | _mean_of([_found(*_by_score(x[use], p, fdr), y, checked, p) for p in drawn]))
             if cluster is None: continue
-            some = [_found(None, marked_cluster(cluster, near, np.flatnonzero(use)[p])[use], y, checked, p) for p in drawn]
+            some = [_found(None, marked_cluster(cluster, near, np.flatnonzero(use)[p])[use], y, checked, p)
+                for p in drawn]
             rows.append(dict(defect=kind, prompts=n, rule='cluster', features=next(iter(sets))) | _mean_of(some))
     return pd.DataFrame(rows)
 
@@ -50,13 +55,18 @@ def _by_score(x: np.ndarray, prompts: np.ndarray, fdr: float) -> tuple[np.ndarra
 def _found(score, removed: np.ndarray, y: np.ndarray, proofread: np.ndarray, prompts: np.ndarray) -> dict:
     "How good it is on those that were not shown"
     rest = np.delete(np.arange(len(y)), prompts)
-    y,removed,proofread = y[rest],removed[rest],proofread[rest]
+    y = y[rest]
+    removed = removed[rest]
+    proofread = proofread[rest]
     precision = {}
     if score is not None:
         first = np.argsort(-score[rest])[:24]
-        precision = dict(average_precision=average_precision(y, score[rest]), average_precision_at_10pct=average_precision(y, score[rest], .1), recall_at_24=y[first].sum()/max(y.sum(), 1))
+        precision = dict(average_precision=average_precision(y, score[rest]),
+            average_precision_at_10pct=average_precision(y, score[rest], .1),
+            recall_at_24=y[first].sum()/max(y.sum(), 1))
     share = lambda which: removed[which].mean() if which.any() else np.nan
-    return dict(n=int(y.sum())) | precision | dict(removed=removed.mean(), removed_proofread=share(proofread), removed_others=share(~proofread),
+    return dict(n=int(y.sum())) | precision | dict(removed=removed.mean(), removed_proofread=share(proofread),
+        removed_others=share(~proofread),
         found=share(y), false_discovery_proportion=(~y[removed]).mean() if removed.any() else np.nan)
 
 # %% ../../nbs/evaluate/01_defects.ipynb #6a171a61
@@ -72,11 +82,13 @@ def benchmark_run(
     truth = pd.read_parquet(Path(phantom)/'truth.parquet').set_index('id').loc[table.id]
     checked = pd.read_csv(Path(phantom)/'neurons.csv').set_index('root_id').proofread
     proofread = table.pre_root_id.map(checked).eq(True) & table.post_root_id.map(checked).eq(True)
-    return benchmark_detection(sets, truth.defect.to_numpy(), proofread.to_numpy(), read_clusters(run, table.id.to_numpy()), read_neighbours(run)[1], fdr=config.fdr, n_draws=n_draws)
+    return benchmark_detection(sets, truth.defect.to_numpy(), proofread.to_numpy(),
+        read_clusters(run, table.id.to_numpy()), read_neighbours(run)[1], fdr=config.fdr, n_draws=n_draws)
 
 def sample_true_defects(
     run: str|Path, phantom: str|Path, # Run folder, and folder of its phantom
-    n: int, kind: str = 'wrong partner', # How many of which kind, the one that is easiest to see; of the most frequent one if there is none of it
+    # How many of which kind, the one that is easiest to see; of the most frequent one if there is none of it
+    n: int, kind: str = 'wrong partner',
     seed: int = 0,
 ) -> list[int]: # Ids
     "Plays the person who marks defects"

@@ -24,16 +24,20 @@ def example_batch(
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]: # em and mask, `(n, Z, Y, X)` uint8
     "Made-up chunks with masks like those of synapses"
-    rng,em,mask = np.random.default_rng(seed),[],[]
+    rng = np.random.default_rng(seed)
+    em = []
+    mask = []
     where = [c*v for c,v in zip(np.ogrid[tuple(slice(-(s//2), s-s//2) for s in shape)], voxel_nm)]
     for _ in range(n):
         a,b,c = random_rotation(rng)
         along,across,third = (sum(w*k for w,k in zip(where, axis)) for axis in (a, b, c))
         wave = 60*np.sin(across/150) + 60*np.sin(third/130)
         radius = np.hypot(across, third) + wave
-        pre,post = (along < wave/4) & (radius < 620), (along >= wave/4) & (radius < 450+along/4)
+        pre = (along < wave/4) & (radius < 620)
+        post = (along >= wave/4) & (radius < 450+along/4)
         cleft = (abs(along-wave/4) < 25) & (radius < 180)
-        em.append(ndimage.gaussian_filter(rng.integers(0, 256, shape).astype(np.float32), (0, 1, 1)).clip(1, 255).astype(np.uint8))
+        em.append(ndimage.gaussian_filter(rng.integers(0, 256, shape).astype(np.float32), (0, 1, 1)).clip(1,
+            255).astype(np.uint8))
         mask.append((pre*PRE | post*POST | cleft*CLEFT).astype(np.uint8))
     return np.stack(em),np.stack(mask)
 
@@ -45,7 +49,8 @@ def reference_views(
 ) -> Tensor: # `(B, 1, D, D, D)`
     "Views of a batch in coupled mode, from library parts"
     v = sample_view(config, np.random.default_rng(k), em.shape[1])
-    x,generator = torch.from_numpy(em).float()/255,torch.Generator().manual_seed(key(k))
+    x = torch.from_numpy(em).float()/255
+    generator = torch.Generator().manual_seed(key(k))
     seen = (x > 0) & ~torch.from_numpy(v.cut_sections)[None, :, None, None]
     if config.intensity_p:
         shift,scale,gamma = torch.from_numpy(v.sectional).float().T.view(3, 1, -1, 1, 1)
@@ -53,19 +58,22 @@ def reference_views(
         shift,scale,gamma = v.volumetric.tolist()
         x = (shift + scale*x**gamma).clamp(0, 1)
     if config.noise_p:
-        x = torch.normal(0, 1, x.shape, generator=generator)*v.noise[0] + torch.exp(torch.normal(0, 1, x.shape, generator=generator)*v.noise[1])*x
+        x = torch.normal(0, 1, x.shape, generator=generator)*v.noise[0] + torch.exp(
+            torch.normal(0, 1, x.shape, generator=generator)*v.noise[1])*x
         x = x.clamp(0, 1)
     x = (x*seen).float()
     grid = _reference_grid(v, em.shape, voxel_nm, out_size, out_voxel_nm)
     roles = torch.stack([torch.from_numpy((mask & bit) > 0) for bit in (PRE, CLEFT, POST)], 1).float()
-    x,roles = F.grid_sample(x[:, None], grid, align_corners=True),F.grid_sample(roles, grid, mode='nearest', align_corners=True)
+    x = F.grid_sample(x[:, None], grid, align_corners=True)
+    roles = F.grid_sample(roles, grid, mode='nearest', align_corners=True)
     if v.blur_sigma:
         d = torch.arange(-1, 2)**2
         kernel = torch.exp(-(d[:, None, None] + d[:, None] + d)/(2*v.blur_sigma**2))
         x = F.conv3d(F.pad(x, [1]*6, mode='replicate'), (kernel/kernel.sum())[None, None])
     kept = _reference_kept(v, roles[:, 1] > 0, out_size)
     r = v.inflation
-    inflated = F.conv3d((roles*kept[:, None]).flatten(0, 1)[:, None], torch.ones(1, 1, 2*r+1, 2*r+1, 2*r+1), padding=r).view(roles.shape) > .5
+    inflated = F.conv3d((roles*kept[:, None]).flatten(0, 1)[:, None], torch.ones(1, 1, 2*r+1, 2*r+1, 2*r+1),
+        padding=r).view(roles.shape) > .5
     merged = inflated.any(1) & kept
     active = torch.zeros_like(merged)
     for i in range(len(em)):
@@ -76,7 +84,8 @@ def reference_views(
 
 def _reference_grid(v: ViewParameters, shape, voxel_nm, size: int, out_voxel_nm: float) -> Tensor:
     "`affine_grid` of a view"
-    n,voxel_nm = np.array(shape[1:]),np.array(voxel_nm)
+    n = np.array(shape[1:])
+    voxel_nm = np.array(voxel_nm)
     linear = v.rotation*(size-1)/2*out_voxel_nm/voxel_nm[:, None]*2/(n-1)[:, None]
     offset = (n//2 + v.displacement*size*out_voxel_nm/voxel_nm)*2/(n-1) - 1
     theta = torch.tensor(np.c_[linear[::-1, ::-1], offset[::-1]], dtype=torch.float32).expand(shape[0], 3, 4)
@@ -95,8 +104,10 @@ def _reference_kept(v: ViewParameters, cleft: Tensor, size: int) -> Tensor:
 
 # %% ../../nbs/evaluate/05_speed_augment.ipynb #5741f630
 def _measure(what: str, em: np.ndarray, mask: np.ndarray, size: int, repeats: int, device: str) -> tuple[float, float]:
-    "Seconds per view (median over batches) and the peak of memory in MB: of the whole process on a CPU, of what torch allocated on a GPU"
-    voxel_nm,out_voxel_nm = (40, 7.16, 7.16),14.3*96/size
+    """Seconds per view (median over batches) and the peak of memory in MB: of the whole process on a CPU, of what torch
+    allocated on a GPU"""
+    voxel_nm = (40, 7.16, 7.16)
+    out_voxel_nm = 14.3*96/size
     config = AugmentConfig.extract() if what.startswith('extract') else AugmentConfig.paper()
     augmenter = Augmenter(config, voxel_nm, size, out_voxel_nm, device)
     if what.endswith('reference'): view = lambda k: reference_views(config, em, mask, voxel_nm, size, out_voxel_nm, k)
@@ -107,7 +118,8 @@ def _measure(what: str, em: np.ndarray, mask: np.ndarray, size: int, repeats: in
         view(k)
         if device != 'cpu': torch.cuda.synchronize()
         seconds.append(time.perf_counter()-start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 if device == 'cpu' else torch.cuda.max_memory_allocated()/2**20
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024 if device == 'cpu'
+        else torch.cuda.max_memory_allocated()/2**20)
     return float(np.median(seconds[1:]))/len(em),memory
 
 def bench_augment(
@@ -118,18 +130,22 @@ def bench_augment(
 ) -> pd.DataFrame: # One row for each contestant
     "Views per second and memory of the paper's augmentation and of extraction, beside the straightforward way"
     devices = ['cpu'] + ['cuda']*torch.cuda.is_available()
-    contestants = [(what, d) for d in devices for what in ('paper', 'extract')] + [('paper, reference', 'cpu'), ('extract, reference', 'cpu')]
+    contestants = [(what, d) for d in devices for what in ('paper', 'extract')] + [('paper, reference', 'cpu'),
+        ('extract, reference', 'cpu')]
     found = {c: [] for c in contestants}
     chunks = [np.resize(o, (batch, *o.shape[1:])) for o in example_batch(min(batch, 2))]
     for _ in range(rounds):
         for what,device in contestants:
             n = -(-repeats//3) if what.endswith('reference') else repeats
-            with multiprocessing.get_context('spawn').Pool(1) as pool: found[what, device].append(pool.apply(_measure, (what, *chunks, size, n, device)))
+            with multiprocessing.get_context('spawn').Pool(1) as pool:
+                found[what, device].append(pool.apply(_measure, (what, *chunks, size, n, device)))
     rows = []
     for (what,device),values in found.items():
-        seconds,memory = np.median([s for s,_ in values]),max(m for _,m in values)
+        seconds = np.median([s for s,_ in values])
+        memory = max(m for _,m in values)
         slow = np.median([s for s,_ in found[what.split(',')[0] + ', reference', 'cpu']])
-        rows.append(dict(what=what, device=device, ms_per_view=1000*seconds, views_per_second=1/seconds, times_reference=slow/seconds, peak_mb=memory))
+        rows.append(dict(what=what, device=device, ms_per_view=1000*seconds, views_per_second=1/seconds,
+            times_reference=slow/seconds, peak_mb=memory))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluate/05_speed_augment.ipynb #8ede0882
@@ -143,6 +159,7 @@ def profile_augment(
     augmenter(em, mask)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as p:
         for k in range(n_views): augmenter(em, mask, k)
-    rows = pd.DataFrame([dict(operation=e.key.removeprefix('aten::'), ms=e.self_cpu_time_total/1000/n_views) for e in p.key_averages()])
+    rows = pd.DataFrame([dict(operation=e.key.removeprefix('aten::'), ms=e.self_cpu_time_total/1000/n_views)
+        for e in p.key_averages()])
     rows['share'] = rows.ms/rows.ms.sum()
     return rows[rows.share > .01].sort_values('ms', ascending=False).reset_index(drop=True)

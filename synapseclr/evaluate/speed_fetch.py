@@ -26,11 +26,17 @@ def serve(
     folder: str, # Of precomputed layers
     copies: tuple[int, int, int] = (1, 1, 1), # How often the volume is repeated, `(z, y, x)`
     latency_s: float = .005, # Before every answer
-    fault=lambda path, n: None, # For the path and how often it was asked for: `None`, or `status` and `headers`, a `change` of the body that is sent as if nothing was (`cut`: with the old length; `bare`: decompressed, without a checksum), or seconds of `silence`
+    # For the path and how often it was asked for: `None`, or `status` and `headers`, a `change` of the body that is
+    # sent as if nothing was (`cut`: with the old length; `bare`: decompressed, without a checksum), or seconds of
+    # `silence`
+    fault=lambda path, n: None,
     announce=print, # Gets the port
 ):
-    "Serve layers over HTTP until the process ends; `GET /count` tells how many storage chunks were asked for, their bytes decoded, and how many answers were spoilt"
-    counts,seen,lock = dict(requests=0, decoded=0, spoilt=0),{},threading.Lock()
+    """Serve layers over HTTP until the process ends; `GET /count` tells how many storage chunks were asked for, their
+    bytes decoded, and how many answers were spoilt"""
+    counts = dict(requests=0, decoded=0, spoilt=0)
+    seen = {}
+    lock = threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
@@ -38,7 +44,8 @@ def serve(
 
         def reply(self, status: int, body: bytes, headers: dict, length: int|None = None):
             self.send_response(status)
-            for k,v in (headers | {'Content-Length': str(len(body) if length is None else length)}).items(): self.send_header(k, v)
+            for k,v in (headers | {'Content-Length': str(len(body) if length is None else length)}).items():
+                self.send_header(k, v)
             self.end_headers()
             self.wfile.write(body)
             self.close_connection |= length is not None
@@ -48,14 +55,17 @@ def serve(
             body,headers,decoded = _layer_file(Path(folder), self.path.lstrip('/'), copies)
             with lock:
                 seen[self.path] = n = seen.get(self.path, 0)+1
-                counts['requests'] += bool(decoded); counts['decoded'] += decoded
+                counts['requests'] += bool(decoded)
+                counts['decoded'] += decoded
             time.sleep(latency_s)
             spoil = fault(self.path, n) or {}
             counts['spoilt'] += bool(spoil)
             time.sleep(spoil.get('silence', 0))
             if 'status' in spoil: return self.reply(spoil['status'], b'', spoil.get('headers', {}))
             if body is None: return self.reply(404, b'', {})
-            if 'bare' in spoil: body,headers = gzip.decompress(body),{}
+            if 'bare' in spoil:
+                body = gzip.decompress(body)
+                headers = {}
             sent = spoil.get('change', lambda b: b)(body)
             self.reply(200, sent, headers, len(body) if spoil.get('cut') else None)
 
@@ -88,10 +98,13 @@ def _info(path: Path) -> str|None: return path.read_text() if path.exists() else
 def served(folder: str|Path, *args, **kwargs):
     "A server in a process of its own; gives its address"
     there,here = multiprocessing.get_context('fork').Pipe()
-    process = multiprocessing.get_context('fork').Process(target=serve, args=(str(folder), *args), kwargs=kwargs | dict(announce=there.send), daemon=True)
+    process = multiprocessing.get_context('fork').Process(target=serve, args=(str(folder), *args),
+        kwargs=kwargs | dict(announce=there.send), daemon=True)
     process.start()
     try: yield f'http://127.0.0.1:{here.recv()}'
-    finally: process.kill(); process.join()
+    finally:
+        process.kill()
+        process.join()
 
 def served_counts(address: str) -> dict:
     "What the server has counted"
@@ -99,7 +112,8 @@ def served_counts(address: str) -> dict:
     return requests.get(f'{address}/count', timeout=60).json()
 
 # %% ../../nbs/evaluate/06_speed_fetch.ipynb #41fa1cb7
-paper_window = dict(window_nm=(2080., 1833., 1833.), max_blank_fraction=.25, context='masked') # 52 sections; half of the phantom would fail the paper's 0.1
+# 52 sections; half of the phantom would fail the paper's 0.1
+paper_window = dict(window_nm=(2080., 1833., 1833.), max_blank_fraction=.25, context='masked')
 
 def tiled_table(
     phantom: Path, # Folder of the phantom
@@ -109,33 +123,42 @@ def tiled_table(
 ) -> Path: # `path`
     "The synapses of all copies, with ids of their own"
     one = pd.read_parquet(phantom/'synapses.parquet')
-    tiles = [one.assign(id=one.id + i*(one.id.max()+1), **{f'ctr_pt_{a}_nm': one[f'ctr_pt_{a}_nm'] + k*e for a,k,e in zip('zyx', tile, extent_nm)}) for i,tile in enumerate(np.ndindex(*copies))]
+    tiles = [one.assign(id=one.id + i*(one.id.max()+1),
+        **{f'ctr_pt_{a}_nm': one[f'ctr_pt_{a}_nm'] + k*e for a,k,e in zip('zyx', tile, extent_nm)}) for i,
+        tile in enumerate(np.ndindex(*copies))]
     pd.concat(tiles, ignore_index=True).to_parquet(path, index=False)
     return path
 
 def _contestant(way: str, data: DataConfig, config: FetchConfig, run: str, n: int|None) -> dict:
     "Fetch in one way; what it took"
     import cloudvolume.chunks
-    decode,counts = cloudvolume.chunks.decode,dict(n=0, bytes=0)
+    decode = cloudvolume.chunks.decode
+    counts = dict(n=0, bytes=0)
     def counted(*args, **kwargs):
         out = decode(*args, **kwargs)
-        counts['n'] += 1; counts['bytes'] += out.nbytes
+        counts['n'] += 1
+        counts['bytes'] += out.nbytes
         return out
     cloudvolume.chunks.decode = counted
-    start,began = time.perf_counter(),time.process_time()
+    start = time.perf_counter()
+    began = time.process_time()
     if way == 'blocks': table = fetch(data, config, run)
     else: table = _one_by_one(data, config, way, n)
-    seconds,cpu = time.perf_counter()-start,time.process_time()
-    return dict(way=way, synapses=len(table), synapses_per_s=len(table)/seconds, seconds=seconds, cpu_ms=1e3*(cpu-began)/len(table), decodes=counts['n']/len(table), mb_decoded=counts['bytes']/1e6/len(table),
+    seconds = time.perf_counter()-start
+    cpu = time.process_time()
+    return dict(way=way, synapses=len(table), synapses_per_s=len(table)/seconds, seconds=seconds,
+        cpu_ms=1e3*(cpu-began)/len(table), decodes=counts['n']/len(table), mb_decoded=counts['bytes']/1e6/len(table),
         peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
 
 def _one_by_one(data: DataConfig, config: FetchConfig, way: str, n: int) -> pd.DataFrame:
     "Fetch and store `n` synapses, one after the other: at random, or the first in the order of blocks with a cache"
-    layers = {o: open_layer(o, getattr(data, o), cache_bytes=256*2**20 if 'cache' in way else 0) for o in ('em', 'cleft', 'seg', 'mito')}
+    layers = {o: open_layer(o, getattr(data, o), cache_bytes=256*2**20 if 'cache' in way else 0)
+        for o in ('em', 'cleft', 'seg', 'mito')}
     rows = read_synapses(data.table)
     voxel_nm = layers['em'].voxel_nm
     block = plan_blocks(layer_windows(layers, config), centres_to_voxels(rows, voxel_nm), config.capacity(voxel_nm))
-    rows = rows.iloc[np.argsort(block, kind='stable')[:n] if 'cache' in way else np.random.default_rng(0).permutation(len(rows))[:n]]
+    rows = rows.iloc[np.argsort(block, kind='stable')[:n] if 'cache' in way
+        else np.random.default_rng(0).permutation(len(rows))[:n]]
     with tempfile.TemporaryDirectory() as folder:
         store = ChunkStore.create(folder, n, config.shapes(voxel_nm)[1], n)
         ids,em,mask,*_ = zip(*(fetch_rows(layers, rows[i:i+1], config) for i in range(n)))
@@ -147,19 +170,24 @@ def bench_fetch(
     latency_ms: float = 5, # Of the server
     alone: int = 150, # Synapses of the slow ways
 ) -> pd.DataFrame: # A row for each way and number of synapses
-    "Requests, decoded bytes, synapses per second and memory: blocks of an eighth, of a quarter and of the whole volume, and two slower ways"
+    """Requests, decoded bytes, synapses per second and memory: blocks of an eighth, of a quarter and of the whole
+    volume, and two slower ways"""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         phantom = make_phantom(folder/'phantom', PhantomConfig(seed=3, **SIZES['small']))
-        shape,voxel_nm = PhantomConfig(**SIZES['small']).shape,PhantomConfig().voxel_nm
+        shape = PhantomConfig(**SIZES['small']).shape
+        voxel_nm = PhantomConfig().voxel_nm
         one = len(pd.read_parquet(phantom/'synapses.parquet'))
         copies = (2, 4, -(-n//(8*one)))
         with multiprocessing.get_context('spawn').Pool(1, maxtasksperchild=1) as pool:
-            for way,part in (('blocks', (1, 1, copies[2])), ('blocks', (1, 2, copies[2])), ('blocks', copies), ('one by one', copies), ('one by one, cache', copies)):
+            for way,part in (('blocks', (1, 1, copies[2])), ('blocks', (1, 2, copies[2])), ('blocks', copies),
+                ('one by one', copies), ('one by one, cache', copies)):
                 with served(phantom, part, latency_ms/1e3) as address:
                     table = tiled_table(phantom, part, np.multiply(shape, voxel_nm), folder/'table.parquet')
-                    data = DataConfig(table=str(table), **{o: dict(path=f'precomputed://{address}/{o}') for o in ('em', 'seg', 'cleft', 'mito')})
-                    found = pool.apply(_contestant, (way, data, FetchConfig(**paper_window, max_per_shard=512), str(folder/f'run{len(rows)}'), alone))
+                    data = DataConfig(table=str(table), **{o: dict(path=f'precomputed://{address}/{o}')
+                        for o in ('em', 'seg', 'cleft', 'mito')})
+                    found = pool.apply(_contestant, (way, data, FetchConfig(**paper_window, max_per_shard=512),
+                        str(folder/f'run{len(rows)}'), alone))
                     rows.append(found | dict(requests=served_counts(address)['requests']/found['synapses']))
     return pd.DataFrame(rows)

@@ -33,13 +33,16 @@ def time_extract(
     shape,voxel_nm,size,out_voxel_nm = shapes[preset]
     em,mask = (np.resize(o, (n, *o.shape[1:])) for o in example_batch(min(n, 4), shape, voxel_nm))
     law = AugmentConfig.extract(**dict(rotation='so3', flip=True) if views > 1 else {})
-    net,augmenter = SynapseNet(preset).eval(),Augmenter(law, voxel_nm, size, out_voxel_nm)
+    net = SynapseNet(preset).eval()
+    augmenter = Augmenter(law, voxel_nm, size, out_voxel_nm)
     batch = 1 if plain else min(-(-n//2), 16)
-    view = partial(reference_views, law, voxel_nm=voxel_nm, out_size=size, out_voxel_nm=out_voxel_nm) if plain else augmenter
+    view = partial(reference_views, law, voxel_nm=voxel_nm, out_size=size,
+        out_voxel_nm=out_voxel_nm) if plain else augmenter
     mode = BASELINE_MODE if plain else mode_of('fp32', augmenter.device)
     net.channels_last = mode['channels_last']
     def describe(start):
-        some,of_views = (em[start:start+batch], mask[start:start+batch]),0.
+        some = (em[start:start+batch], mask[start:start+batch])
+        of_views = 0.
         for v in range(views):
             begun = time.perf_counter()
             x = view(em=some[0], mask=some[1], k=v) if plain else view(*some, v)
@@ -57,20 +60,25 @@ def time_extract(
 def bench_extract(rounds: int = 3) -> pd.DataFrame:
     "Synapses per second and memory, beside the plain way"
     sizes = dict(paper=6, demo=256)
-    contestants = {f'{p}, {way}': (time_extract, p, n if way == 'ours' else max(2, n//4), way == 'plain') for p,n in sizes.items() for way in ('plain', 'ours')}
+    contestants = {f'{p}, {way}': (time_extract, p, n if way == 'ours' else max(2, n//4), way == 'plain') for p,
+        n in sizes.items() for way in ('plain', 'ours')}
     found = in_turn(contestants | {'demo, ours, 8 turns': (time_extract, 'demo', 64, False, 8)}, rounds)
     found['synapses_per_second'] = 1/found.s_per_synapse
-    found['speedup'] = found.groupby(found.what.str.split(',').str[0]).s_per_synapse.transform('first')/found.s_per_synapse
+    found['speedup'] = found.groupby(found.what.str.split(',').str[0]).s_per_synapse.transform(
+        'first')/found.s_per_synapse
     return found
 
 # %% ../../nbs/evaluate/08_speed_maps.ipynb #78aee4f6
 def example_features(n: int, d: int = 512, seed: int = 0) -> np.ndarray:
     "Features that lie near a curved sheet, `(n, d)` float32"
     rng = np.random.default_rng(seed)
-    centres,mix,bend = rng.normal(size=(40, 8)),rng.normal(size=(8, d)).astype(np.float32),rng.normal(size=(8, d)).astype(np.float32)
+    centres = rng.normal(size=(40, 8))
+    mix = rng.normal(size=(8, d)).astype(np.float32)
+    bend = rng.normal(size=(8, d)).astype(np.float32)
     x = np.empty((n, d), np.float32)
     for a in range(0, n, 50_000):
-        at = (centres[rng.integers(0, 40, min(50_000, n-a))] + .4*rng.normal(size=(min(50_000, n-a), 8))).astype(np.float32)
+        at = (centres[rng.integers(0, 40, min(50_000, n-a))]
+            + .4*rng.normal(size=(min(50_000, n-a), 8))).astype(np.float32)
         x[a:a+len(at)] = at@mix + 2*np.sin(at@bend) + rng.normal(size=(len(at), d)).astype(np.float32)
     return x
 
@@ -81,10 +89,12 @@ def time_map(
     umap_k: int = 30, # Of which the map is drawn
 ) -> dict: # Seconds, peak memory in GB, and recall
     "Graph, map, clusters and queries"
-    found,start = {},time.perf_counter()
+    found = {}
+    start = time.perf_counter()
     def lap(name):
         nonlocal start
-        found[f'{name}_s'],found[f'{name}_gb'] = time.perf_counter()-start,resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
+        found[f'{name}_s'],found[f'{name}_gb'] = time.perf_counter()-start,resource.getrusage(
+            resource.RUSAGE_SELF).ru_maxrss/2**20
         start = time.perf_counter()
     x = example_features(n, d)
     lap('make')

@@ -31,8 +31,10 @@ def in_turn(
     found = {name: [] for name in contestants}
     for _ in range(rounds):
         for name,(f,*args) in contestants.items():
-            with multiprocessing.get_context('spawn').Pool(1) as pool: found[name].append(pool.apply(_with_peak, (f, *args)))
-    return pd.DataFrame([dict(what=name) | pd.DataFrame(rows).median(numeric_only=True).to_dict() for name,rows in found.items()])
+            with multiprocessing.get_context('spawn').Pool(1) as pool:
+                found[name].append(pool.apply(_with_peak, (f, *args)))
+    return pd.DataFrame([dict(what=name) | pd.DataFrame(rows).median(numeric_only=True).to_dict() for name,
+        rows in found.items()])
 
 def _with_peak(f, *args) -> dict:
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024
@@ -40,7 +42,8 @@ def _with_peak(f, *args) -> dict:
     return found | dict(peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024, at_start_mb=start)
 
 # %% ../../nbs/evaluate/07_speed_train.ipynb #6f241d03
-shapes = dict(paper=((52, 256, 256), (40, 7.16, 7.16), 96, 14.3), demo=((27, 76, 76), (40, 14.3, 14.3), 28, 22.)) # Chunk, its voxels, cube, its voxels
+# Chunk, its voxels, cube, its voxels
+shapes = dict(paper=((52, 256, 256), (40, 7.16, 7.16), 96, 14.3), demo=((27, 76, 76), (40, 14.3, 14.3), 28, 22.))
 
 def time_step(
     preset: str, # Network and shapes
@@ -52,11 +55,15 @@ def time_step(
     "Both views, forward, backward and the optimiser's step"
     shape,voxel_nm,size,out_voxel_nm = shapes[preset]
     em,mask = (np.resize(o, (batch, *o.shape[1:])) for o in example_batch(min(batch, 4), shape, voxel_nm))
-    net,law = SynapseNet(preset),AugmentConfig.paper()
-    optimizer,augmenter = torch.optim.AdamW(net.parameters()),Augmenter(law, voxel_nm, size, out_voxel_nm)
-    view = partial(reference_views, law, em, mask, voxel_nm, size, out_voxel_nm) if plain else partial(augmenter, em, mask)
+    net = SynapseNet(preset)
+    law = AugmentConfig.paper()
+    optimizer = torch.optim.AdamW(net.parameters())
+    augmenter = Augmenter(law, voxel_nm, size, out_voxel_nm)
+    view = partial(reference_views, law, em, mask, voxel_nm, size, out_voxel_nm) if plain else partial(augmenter, em,
+        mask)
     mode = BASELINE_MODE if plain else choose_mode(net, torch.cat([view(k)[:16] for k in (0, 1)]))[0]
-    net.channels_last,seconds = mode['channels_last'],[]
+    net.channels_last = mode['channels_last']
+    seconds = []
     for k in range(1+repeats):
         start = time.perf_counter()
         views = [view(2*k+v) for v in (0, 1)]
@@ -64,20 +71,25 @@ def time_step(
         def project(part, views=views):
             with autocast(torch.device('cpu'), mode): return [net(v[part]).projection for v in views]
         optimizer.zero_grad()
-        cached_gradient_backward(net, [slice(i, i+(micro or batch)) for i in range(0, batch, micro or batch)], project, nt_xent)
+        cached_gradient_backward(net, [slice(i, i+(micro or batch)) for i in range(0, batch, micro or batch)], project,
+            nt_xent)
         optimizer.step()
         seconds.append([time.perf_counter()-start, seen-start, time.perf_counter()-seen])
-    return dict(zip(['s_per_synapse', 'views_s', 'network_s'], np.median(seconds[1:], 0)/batch)) | dict(bf16=float(mode['precision'] == 'bf16'), channels_last=float(mode['channels_last']))
+    return dict(zip(['s_per_synapse', 'views_s', 'network_s'], np.median(seconds[1:], 0)/batch)) | dict(
+        bf16=float(mode['precision'] == 'bf16'), channels_last=float(mode['channels_last']))
 
 def step_tflop(preset: str) -> float:
     "Floating-point operations of a step for one synapse, both views, forward and backward, in 10^12"
-    net,size = SynapseNet(preset).to('meta'),shapes[preset][2] # only counted, not computed
-    with FlopCounterMode(display=False) as counter: net(torch.zeros(2, 1, size, size, size, device='meta')).projection.sum().backward()
+    net = SynapseNet(preset).to('meta')
+    size = shapes[preset][2] # only counted, not computed
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(2, 1, size, size, size, device='meta')).projection.sum().backward()
     return counter.get_total_flops()/1e12
 
 def matmul_tflops(dtype: torch.dtype, n: int = 2048, repeats: int = 5) -> dict:
     "What this machine reaches in the product of two matrices, 10^12 operations per second"
-    a,seconds = torch.randn(n, n).to(dtype),[]
+    a = torch.randn(n, n).to(dtype)
+    seconds = []
     for _ in range(1+repeats):
         start = time.perf_counter()
         a @ a
@@ -85,9 +97,11 @@ def matmul_tflops(dtype: torch.dtype, n: int = 2048, repeats: int = 5) -> dict:
     return dict(tflops=2*n**3/min(seconds[1:])/1e12)
 
 def bench_steps(rounds: int = 3) -> pd.DataFrame:
-    "Seconds per synapse of a training step, beside the plain way, and the share of the machine's matrix product that the network reaches"
+    """Seconds per synapse of a training step, beside the plain way, and the share of the machine's matrix product that
+    the network reaches"""
     sizes = dict(paper=2, demo=64)
-    found = in_turn({f'{p}, {way}': (time_step, p, n, way == 'plain') for p,n in sizes.items() for way in ('plain', 'ours')}, rounds)
+    found = in_turn({f'{p}, {way}': (time_step, p, n, way == 'plain') for p,
+        n in sizes.items() for way in ('plain', 'ours')}, rounds)
     peak = {d: in_turn({d: (matmul_tflops, getattr(torch, d))}, rounds).tflops[0] for d in ('float32', 'bfloat16')}
     preset = found.what.str.split(',').str[0]
     found['speedup'] = found.groupby(preset).s_per_synapse.transform('first')/found.s_per_synapse
@@ -112,7 +126,8 @@ def bench_loss(
     rounds: int = 1,
 ) -> pd.DataFrame:
     "Time and memory of NT-Xent, all similarities at once and 512 rows at a time"
-    contestants = {f'{n}, {way}': (time_loss, n, 2*n if way == 'all at once' else 512) for n in sizes for way in ('all at once', '512 rows') if way != 'all at once' or n <= largest_plain}
+    contestants = {f'{n}, {way}': (time_loss, n, 2*n if way == 'all at once' else 512) for n in sizes
+        for way in ('all at once', '512 rows') if way != 'all at once' or n <= largest_plain}
     found = in_turn(contestants, rounds)
     found['extra_mb'] = found.peak_mb-found.at_start_mb
     return found.drop(columns=['peak_mb', 'at_start_mb'])
@@ -120,7 +135,8 @@ def bench_loss(
 # %% ../../nbs/evaluate/07_speed_train.ipynb #f86421b0
 def bench_parts(batch: int = 64, micro: int = 8, rounds: int = 1) -> pd.DataFrame:
     "Time and memory of a step of the demo network, the batch whole and in parts"
-    found = in_turn({'whole': (time_step, 'demo', batch, False, 2), f'{batch//micro} parts': (time_step, 'demo', batch, False, 2, micro)}, rounds)
+    found = in_turn({'whole': (time_step, 'demo', batch, False, 2),
+        f'{batch//micro} parts': (time_step, 'demo', batch, False, 2, micro)}, rounds)
     return found[['what', 's_per_synapse', 'peak_mb', 'at_start_mb']]
 
 # %% ../../nbs/evaluate/07_speed_train.ipynb #20010a53
@@ -132,7 +148,8 @@ def time_loader(preset: str, n: int = 48, n_batches: int = 12, batch: int = 16) 
         store = ChunkStore.create(Path(folder)/'chunks.zarr', n, shape, 8, voxel_nm=voxel_nm)
         for k in range(n//8): store.write_shard(k, np.arange(8*k, 8*k+8), em[8*k:8*k+8], mask[8*k:8*k+8])
         store.finish()
-        store,rng = ChunkStore.open(Path(folder)/'chunks.zarr'),np.random.default_rng(0)
+        store = ChunkStore.open(Path(folder)/'chunks.zarr')
+        rng = np.random.default_rng(0)
         order = [rng.integers(0, n, batch) for _ in range(n_batches)]
         start = time.perf_counter()
         for _ in batches(store, range(n_batches), lambda step: (order[step], order[step])): pass

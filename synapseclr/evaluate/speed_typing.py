@@ -25,9 +25,12 @@ def example_traits(
     neuron = rng.integers(0, n_neurons, n)
     own = rng.normal(size=(n_neurons, 30))
     factors = .7*rng.normal(size=(n, 30)) + .7*own[neuron]
-    x = np.maximum(factors@rng.normal(size=(30, 2*d))/30**.5 + .3, 0)@rng.normal(size=(2*d, d))/d**.5 + .1*rng.normal(size=(n, d))
-    numbers = {f'number {i}': factors[:, i] + .5*np.sin(2*factors[:, i+5]) + .4*rng.normal(size=n_neurons)[neuron] + .6*rng.normal(size=n) for i in range(5)}
-    types = {f'type {i}': (own[:, i+10]+own[:, i+15] + .5*rng.normal(size=n_neurons) > (.5, 1, 0, 0)[i])[neuron] for i in range(4)}
+    x = np.maximum(factors@rng.normal(size=(30, 2*d))/30**.5 + .3,
+        0)@rng.normal(size=(2*d, d))/d**.5 + .1*rng.normal(size=(n, d))
+    numbers = {f'number {i}': factors[:, i] + .5*np.sin(2*factors[:, i+5]) + .4*rng.normal(size=n_neurons)[neuron]
+        + .6*rng.normal(size=n) for i in range(5)}
+    types = {f'type {i}': (own[:, i+10]+own[:, i+15] + .5*rng.normal(size=n_neurons) > (.5, 1, 0, 0)[i])[neuron]
+        for i in range(4)}
     return x,pd.DataFrame(numbers | types),neuron
 
 inducing = (400, 100, 200, 300, 10, 100, 100, 200, 300) # The paper's choice for its nine traits
@@ -44,13 +47,18 @@ def bench_gp(
     recipe_steps: int = 0, # Steps of the variational GP on one fold of the fifth trait, for its scores; 20,000 is all
     timed: int = 10, # Steps that are timed of each trait
 ) -> pd.DataFrame: # A row for each trait: processor seconds of all folds, and mean scores; what the recipe would take; and how it did where it was finished
-    "All traits and folds by the exact process, parameters tuned in each fold; and the time of a step of the paper's recipe on the same data, times 20,000"
+    """All traits and folds by the exact process, parameters tuned in each fold; and the time of a step of the paper's
+    recipe on the same data, times 20,000"""
     x,traits,neuron = example_traits(n, d)
-    split,rows = list(GroupKFold(folds).split(x, groups=neuron)),[]
+    split = list(GroupKFold(folds).split(x, groups=neuron))
+    rows = []
     for name,m in zip(traits, inducing):
-        y,scores,start = traits[name].to_numpy(),[],time.process_time()
+        y = traits[name].to_numpy()
+        scores = []
+        start = time.process_time()
         model = GPClassifier() if y.dtype == bool else GPRegressor()
-        for train,test in split: scores.append(_score(clone(model).fit(x[train], y[train], neuron[train]), x[test], y[test]))
+        for train,test in split:
+            scores.append(_score(clone(model).fit(x[train], y[train], neuron[train]), x[test], y[test]))
         seconds = time.process_time()-start
         train,test = split[0]
         recipe = clone(model).set_params(method='vsgp', n_inducing=min(m, len(train)//2))
@@ -60,9 +68,11 @@ def bench_gp(
             return time.process_time()-start
         timing(1)
         step = (timing(1+timed)-timing(1))/timed
-        row = dict(trait=name, exact_s=seconds, step_ms=1000*step, recipe_s=step*20_000*folds, times=step*20_000*folds/seconds) | pd.DataFrame(scores).mean().to_dict()
+        row = dict(trait=name, exact_s=seconds, step_ms=1000*step, recipe_s=step*20_000*folds,
+            times=step*20_000*folds/seconds) | pd.DataFrame(scores).mean().to_dict()
         if recipe_steps and name == 'number 4':
-            ours,theirs = scores[0],_score(recipe.set_params(n_steps=recipe_steps).fit(x[train], y[train]), x[test], y[test])
+            ours = scores[0]
+            theirs = _score(recipe.set_params(n_steps=recipe_steps).fit(x[train], y[train]), x[test], y[test])
             row |= {f'fold0_{k}': v for k,v in ours.items()} | {f'recipe_fold0_{k}': v for k,v in theirs.items()}
         rows.append(row)
     total = {k: sum(r[k] for r in rows) for k in ('exact_s', 'recipe_s')}
@@ -74,14 +84,19 @@ def _consensus_of(n_synapses: int, n_neurites: int) -> dict:
     rng = np.random.default_rng(0)
     ids = 648518346340000000 + rng.permutation(4*n_neurites)[:n_neurites]
     each_once = np.r_[np.arange(n_neurites), rng.integers(0, n_neurites, n_synapses)][:n_synapses]
-    table = pd.DataFrame(dict(id=np.arange(n_synapses), pre_root_id=ids[each_once], post_root_id=ids[rng.integers(0, n_neurites, n_synapses)]))
-    p,before = rng.beta(.5, 2, (2, n_synapses)),resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
+    table = pd.DataFrame(dict(id=np.arange(n_synapses), pre_root_id=ids[each_once],
+        post_root_id=ids[rng.integers(0, n_neurites, n_synapses)]))
+    p = rng.beta(.5, 2, (2, n_synapses))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20
     start = time.process_time()
-    found = [neurite_consensus(q, table[f'{side}_root_id'].to_numpy(), prior=.2, rho=.2).assign(polarity=side) for side,q in zip(('pre', 'post'), p)]
+    found = [neurite_consensus(q, table[f'{side}_root_id'].to_numpy(), prior=.2, rho=.2).assign(polarity=side) for side,
+        q in zip(('pre', 'post'), p)]
     typed = time.process_time()-start
     assign_to_synapses(table, pd.concat(found, ignore_index=True))
-    return dict(synapses=n_synapses, neurites=len(found[0]), seconds_typing=typed, seconds=time.process_time()-start, gb_before=before, gb_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
+    return dict(synapses=n_synapses, neurites=len(found[0]), seconds_typing=typed, seconds=time.process_time()-start,
+        gb_before=before, gb_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20)
 
 def bench_consensus(n_synapses: int = 3_200_000, n_neurites: int = 1_270_000) -> pd.DataFrame:
     "Both polarities typed, and written back"
-    with multiprocessing.get_context('spawn').Pool(1) as pool: return pd.DataFrame([pool.apply(_consensus_of, (n_synapses, n_neurites))])
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        return pd.DataFrame([pool.apply(_consensus_of, (n_synapses, n_neurites))])

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from scipy import ndimage
 from ..core import n_cores, provenance, threads, worker_pool
-from ..metrics import average_precision, cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval, roc_auc
+from ..metrics import (average_precision, cluster_bootstrap, cross_val_predict_by_neuron, explained_variance,
+    percentile_interval, roc_auc)
 from ..data.features import FeatureError, parse_feature_name, read_features, regress_out
 from ..data.results import MORPHOMETRIC_COLUMNS
 from ..data.store import CLEFT, ChunkStore, POST, PRE
@@ -30,7 +31,8 @@ def intensity_statistics(
     voxel_nm, # `(z, y, x)`
 ) -> dict: # Grey values; nan where a role has no voxel
     "Mean, sd and percentiles of each role, and mean grey values of both partners in shells around the cleft"
-    there,found = em > 0,{}
+    there = em > 0
+    found = {}
     for name,bit in (('pre', PRE), ('cleft', CLEFT), ('post', POST)):
         grey = em[there & ((mask & bit) > 0)].astype(float)
         found[f'{name}_mean'],found[f'{name}_sd'] = (grey.mean(), grey.std()) if len(grey) else (np.nan, np.nan)
@@ -47,15 +49,20 @@ def intensity_statistics(
 
 # %% ../../nbs/evaluate/02_truth.ipynb #bf86cb5a
 def load_with_truth(
-    runs: list[tuple[str|Path, str|Path]], # Run folder, annotated, and the folder of its phantom; neurons of different runs are different
+    # Run folder, annotated, and the folder of its phantom; neurons of different runs are different
+    runs: list[tuple[str|Path, str|Path]],
     networks: dict[str, str], # Names, as of `parse_feature_name`, and folders of features in each run folder
     layer: str = 'backbone',
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Kept synapses, and the features of each kind
-    "Table, truth and all kinds of features of some runs, joined. Raises `FeatureError` if a kind is of another network in another run: one probe cannot read both"
-    tables,sets,described = [],{},{}
+    """Table, truth and all kinds of features of some runs, joined. Raises `FeatureError` if a kind is of another
+    network in another run: one probe cannot read both"""
+    tables = []
+    sets = {}
+    described = {}
     for k,(run,phantom) in enumerate(runs):
         store = ChunkStore.open(Path(run)/'chunks.zarr')
-        table = read_table(Path(run)/'synapses.parquet', 'synapses').merge(pd.read_parquet(Path(phantom)/'truth.parquet'), on='id', validate='1:1')
+        table = read_table(Path(run)/'synapses.parquet', 'synapses').merge(
+            pd.read_parquet(Path(phantom)/'truth.parquet'), on='id', validate='1:1')
         table = table.set_index('id').loc[store.ids].reset_index()
         for side in ('pre', 'post'): table[f'{side}_neuron'] = f'{k}:' + table[f'true_{side}_root_id'].astype(str)
         def measured(i, store=store):
@@ -63,12 +70,16 @@ def load_with_truth(
             return intensity_statistics(c.em, c.mask, store.voxel_nm)
         with worker_pool(n_cores()) as pool: grey = pd.DataFrame(list(pool.map(measured, range(len(store)))))
         table['section_brightness'] = grey.pop('section_brightness')
-        parts = dict(morphometrics=np.log1p(table[MORPHOMETRIC_COLUMNS].fillna(0).to_numpy()), intensity=grey.fillna(grey.median()).to_numpy(), latents=table[LATENTS].fillna(0).to_numpy())
+        parts = dict(morphometrics=np.log1p(table[MORPHOMETRIC_COLUMNS].fillna(0).to_numpy()),
+            intensity=grey.fillna(grey.median()).to_numpy(), latents=table[LATENTS].fillna(0).to_numpy())
         parts['handcrafted'] = np.hstack([parts['morphometrics'], parts['intensity']])
         for name,folder in networks.items():
             ids,x = read_features(Path(run)/folder, layer)
-            how = {o: v for o,v in read_metadata(next(Path(run, folder).glob('*.parquet')))['provenance'].items() if o in ('weights', 'views', 'cube', 'precision')}
-            if how != described.setdefault(name, how): raise FeatureError(f"{Path(run)/folder}: described by another network, or in another way, than in {runs[0][0]}; use `evaluate_each`")
+            how = {o: v for o,v in read_metadata(next(Path(run, folder).glob('*.parquet')))['provenance'].items()
+                if o in ('weights', 'views', 'cube', 'precision')}
+            if how != described.setdefault(name, how):
+                raise FeatureError(f"{Path(run)/folder}: described by another network, or in another way, than in "
+                    f"{runs[0][0]}; use `evaluate_each`")
             rows = pd.Index(ids).get_indexer(table.id)
             parts[name] = regress_out(x[rows], table, parse_feature_name(name)[1])
         tables.append(table)
@@ -84,7 +95,8 @@ def _targets(table: pd.DataFrame) -> list[tuple]:
     found = []
     for side in ('pre', 'post'):
         y = (table[f'{side}_type'] == 'inhibitory').to_numpy()
-        found += [(f'{side}synaptic type', y, roc_auc, side, subset, where) for subset,where in (('all', everywhere), ('shaft', ~spine), ('spine', spine))]
+        found += [(f'{side}synaptic type', y, roc_auc, side, subset, where) for subset,
+            where in (('all', everywhere), ('shaft', ~spine), ('spine', spine))]
     found.append(('cleft size', np.log(table.cleft_vx.to_numpy(float)), explained_variance, 'pre', 'all', everywhere))
     found.append(('mitochondrion', (table.mito_vx > 0).to_numpy(), roc_auc, 'pre', 'all', everywhere))
     return found
@@ -95,14 +107,17 @@ def score_targets(
     leaders: list[str]|tuple = (), # Kinds of features whose lead over the others is wanted
 ) -> pd.DataFrame: # A row for each target, place and kind of features: value, interval, and the leads of `leaders` with theirs
     "What a linear probe reads off the features about synapses of other neurons"
-    pre,post = table.pre_neuron.to_numpy(),table.post_neuron.to_numpy()
-    targets,read = _targets(table),{}
+    pre = table.pre_neuron.to_numpy()
+    post = table.post_neuron.to_numpy()
+    targets = _targets(table)
+    read = {}
     for name,y,*_ in targets:
         if name not in read: read[name] = [cross_val_predict_by_neuron(x, y, pre, post) for x in sets.values()]
     y = targets[0][1]
     grey = cross_val_predict_by_neuron(sets['intensity'][:, [0, 5, 10]], y, pre, post) # the three means
     decile = np.digitize(grey, np.nanquantile(grey, np.linspace(0, 1, 11)[1:-1]))
-    targets.append((targets[0][0], y, lambda y, s, w=None: stratified_auc(y, s, decile, w), 'pre', 'mean grey deciles', np.ones(len(y), bool)))
+    targets.append((targets[0][0], y, lambda y, s, w=None: stratified_auc(y, s, decile, w), 'pre', 'mean grey deciles',
+        np.ones(len(y), bool)))
     rows = []
     for name,y,statistic,side,subset,where in targets:
         scores = [np.where(where, s, np.nan) for s in read[name]]
@@ -124,7 +139,8 @@ def stratified_auc(
 ) -> float:
     "Area under the ROC curve of pairs of one group"
     weight = np.ones(len(y)) if weight is None else weight
-    values,pairs = [],[]
+    values = []
+    pairs = []
     for g in np.unique(group):
         use = (group == g) & np.isfinite(score)
         values.append(roc_auc(y[use], score[use], weight[use]))
@@ -146,13 +162,17 @@ def neurite_scores(
     for n in counts:
         enough = d[d.groupby('neuron').s.transform('size') >= n]
         whole = enough.groupby('neuron').agg(y=('y', 'first'), s=('s', 'mean'))
-        accuracy,area = [],[]
+        accuracy = []
+        area = []
         for _ in range(n_draws):
-            some = enough.sample(frac=1, random_state=int(rng.integers(2**31))).groupby('neuron').head(n).groupby('neuron').agg(y=('y', 'first'), s=('s', 'mean'))
+            some = enough.sample(frac=1, random_state=int(rng.integers(2**31))).groupby('neuron').head(n).groupby(
+                'neuron').agg(y=('y', 'first'), s=('s', 'mean'))
             right = (some.s > 0) == some.y
             accuracy.append(right.groupby(some.y).mean().mean())
             area.append(roc_auc(some.y.to_numpy(), some.s.to_numpy()))
-        rows.append(dict(synapses=n, neurites=len(whole), inhibitory=int(whole.y.sum()), balanced_accuracy=np.mean(accuracy), auc=np.mean(area), auc_all_synapses=roc_auc(whole.y.to_numpy(), whole.s.to_numpy())))
+        rows.append(dict(synapses=n, neurites=len(whole), inhibitory=int(whole.y.sum()),
+            balanced_accuracy=np.mean(accuracy), auc=np.mean(area),
+            auc_all_synapses=roc_auc(whole.y.to_numpy(), whole.s.to_numpy())))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evaluate/02_truth.ipynb #ab254ed7
@@ -162,7 +182,9 @@ def score_defects(
     n_prompts: int = 5, n_draws: int = 20, seed: int = 0,
 ) -> pd.DataFrame: # For each kind of defect and of features: how many there are, and average precision at their rate and at 10 %
     "Average precision of `DefectDetector` for defects of one kind among sound synapses"
-    rng,defect,rows = np.random.default_rng(seed),table.defect.to_numpy(),[]
+    rng = np.random.default_rng(seed)
+    defect = table.defect.to_numpy()
+    rows = []
     for kind in sorted(set(defect) - {''}):
         use = (defect == kind) | (defect == '')
         at = np.flatnonzero(defect[use] == kind)
@@ -171,7 +193,8 @@ def score_defects(
         for features,x in sets.items():
             found = [_average_precision(x[use], p, np.isin(np.arange(use.sum()), at)) for p in prompts]
             natural,tenth = np.mean(found, 0)
-            rows.append(dict(defect=kind, features=features, n=len(at), share=len(at)/use.sum(), average_precision=natural, average_precision_at_10pct=tenth))
+            rows.append(dict(defect=kind, features=features, n=len(at), share=len(at)/use.sum(),
+                average_precision=natural, average_precision_at_10pct=tenth))
     return pd.DataFrame(rows)
 
 def _average_precision(x: np.ndarray, prompts: np.ndarray, y: np.ndarray) -> tuple[float, float]:
@@ -185,8 +208,11 @@ def score_nuisances(
     table: pd.DataFrame, sets: dict[str, np.ndarray],
 ) -> pd.DataFrame: # A row for each kind of features: R2 of each nuisance, and the effective rank
     "What the features tell about the imaging, out of fold"
-    nuisances = {'|cos z|': table.cleft_cos_z, 'lost sections': table.n_lost_sections, 'section brightness': table.section_brightness, 'depth': table.ctr_z_nm}
-    pre,post,rows = table.pre_neuron.to_numpy(),table.post_neuron.to_numpy(),[]
+    nuisances = {'|cos z|': table.cleft_cos_z, 'lost sections': table.n_lost_sections,
+        'section brightness': table.section_brightness, 'depth': table.ctr_z_nm}
+    pre = table.pre_neuron.to_numpy()
+    post = table.post_neuron.to_numpy()
+    rows = []
     for features,x in sets.items():
         row = dict(features=features)
         for name,y in nuisances.items():
@@ -205,12 +231,18 @@ def evaluate(
     "All tables of an evaluation, written as `out/evaluation_NAME.parquet`"
     everything,sets = load_with_truth(runs, networks)
     sound = (everything.defect == '').to_numpy()
-    table,kept = everything[sound].reset_index(drop=True),{k: x[sound] for k,x in sets.items()}
+    table = everything[sound].reset_index(drop=True)
+    kept = {k: x[sound] for k,x in sets.items()}
     leaders = [o for o in networks if o != 'untrained' and not parse_feature_name(o)[1]]
-    pre,post,y = table.pre_neuron.to_numpy(),table.post_neuron.to_numpy(),(table.pre_type == 'inhibitory').to_numpy()
-    neurites = [neurite_scores(table, cross_val_predict_by_neuron(x, y, pre, post)).assign(features=k) for k,x in kept.items()]
-    found = dict(targets=score_targets(table, kept, leaders), neurites=pd.concat(neurites), defects=score_defects(everything, sets), nuisances=score_nuisances(table, kept))
-    sources = {name: read_metadata(min(Path(runs[0][0], folder).glob('*.parquet')))['provenance'] for name,folder in networks.items()}
+    pre = table.pre_neuron.to_numpy()
+    post = table.post_neuron.to_numpy()
+    y = (table.pre_type == 'inhibitory').to_numpy()
+    neurites = [neurite_scores(table, cross_val_predict_by_neuron(x, y, pre, post)).assign(features=k) for k,
+        x in kept.items()]
+    found = dict(targets=score_targets(table, kept, leaders), neurites=pd.concat(neurites),
+        defects=score_defects(everything, sets), nuisances=score_nuisances(table, kept))
+    sources = {name: read_metadata(min(Path(runs[0][0], folder).glob('*.parquet')))['provenance'] for name,
+        folder in networks.items()}
     origin = provenance(networks=sorted(networks), sources=sources, n_synapses=len(everything))
     for name,t in found.items(): write_table(t, Path(out)/f'evaluation_{name}.parquet', f'evaluation {name}', origin)
     return found
@@ -225,7 +257,8 @@ def average_runs(
     for end,value in ends.items(): t[end] = (t[end]-t[value])**2
     groups = t.groupby(key, sort=False)
     found = groups.mean().assign(**{c: groups[c].sum() for c in ('n', 'neurites', 'inhibitory') if c in t})
-    for end,value in ends.items(): found[end] = found[value] + (1 if end.endswith('hi95') else -1)*np.sqrt(found[end]/groups.size())
+    for end,value in ends.items():
+        found[end] = found[value] + (1 if end.endswith('hi95') else -1)*np.sqrt(found[end]/groups.size())
     return found.reset_index()[list(tables[0])]
 
 def evaluate_each(

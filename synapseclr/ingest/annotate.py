@@ -25,7 +25,8 @@ def contact_um2(
     pre,post = (mask & PRE) > 0,(mask & POST) > 0
     area = 0.
     for axis in range(3):
-        p,q = np.moveaxis(pre, axis, 0),np.moveaxis(post, axis, 0)
+        p = np.moveaxis(pre, axis, 0)
+        q = np.moveaxis(post, axis, 0)
         faces = (p[:-1] & q[1:]) | (q[:-1] & p[1:])
         area += faces.sum()*np.prod(np.delete(np.asarray(voxel_nm, float), axis))
     return float(area/1e6)
@@ -52,9 +53,11 @@ def morphometrics(
     planarity,normal = cleft_plane((mask & CLEFT) > 0, voxel_nm)
     synapse = (mask & (PRE|CLEFT|POST)) > 0
     crossed = synapse.any((1, 2))
-    return dict(pre_um3=volume(PRE), cleft_um3=volume(CLEFT), post_um3=volume(POST), pre_mito_um3=volume(PRE|MITO), post_mito_um3=volume(POST|MITO),
+    return dict(pre_um3=volume(PRE), cleft_um3=volume(CLEFT), post_um3=volume(POST), pre_mito_um3=volume(PRE|MITO),
+        post_mito_um3=volume(POST|MITO),
         contact_um2=contact_um2(mask, voxel_nm), cleft_planarity=planarity, cleft_cos_z=float(normal[0]),
-        cleft_angle_z_deg=float(np.degrees(np.arccos(min(1., normal[0])))), **{f'cleft_normal_{a}': float(o) for a,o in zip('zyx', normal)},
+        cleft_angle_z_deg=float(np.degrees(np.arccos(min(1., normal[0])))),
+        **{f'cleft_normal_{a}': float(o) for a,o in zip('zyx', normal)},
         pre_mito=float(volume(PRE|MITO) > 0), post_mito=float(volume(POST|MITO) > 0),
         n_blank_sections=int((crossed & ~((em > 0) & synapse).any((1, 2))).sum()))
 
@@ -66,10 +69,13 @@ def annotate(
     "Add the measurements of every kept synapse to `run/synapses.parquet`, shard by shard; goes on where it was stopped"
     run = Path(run)
     path = run/'synapses.parquet'
-    table,tag,store = read_table(path, 'synapses'),read_metadata(path)['provenance'],ChunkStore.open(run/'chunks.zarr')
+    table = read_table(path, 'synapses')
+    tag = read_metadata(path)['provenance']
+    store = ChunkStore.open(run/'chunks.zarr')
     if not set(MORPHOMETRIC_COLUMNS) <= set(table):
         shard = store.places//store.per_shard
-        parts = [_measured(run, store, int(k), np.flatnonzero(shard == k)) for k in progress(np.unique(shard), desc='annotate', unit='shard')]
+        parts = [_measured(run, store, int(k), np.flatnonzero(shard == k))
+            for k in progress(np.unique(shard), desc='annotate', unit='shard')]
         table = table.merge(pd.concat(parts), on='id', how='left', validate='1:1')
         write_table(table, path, 'synapses', tag)
     if skeletons and tag.get('skeletons') != skeletons:
@@ -80,10 +86,13 @@ def annotate(
 
 def _measured(run: Path, store: ChunkStore, k: int, members: np.ndarray) -> pd.DataFrame:
     "The measurements of a shard, from an earlier time if its record is still the same"
-    path,record = run/'annotate'/f'{k:06d}.parquet',run/'fetch'/f'{k:06d}.json'
+    path = run/'annotate'/f'{k:06d}.parquet'
+    record = run/'fetch'/f'{k:06d}.json'
     origin = dict(record=hashlib.sha256(record.read_bytes()).hexdigest()[:16] if record.exists() else None, version=1)
-    if record.exists() and path.exists() and read_metadata(path)['provenance'] == origin: return read_table(path, 'annotations')
+    if record.exists() and path.exists() and read_metadata(path)['provenance'] == origin:
+        return read_table(path, 'annotations')
     em,mask = store.batch(members)
-    rows = pd.DataFrame([dict(id=i) | morphometrics(e, m, store.voxel_nm) for i,e,m in zip(store.ids[members], em, mask)])
+    rows = pd.DataFrame([dict(id=i) | morphometrics(e, m, store.voxel_nm) for i,e,
+        m in zip(store.ids[members], em, mask)])
     write_table(rows, path, 'annotations', origin)
     return rows

@@ -19,13 +19,16 @@ __all__ = ['LAYER_ORDER', 'DataConfig', 'FetchConfig', 'select_cleft', 'visible_
 class DataConfig(Strict):
     "Where the synapses are"
     table: Source # Synapse table: csv, tsv, parquet or feather
-    columns: dict[str, str] = {} # What our columns are called in it, if it has names of its own: `{id = "syn_id", ctr_x_nm = "x"}`
-    table_voxel_nm: tuple[float, float, float]|None = None # Size of the table's voxels, `(z, y, x)`, if its positions are in voxels
+    # What our columns are called in it, if it has names of its own: `{id = "syn_id", ctr_x_nm = "x"}`
+    columns: dict[str, str] = {}
+    # Size of the table's voxels, `(z, y, x)`, if its positions are in voxels
+    table_voxel_nm: tuple[float, float, float]|None = None
     em: LayerSource # Grey values, uint8; 0 where missing
     seg: LayerSource # Cells
     cleft: LayerSource # Synaptic clefts
     mito: LayerSource|None = None # Mitochondria, if there is such a layer
-    skeletons: Source|None = None # Neurons as trees, if there are any: a folder of SWC files, a precomputed layer or a table, see `skeleton_reader`
+    # Neurons as trees, if there are any: a folder of SWC files, a precomputed layer or a table, see `skeleton_reader`
+    skeletons: Source|None = None
     voxel_nm: tuple[float, float, float]|None = None # True voxel size, `(z, y, x)`, where the layers' metadata is wrong
     neurons: Source|None = None # What is known of cells: csv, parquet or feather, as of `read_neurons`
 
@@ -35,7 +38,8 @@ class FetchConfig(Strict):
     window_nm: tuple[float, float, float]|None = None # Window in which blank EM is counted, `(z, y, x)` ...
     window_vx: tuple[int, int, int]|None = None # ... or in voxels
     central_sections: pydantic.PositiveInt|None = None # Central sections of the window that are kept; all if absent
-    max_blank_fraction: float = pydantic.Field(.1, gt=0, le=1) # Reject a synapse if this share of its window is blank, or more
+    # Reject a synapse if this share of its window is blank, or more
+    max_blank_fraction: float = pydantic.Field(.1, gt=0, le=1)
     context: Literal['full', 'masked'] = 'full' # Keep all EM, or only what a network can see through the mask
     margin_nm: float = pydantic.Field(248, ge=0) # With `masked`: how far the augmentations can look beyond the synapse
     max_per_shard: pydantic.PositiveInt = 256 # Most synapses in a block, which is a shard of the store and a task
@@ -43,7 +47,8 @@ class FetchConfig(Strict):
 
     @pydantic.model_validator(mode='after')
     def _one_window(self):
-        if (self.window_nm is None) == (self.window_vx is None): raise ValueError('state the window once, as window_nm or as window_vx')
+        if (self.window_nm is None) == (self.window_vx is None):
+            raise ValueError('state the window once, as window_nm or as window_vx')
         return self
 
     def shapes(self, voxel_nm) -> tuple[tuple, tuple]:
@@ -103,14 +108,17 @@ def _along_rows(inside, voxel_nm, far, square):
 
 @numba.njit(cache=True, fastmath=True)
 def _over_rows(square, voxel_nm, limit, out):
-    "The least over all rows of a plane within `limit` of the squared distance there plus that between the rows, one voxel nearer than they are"
-    far,reach = np.float32(4*limit**2),int(limit/voxel_nm)+1
+    """The least over all rows of a plane within `limit` of the squared distance there plus that between the rows, one
+    voxel nearer than they are"""
+    far = np.float32(4*limit**2)
+    reach = int(limit/voxel_nm)+1
     for z in range(square.shape[0]):
         for j in range(square.shape[1]):
             row = square[z, j]
             if row.min() >= far: continue
             for y in range(max(0, j-reach), min(square.shape[1], j+reach+1)):
-                between,least = np.float32((max(0, abs(j-y)-1)*voxel_nm)**2),out[z, y]
+                between = np.float32((max(0, abs(j-y)-1)*voxel_nm)**2)
+                least = out[z, y]
                 for x in range(square.shape[2]):
                     total = row[x]+between
                     least[x] = total if total < least[x] else least[x]
@@ -126,7 +134,8 @@ def layer_windows(layers: dict[str, Layer], config: FetchConfig) -> list[LayerWi
     "What a synapse needs of each layer"
     window,shape = config.shapes(layers['em'].voxel_nm)
     about = lambda v: (tuple(int(c) for c in v.chunk_size)[::-1], np.dtype(v.dtype).itemsize)
-    return [LayerWindow(window if o == 'em' else shape, chunk, layer.box, size) for o,layer in layers.items() for chunk,size in [about(layer.volume)]]
+    return [LayerWindow(window if o == 'em' else shape, chunk, layer.box, size) for o,layer in layers.items() for chunk,
+        size in [about(layer.volume)]]
 
 def centres_to_voxels(rows: pd.DataFrame, voxel_nm) -> np.ndarray:
     "The voxels nearest to the centres of synapses, `(n, 3)`"
@@ -139,11 +148,15 @@ def fetch_rows(
     config: FetchConfig, # Window and rules
     salvage: bool = False, # Give up single synapses that cannot be read, not all of them
 ) -> tuple: # ids `(n,)`, em and mask `(n, Z, Y, X)`, a record for each row, and the grey values in the masks, `(256,)`
-    "Cut out some synapses. A rejected one has the id `EMPTY`, and its record says why. Raises `VolumeError` if layers cannot be read"
-    n,voxel_nm,needs = len(rows),layers['em'].voxel_nm,layer_windows(layers, config)
+    """Cut out some synapses. A rejected one has the id `EMPTY`, and its record says why. Raises `VolumeError` if layers
+    cannot be read"""
+    n = len(rows)
+    voxel_nm = layers['em'].voxel_nm
+    needs = layer_windows(layers, config)
     em,mask = (np.zeros((n, *config.shapes(voxel_nm)[1]), np.uint8) for _ in range(2))
     wanted = rows.cleft_id if 'cleft_id' in rows else [0]*n
-    records = [dict(id=int(i), blank_fraction=0., cleft_id=int(c), visible_fraction=0., reject_reason='') for i,c in zip(rows.id, wanted)]
+    records = [dict(id=int(i), blank_fraction=0., cleft_id=int(c), visible_fraction=0., reject_reason='') for i,
+        c in zip(rows.id, wanted)]
     todo = plan_reads(needs, centres_to_voxels(rows, voxel_nm), config.memory_gb*1e9/2) if n else []
     while todo:
         part = todo.pop()
@@ -153,15 +166,20 @@ def fetch_rows(
             if len(part) > 1: todo += [part[:len(part)//2], part[len(part)//2:]]
             else: records[part[0]] |= dict(reject_reason=f'unreadable: {e}')
     lost = np.array([bool(r['reject_reason']) for r in records], bool)
-    if n and all(r['reject_reason'].startswith('unreadable') for r in records): raise VolumeError(records[0]['reject_reason'])
+    if n and all(r['reject_reason'].startswith('unreadable') for r in records):
+        raise VolumeError(records[0]['reject_reason'])
     em[lost],mask[lost],grey = 0,0,np.zeros(256, np.int64)
     for i in np.flatnonzero(~lost): grey += np.bincount(em[i][(mask[i] & (PRE|CLEFT|POST)) > 0], minlength=256)
     return np.where(lost, EMPTY, rows.id),em,mask,records,grey
 
-def _fetch_read(layers, needs: list[LayerWindow], rows: pd.DataFrame, part: np.ndarray, config: FetchConfig, em: np.ndarray, mask: np.ndarray, records: list[dict]):
+def _fetch_read(layers, needs: list[LayerWindow], rows: pd.DataFrame, part: np.ndarray, config: FetchConfig,
+    em: np.ndarray, mask: np.ndarray, records: list[dict]):
     "Fill `em`, `mask` and `records` for the rows of one read"
-    voxel_nm,need = layers['em'].voxel_nm,dict(zip(layers, needs))
-    centres,pre,post = centres_to_voxels(rows, voxel_nm),rows.pre_root_id.to_numpy(),rows.post_root_id.to_numpy()
+    voxel_nm = layers['em'].voxel_nm
+    need = dict(zip(layers, needs))
+    centres = centres_to_voxels(rows, voxel_nm)
+    pre = rows.pre_root_id.to_numpy()
+    post = rows.post_root_id.to_numpy()
 
     def windows(name: str):
         "Cut the windows of all synapses that are not rejected out of one read"
@@ -185,7 +203,8 @@ def _fetch_read(layers, needs: list[LayerWindow], rows: pd.DataFrame, part: np.n
             here = (window == cell) & (cell != 0) # 0 is the background
             mask[i] |= here*np.uint8(bit)
             if not here.any(): records[i]['reject_reason'] = records[i]['reject_reason'] or f'no {partner} cell'
-    for i,window in windows('mito') if 'mito' in layers else (): mask[i] |= ((window > 0) & ((mask[i] & (PRE|POST)) > 0))*np.uint8(MITO)
+    for i,window in windows('mito') if 'mito' in layers else ():
+        mask[i] |= ((window > 0) & ((mask[i] & (PRE|POST)) > 0))*np.uint8(MITO)
     for i in part:
         if records[i]['reject_reason']: continue
         seen = visible_mask(mask[i], voxel_nm, config.margin_nm)

@@ -13,7 +13,8 @@ from ..core import atomic, content_hash, provenance
 from ..data.store import ChunkStore, StoreError
 from ..data.tables import read_synapses, read_table, read_metadata, write_table
 from ..data.volume import Layer, VolumeError, check_layers
-from .cutout import DataConfig, FetchConfig, centres_to_voxels, fetch_rows, layer_windows, open_layers, LAYER_ORDER
+from .cutout import (DataConfig, FetchConfig, centres_to_voxels, fetch_rows, layer_windows,
+    open_layers, LAYER_ORDER)
 from .plan import plan_blocks, plan_costs
 from .queue import QueueError, attempt, dead_letters, run_local, clear_failures
 
@@ -25,16 +26,23 @@ __all__ = ['read_rows', 'assign_blocks', 'plan_fetch', 'n_blocks', 'describe_pla
 def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> dict:
     "What a store is made from"
     with open(data.table, 'rb') as f: table = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
-    infos = {name: [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp] for name,layer in sorted(layers.items())}
-    return provenance(config, table=table, layers=content_hash(infos), voxel_nm=list(layers['em'].voxel_nm), **(dict(columns=data.columns) if data.columns else {}))
+    infos = {name: [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp] for name,
+        layer in sorted(layers.items())}
+    return provenance(config, table=table, layers=content_hash(infos), voxel_nm=list(layers['em'].voxel_nm),
+        **(dict(columns=data.columns) if data.columns else {}))
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
     "Look at `n` synapses"
     if len(rows) < n: return
-    *_,records,_ = fetch_rows(layers, rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)], config.model_copy(update=dict(max_blank_fraction=1)), salvage=True)
+    *_,records,_ = fetch_rows(layers, rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)],
+        config.model_copy(update=dict(max_blank_fraction=1)), salvage=True)
     reasons = {r['reject_reason'] for r in records}
-    name = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg'}.get(reasons.pop() if len(reasons) == 1 else None)
-    if name: raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {records[0]['reject_reason']} at any of {n} synapses that were tried: wrong mip, another version than the table's, or chunks that may not be read")
+    name = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg',
+        'no postsynaptic cell': 'seg'}.get(reasons.pop() if len(reasons) == 1 else None)
+    if name:
+        raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {records[0]['reject_reason']} at any of "
+            f"{n} synapses that were tried: wrong mip, another version than the table's, or chunks that may not be "
+            "read")
 
 def read_rows(
     table: str|Path, # csv, parquet or feather
@@ -43,7 +51,8 @@ def read_rows(
 ) -> pd.DataFrame: # From `read_synapses`
     "Read a table whose synapses all layers have to hold. Raises `TableError` or `VolumeError`"
     em = layers['em']
-    rows = read_synapses(table, data.table_voxel_nm, tuple(tuple(np.multiply(c, em.voxel_nm)) for c in (em.box.lo, em.box.hi)), data.columns)
+    rows = read_synapses(table, data.table_voxel_nm, tuple(tuple(np.multiply(c, em.voxel_nm))
+        for c in (em.box.lo, em.box.hi)), data.columns)
     check_layers(layers, centres_to_voxels(rows, em.voxel_nm))
     return rows
 
@@ -56,13 +65,15 @@ def assign_blocks(
     "Sort synapses into blocks"
     voxel_nm = layers['em'].voxel_nm
     block = plan_blocks(layer_windows(layers, config), centres_to_voxels(rows, voxel_nm), config.capacity(voxel_nm))
-    return rows.assign(plan_block=first[0]+block, plan_row=first[1]+np.arange(len(rows)), plan_dropped=False).sort_values(['plan_block', 'id'], ignore_index=True)
+    return rows.assign(plan_block=first[0]+block, plan_row=first[1]+np.arange(len(rows)),
+        plan_dropped=False).sort_values(['plan_block', 'id'], ignore_index=True)
 
 def _at_one_time(
     data: DataConfig, # As asked for
     before: dict, # What an earlier plan of the run says of it, if there is one
 ) -> DataConfig:
-    "Layers that people go on editing are read as they were when the run was planned: by all blocks, and whenever they are fetched"
+    """Layers that people go on editing are read as they were when the run was planned: by all blocks, and whenever they
+    are fetched"""
     pinned = {}
     for name in LAYER_ORDER:
         source = getattr(data, name)
@@ -79,35 +90,47 @@ def plan_fetch(
 ):
     """Write the plan of a run and make its empty store, unless they are there.
     Raises `TableError`, `VolumeError` or `StoreError` if the table, the layers or the run folder will not do"""
-    run,asked = Path(run),data
+    run = Path(run)
+    asked = data
     layers = open_layers(data)
     check_layers(layers)
-    rows,origin = read_rows(data.table, data, layers),_identity(data, config, layers)
+    rows = read_rows(data.table, data, layers)
+    origin = _identity(data, config, layers)
     path = run/'fetch/plan.parquet'
     data = _at_one_time(data, read_metadata(path)['provenance']['job']['data'] if path.exists() else {})
     job = dict(data=data.model_dump(mode='json'), fetch=config.model_dump(mode='json'))
     if path.exists():
         before = read_metadata(path)['provenance']
         if other := [k for k in {*before, *origin} - {'job'} if before.get(k) != origin.get(k)]:
-            if not _kept_none(run): raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration ({', '.join(sorted(_differs.get(o, o) for o in other))}); choose a new run folder, or delete this one")
+            if not _kept_none(run):
+                raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration "
+                    f"({', '.join(sorted(_differs.get(o, o) for o in other))}); choose a new run folder, or delete "
+                    "this one")
             (run/'synapses.parquet').unlink() # nothing is lost
             for o in ('chunks.zarr', 'fetch'): shutil.rmtree(run/o)
             return plan_fetch(asked, config, run)
-        if before['job'] != job: write_table(read_table(path, 'fetch plan'), path, 'fetch plan', origin | dict(job=job)) # the same layers at another address
-    elif (run/'chunks.zarr/id/zarr.json').exists(): raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be read, but not gone on with")
+        if before['job'] != job:
+            # the same layers at another address
+            write_table(read_table(path, 'fetch plan'), path, 'fetch plan', origin | dict(job=job))
+    elif (run/'chunks.zarr/id/zarr.json').exists():
+        raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be "
+            "read, but not gone on with")
     else:
         _probe(layers, rows, config)
         write_table(assign_blocks(rows, layers, config), path, 'fetch plan', origin | dict(job=job))
     if (run/'chunks.zarr/id/zarr.json').exists(): return
     shutil.rmtree(run/'chunks.zarr', ignore_errors=True) # of a fetch that died while it made the store
     capacity = config.capacity(origin['voxel_nm'])
-    ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(origin['voxel_nm'])[1], capacity, voxel_nm=origin['voxel_nm'], provenance=origin)
+    ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(origin['voxel_nm'])[1], capacity,
+        voxel_nm=origin['voxel_nm'], provenance=origin)
 
-_differs = dict(config='[fetch] differs', table='the table differs', layers='the layers differ', voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
+_differs = dict(config='[fetch] differs', table='the table differs', layers='the layers differ',
+    voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
 
 def _kept_none(run: Path) -> bool:
     "Whether a fetch was finished, and all synapses were rejected"
-    return (run/'synapses.parquet').exists() and not (read_table(run/'synapses.parquet', 'synapses').reject_reason == '').any()
+    return (run/'synapses.parquet').exists() and not (read_table(run/'synapses.parquet', 'synapses').reject_reason
+        == '').any()
 
 def n_blocks(run: str|Path) -> int:
     "Blocks in the plan of a run"
@@ -120,11 +143,15 @@ def describe_plan(
     "What a fetch would do, in words, without reading EM"
     layers = open_layers(data)
     check_layers(layers)
-    rows,voxel_nm = read_rows(data.table, data, layers),layers['em'].voxel_nm
-    needs,centres = layer_windows(layers, config),centres_to_voxels(rows, voxel_nm)
-    c = plan_costs(needs, centres, plan_blocks(needs, centres, config.capacity(voxel_nm)), config.memory_gb*1e9/2, 2*int(np.prod(config.shapes(voxel_nm)[1])))
+    rows = read_rows(data.table, data, layers)
+    voxel_nm = layers['em'].voxel_nm
+    needs = layer_windows(layers, config)
+    centres = centres_to_voxels(rows, voxel_nm)
+    c = plan_costs(needs, centres, plan_blocks(needs, centres, config.capacity(voxel_nm)), config.memory_gb*1e9/2,
+        2*int(np.prod(config.shapes(voxel_nm)[1])))
     outside = (1-needs[0].share_inside(centres) >= config.max_blank_fraction).sum()
-    lost = f"\n{outside} of them will be rejected: {config.max_blank_fraction:.0%} or more of their window is outside the volume" if outside else ''
+    lost = (f"\n{outside} of them will be rejected: {config.max_blank_fraction:.0%} or more of their window is "
+        "outside the volume" if outside else '')
     return f"""{c['synapses']} synapses in {c['blocks']} blocks, {c['reads']} reads of every layer
 {c['chunks']} storage chunks to decode, {c['gb_decoded']:.3g} GB: {c['times_needed']:.2g} times what is needed, {c['times_less']:.2g} times less than synapse by synapse ({c['gb_synapse_major']:.3g} GB)
 {c['task_gb']:.2g} GB of memory for the largest block{lost}"""
@@ -146,26 +173,31 @@ def _fetch_block(run: Path, block: int, last: bool):
     rows = pd.read_parquet(run/'fetch/plan.parquet', filters=[('plan_block', '==', block)])
     *chunks,records,grey = fetch_rows(layers, rows[~rows.plan_dropped], config, salvage=last)
     store.write_shard(block, *chunks)
-    with atomic(run/'fetch'/f'{block:06d}.json') as f: f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
+    with atomic(run/'fetch'/f'{block:06d}.json') as f:
+        f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
     del chunks,records
-    if trim := sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'malloc_trim', None): trim(0) # glibc would keep up to a GB of it
+    if trim := sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'malloc_trim', None):
+        trim(0) # glibc would keep up to a GB of it
 
 @lru_cache(1)
 def _job(run: Path, stamp: int) -> tuple[dict[str, Layer], FetchConfig, ChunkStore]:
     "What the tasks of a run have in common, as long as its plan is from the time `stamp`"
     job = read_metadata(run/'fetch/plan.parquet')['provenance']['job']
-    return open_layers(DataConfig(**job['data'])),FetchConfig(**job['fetch']),ChunkStore.open(run/'chunks.zarr', unfinished=True)
+    return open_layers(DataConfig(**job['data'])),FetchConfig(**job['fetch']),ChunkStore.open(run/'chunks.zarr',
+        unfinished=True)
 
 def fetch_tasks(run: str|Path) -> list[partial]:
     "The tasks of a run that are not done"
-    return [partial(fetch_block, run=str(Path(run).absolute()), block=k) for k in range(n_blocks(run)) if not (Path(run)/'fetch'/f'{k:06d}.json').exists()]
+    return [partial(fetch_block, run=str(Path(run).absolute()), block=k) for k in range(n_blocks(run))
+        if not (Path(run)/'fetch'/f'{k:06d}.json').exists()]
 
 # %% ../../nbs/ingest/04_fetch.ipynb #fe4c60ca
 def intensity_mean_sd(
     grey: np.ndarray, # `(256,)` how often each grey value occurs
 ) -> tuple[float, float]: # Mean and standard deviation, on the scale from 0 to 1
     "Moments of the grey values that are not missing"
-    value,weight = np.arange(1, 256)/255,grey[1:]
+    value = np.arange(1, 256)/255
+    weight = grey[1:]
     mean = np.average(value, weights=weight)
     return float(mean),float(np.average((value-mean)**2, weights=weight)**.5)
 
@@ -173,25 +205,35 @@ def intensity_mean_sd(
 def summarize_fetch(table: pd.DataFrame) -> str:
     "How many synapses of a fetched table are kept, and why the others are not"
     reasons = table.reject_reason[table.reject_reason != ''].str.split(':').str[0].value_counts()
-    return f"{(table.reject_reason == '').sum()} of {len(table)} synapses kept" + ''.join(f", {n} rejected: {r}" for r,n in reasons.items())
+    return f"{(table.reject_reason == '').sum()} of {len(table)} synapses kept" + ''.join(f", {n} rejected: {r}" for r,
+        n in reasons.items())
 
 def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
-    "Join what the blocks found out to `run/synapses.parquet`, and mark the store as complete. Raises `QueueError` if blocks are missing"
+    """Join what the blocks found out to `run/synapses.parquet`, and mark the store as complete. Raises `QueueError` if
+    blocks are missing"""
     run = Path(run)
-    plan,tag = read_table(run/'fetch/plan.parquet', 'fetch plan'),read_metadata(run/'fetch/plan.parquet')['provenance']
+    plan = read_table(run/'fetch/plan.parquet', 'fetch plan')
+    tag = read_metadata(run/'fetch/plan.parquet')['provenance']
     if missing := [t.keywords['block'] for t in fetch_tasks(run)]:
         dead = {int(k): v for k,v in dead_letters(run/'fetch').items()}
         lost = plan[plan.plan_block.isin(missing)]
-        with atomic(run/'fetch/missing.csv') as f: lost.assign(reason=lost.plan_block.map(dead).fillna('not done yet'))[['id', 'plan_block', 'reason']].to_csv(f, index=False)
+        with atomic(run/'fetch/missing.csv') as f:
+            lost.assign(reason=lost.plan_block.map(dead).fillna('not done yet'))[['id', 'plan_block', 'reason']].to_csv(
+                f, index=False)
         why = f": {next(iter(dead.values()))}" if dead else ''
-        raise QueueError(f"{len(missing)} of {n_blocks(run)} blocks are not fetched, {len(dead)} of them failed{why}\n  {run/'fetch/missing.csv'} lists their {len(lost)} synapses; `synapseclr fetch` tries them again, `--drop missing` goes on without them")
+        raise QueueError(f"{len(missing)} of {n_blocks(run)} blocks are not fetched, {len(dead)} of them "
+            f"failed{why}\n  {run/'fetch/missing.csv'} lists their {len(lost)} synapses; `synapseclr fetch` tries "
+            "them again, `--drop missing` goes on without them")
     (run/'fetch/missing.csv').unlink(missing_ok=True)
     done = [json.loads((run/'fetch'/f'{k:06d}.json').read_text()) for k in range(n_blocks(run))]
-    dropped = [dict(id=int(i), blank_fraction=0., cleft_id=0, visible_fraction=0., reject_reason='dropped') for i in plan.id[plan.plan_dropped]]
+    dropped = [dict(id=int(i), blank_fraction=0., cleft_id=0, visible_fraction=0., reject_reason='dropped')
+        for i in plan.id[plan.plan_dropped]]
     found = pd.DataFrame([o for d in done for o in d['synapses']] + dropped)
     rows = plan.sort_values('plan_row', ignore_index=True)
-    table = rows.drop(columns=[c for c in (*found, 'plan_block', 'plan_row', 'plan_dropped') if c in rows and c != 'id']).merge(found, on='id', validate='1:1')
-    mean,sd = intensity_mean_sd(np.sum([d['grey'] for d in done], 0)) if (table.reject_reason == '').any() else (None, None)
+    table = rows.drop(columns=[c for c in (*found, 'plan_block', 'plan_row', 'plan_dropped') if c in rows
+        and c != 'id']).merge(found, on='id', validate='1:1')
+    mean,sd = intensity_mean_sd(np.sum([d['grey'] for d in done], 0)) if (table.reject_reason == '').any() else (None,
+        None)
     ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
     write_table(table, run/'synapses.parquet', 'synapses', {k: v for k,v in tag.items() if k != 'job'})
     return table
@@ -203,11 +245,14 @@ def fetch(
     processes: int = 1, # At once, each with the memory of a task
 ) -> pd.DataFrame: # The table, with `blank_fraction`, `reject_reason`, `cleft_id` and `visible_fraction` for each synapse
     """Fetch all synapses of a table into `run/chunks.zarr` and `run/synapses.parquet`; goes on where it was stopped.
-    Raises `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder will not do, `QueueError` if blocks failed"""
+    Raises `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder will
+    not do, `QueueError` if blocks failed"""
     run = Path(run)
     plan_fetch(data, config, run)
     tasks = fetch_tasks(run)
-    if not tasks and (run/'synapses.parquet').exists() and ChunkStore.open(run/'chunks.zarr', unfinished=True).attrs['complete']: return read_table(run/'synapses.parquet', 'synapses')
+    if not tasks and (run/'synapses.parquet').exists() and ChunkStore.open(run/'chunks.zarr',
+        unfinished=True).attrs['complete']:
+        return read_table(run/'synapses.parquet', 'synapses')
     clear_failures(run/'fetch')
     run_local(tasks, processes, desc='fetch', unit='block')
     return finish_fetch(run)

@@ -23,12 +23,15 @@ def _plan(run: str|Path) -> tuple[pd.DataFrame, dict]:
     if not path.exists(): raise StoreError(f"{path}: there is no plan; `synapseclr fetch` makes one")
     return read_table(path, 'fetch plan'),read_metadata(path)['provenance']
 
-def _job(tag: dict) -> tuple[DataConfig, FetchConfig]: return DataConfig(**tag['job']['data']),FetchConfig(**tag['job']['fetch'])
+def _job(tag: dict) -> tuple[DataConfig, FetchConfig]:
+    return DataConfig(**tag['job']['data']),FetchConfig(**tag['job']['fetch'])
 
 def _damaged(store: ChunkStore, indices: np.ndarray) -> list[dict]:
     "Those of some synapses that cannot be read, or have nothing in their mask"
     try: masks = store.batch(indices)[1]
-    except StoreError as e: return [dict(id=store.ids[indices[0]], problem=f'damaged: {e}')] if len(indices) == 1 else sum((_damaged(store, [i]) for i in indices), [])
+    except StoreError as e:
+        return [dict(id=store.ids[indices[0]], problem=f'damaged: {e}')] if len(indices) == 1 else sum(
+            (_damaged(store, [i]) for i in indices), [])
     return [dict(id=store.ids[i], problem='empty') for i,m in zip(indices, masks) if not m.any()]
 
 def verify(
@@ -42,7 +45,8 @@ def verify(
     store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
     problems = []
     for k in progress(range(n_blocks(run)), desc='verify', unit='block'):
-        record,places = run/'fetch'/f'{k:06d}.json',store.place_ids[k*store.per_shard:(k+1)*store.per_shard]
+        record = run/'fetch'/f'{k:06d}.json'
+        places = store.place_ids[k*store.per_shard:(k+1)*store.per_shard]
         if not record.exists():
             problems += [dict(id=i, problem='not fetched') for i in plan.id[plan.plan_block == k]]
             continue
@@ -55,7 +59,8 @@ def verify(
     layers = open_layers(data)
     for i in progress(np.random.default_rng(seed).permutation(sound)[:sample], desc='compare', unit='synapse'):
         ids,*want,_,_ = fetch_rows(layers, plan[plan.id == store.ids[i]], config)
-        if not all(np.array_equal(a, b) for a,b in zip(want, store.batch([i]))): problems.append(dict(id=store.ids[i], problem='differs from the source'))
+        if not all(np.array_equal(a, b) for a,b in zip(want, store.batch([i]))):
+            problems.append(dict(id=store.ids[i], problem='differs from the source'))
     return pd.DataFrame(problems, columns=['id', 'problem'])
 
 # %% ../../nbs/ingest/05_maintain.ipynb #e74daa60
@@ -69,7 +74,8 @@ def _undo(run: Path, blocks):
 
 def _known(plan: pd.DataFrame, ids, run) -> pd.Series:
     "Which rows have the `ids`. Raises `TableError` if some are not there"
-    if lost := sorted(set(ids) - set(plan.id)): raise TableError(f"{run}: has no synapse {', '.join(map(str, lost[:3]))}{' ...' if len(lost) > 3 else ''}")
+    if lost := sorted(set(ids) - set(plan.id)):
+        raise TableError(f"{run}: has no synapse {', '.join(map(str, lost[:3]))}{' ...' if len(lost) > 3 else ''}")
     return plan.id.isin(ids)
 
 def refetch(
@@ -102,17 +108,22 @@ def append(
     run: str|Path, # Run folder, fetched
     table: str|Path, # Synapse table of the same volume
 ) -> int: # How many synapses are new
-    "Add the synapses of a second table to the plan of a run; the next `fetch` gets them. Raises `TableError` or `VolumeError`"
+    """Add the synapses of a second table to the plan of a run; the next `fetch` gets them. Raises `TableError` or
+    `VolumeError`"""
     run,(plan,tag) = Path(run),_plan(run)
     data,config = _job(tag)
     layers = open_layers(data)
     rows = read_rows(table, data, layers)
     new = rows[~rows.id.isin(plan.id)]
     if not len(new): return 0
-    if other := set(new) ^ {c for c in plan if not c.startswith('plan_')}: raise TableError(f"{table}: columns {', '.join(sorted(other))} are only in this table, or only in that of the run; make them alike")
+    if other := set(new) ^ {c for c in plan if not c.startswith('plan_')}:
+        raise TableError(f"{table}: columns {', '.join(sorted(other))} are only in this table, or only in that of the "
+            "run; make them alike")
     more = assign_blocks(new, layers, config, (n_blocks(run), len(plan)))
     for c in ('pre_root_id', 'post_root_id'):
-        if more[c].dtype != plan[c].dtype: more,plan = more.astype({c: np.uint64}),plan.astype({c: np.uint64})
+        if more[c].dtype != plan[c].dtype:
+            more = more.astype({c: np.uint64})
+            plan = plan.astype({c: np.uint64})
     store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
     store.group.attrs.update(dict(complete=False))
     store.resize((int(more.plan_block.max())+1)*store.per_shard)

@@ -34,7 +34,8 @@ class LayerWindow:
         lowest: np.ndarray, highest: np.ndarray, # `(..., 3)` corners of a box of centres
     ) -> np.ndarray: # `(...)`
         "How many storage chunks are decoded to read the windows around all centres between two corners"
-        lo,hi = (np.clip(c - np.array(self.window)//2 + add, self.bounds.lo, self.bounds.hi) - self.bounds.lo for c,add in ((lowest, 0), (highest, self.window)))
+        lo,hi = (np.clip(c - np.array(self.window)//2 + add, self.bounds.lo, self.bounds.hi) - self.bounds.lo for c,
+            add in ((lowest, 0), (highest, self.window)))
         return np.where(hi > lo, -(-hi//self.chunk) - lo//self.chunk, 0).prod(-1)
 
     def share_inside(self,
@@ -42,7 +43,8 @@ class LayerWindow:
     ) -> np.ndarray: # `(n,)`, 0 to 1
         "How much of each window lies in the layer"
         lo = centres - np.array(self.window)//2
-        return (np.minimum(lo+self.window, self.bounds.hi) - np.maximum(lo, self.bounds.lo)).clip(0).prod(1)/np.prod(self.window)
+        return (np.minimum(lo+self.window, self.bounds.hi)
+            - np.maximum(lo, self.bounds.lo)).clip(0).prod(1)/np.prod(self.window)
 
     @property
     def chunk_bytes(self) -> int: return int(np.prod(self.chunk))*self.voxel_bytes
@@ -68,7 +70,8 @@ def halve(
     centres: np.ndarray, # `(n, 3)` voxels, n > 1
 ) -> tuple[np.ndarray, int]: # Which of them are in the second half `(n,)`, and bytes that the two halves decode
     "The cheapest cut near the middle"
-    grid,cuts = needs[0],[]
+    grid = needs[0]
+    cuts = []
     for axis in range(3):
         place = int((np.median(centres[:, axis]) - grid.bounds.lo[axis])//grid.chunk[axis])
         for border in (place, place+1):
@@ -78,7 +81,8 @@ def halve(
         order = np.argsort(centres[:, np.ptp(centres, axis=0).argmax()], kind='stable')
         cuts.append(np.isin(np.arange(len(centres)), order[len(centres)//2:]))
     halves = [(centres[~c], centres[c]) for c in cuts]
-    costs = decoded_bytes(needs, *(np.array([[getattr(o, f)(0) for o in pair] for pair in halves]) for f in ('min', 'max'))).sum(1)
+    costs = decoded_bytes(needs, *(np.array([[getattr(o, f)(0) for o in pair] for pair in halves])
+        for f in ('min', 'max'))).sum(1)
     return cuts[costs.argmin()],int(costs.min())
 
 def split(
@@ -87,7 +91,8 @@ def split(
     enough: Callable, # Of a part's centres, and the bytes its halves would decode: is it to stay whole?
 ) -> list[np.ndarray]: # Numbers of the centres in each part
     "Cut in two until every part is `enough`"
-    todo,done = [np.arange(len(centres))],[]
+    todo = [np.arange(len(centres))]
+    done = []
     while todo:
         part = todo.pop()
         second,cost = halve(needs, centres[part]) if len(part) > 1 else (None, 0)
@@ -99,11 +104,11 @@ def split(
 def plan_blocks(
     needs: list[LayerWindow], # EM first
     centres: np.ndarray, # `(n, 3)` voxels
-    most: int, # Synapses in a block
+    max_synapses: int, # Synapses in a block
 ) -> np.ndarray: # `(n,)` number of each synapse's block
     "Cut a table into blocks"
     block = np.empty(len(centres), int)
-    for k,part in enumerate(split(needs, centres, lambda c, _: len(c) <= most)): block[part] = k
+    for k,part in enumerate(split(needs, centres, lambda c, _: len(c) <= max_synapses)): block[part] = k
     return block
 
 def plan_reads(
@@ -112,7 +117,8 @@ def plan_reads(
     memory: float, # Bytes that a read may hold, if it is of more than one synapse
 ) -> list[np.ndarray]: # Numbers of the synapses in each read
     "Cut a block into reads"
-    return split(needs, centres, lambda c, cost: held_bytes(needs, c) <= memory and decoded_bytes(needs, c.min(0), c.max(0)) <= cost)
+    return split(needs, centres, lambda c, cost: held_bytes(needs, c) <= memory
+        and decoded_bytes(needs, c.min(0), c.max(0)) <= cost)
 
 # %% ../../nbs/ingest/01_plan.ipynb #3899e690
 def needed_chunks(
@@ -120,9 +126,11 @@ def needed_chunks(
     centres: np.ndarray, # `(n, 3)` voxels
 ) -> int:
     "How many storage chunks hold something of some window"
-    lo,hi = (np.clip(centres - np.array(need.window)//2 + add, need.bounds.lo, need.bounds.hi) - need.bounds.lo for add in (0, need.window))
+    lo,hi = (np.clip(centres - np.array(need.window)//2 + add, need.bounds.lo, need.bounds.hi) - need.bounds.lo
+        for add in (0, need.window))
     inside = (hi > lo).all(1)
-    first,last = lo[inside]//need.chunk,-(-hi[inside]//need.chunk)
+    first = lo[inside]//need.chunk
+    last = -(-hi[inside]//need.chunk)
     change = np.zeros(-(-np.array(need.bounds.shape)//need.chunk) + 1, np.int32)
     for corner in np.ndindex(2, 2, 2): np.add.at(change, tuple(np.where(corner, last, first).T), (-1)**sum(corner))
     return int((change.cumsum(0).cumsum(1).cumsum(2) > 0).sum())
@@ -134,15 +142,21 @@ def plan_costs(
     memory: float, # Bytes that a read may hold
     synapse_bytes: int, # Of the chunk of one synapse
 ) -> dict:
-    "Blocks, reads, storage chunks and bytes decoded, how much less that is than synapse by synapse and how much more than once each, and the memory of a task"
+    """Blocks, reads, storage chunks and bytes decoded, how much less that is than synapse by synapse and how much more
+    than once each, and the memory of a task"""
     order = np.argsort(block, kind='stable')
-    boxes,task = [],0
+    boxes = []
+    task = 0
     for mine in np.split(centres[order], np.flatnonzero(np.diff(block[order]))+1):
         parts = [mine[p] for p in plan_reads(needs, mine, memory)]
         boxes += [(p.min(0), p.max(0)) for p in parts]
         task = max(task, len(mine)*synapse_bytes + max(held_bytes(needs, p) for p in parts))
     lowest,highest = (np.array(o) for o in zip(*boxes))
-    decoded,alone = int(decoded_bytes(needs, lowest, highest).sum()),int(decoded_bytes(needs, centres, centres).sum())
-    return dict(synapses=len(centres), blocks=int(block.max())+1, reads=len(boxes), chunks=int(sum(n.n_chunks(lowest, highest).sum() for n in needs)),
-        chunks_synapse_major=int(sum(n.n_chunks(centres, centres).sum() for n in needs)), gb_decoded=decoded/1e9, gb_em=int(needs[0].n_chunks(lowest, highest).sum())*needs[0].chunk_bytes/1e9, gb_synapse_major=alone/1e9,
-        times_less=alone/decoded, times_needed=decoded/sum(needed_chunks(n, centres)*n.chunk_bytes for n in needs), task_gb=task/1e9)
+    decoded = int(decoded_bytes(needs, lowest, highest).sum())
+    alone = int(decoded_bytes(needs, centres, centres).sum())
+    return dict(synapses=len(centres), blocks=int(block.max())+1, reads=len(boxes),
+        chunks=int(sum(n.n_chunks(lowest, highest).sum() for n in needs)),
+        chunks_synapse_major=int(sum(n.n_chunks(centres, centres).sum() for n in needs)), gb_decoded=decoded/1e9,
+        gb_em=int(needs[0].n_chunks(lowest, highest).sum())*needs[0].chunk_bytes/1e9, gb_synapse_major=alone/1e9,
+        times_less=alone/decoded, times_needed=decoded/sum(needed_chunks(n, centres)*n.chunk_bytes for n in needs),
+        task_gb=task/1e9)

@@ -29,7 +29,8 @@ def attempt(
     do: Callable, # Called with whether this is the last try
 ) -> str: # `done`, `failed`: try again, or `dead`: it will not be tried again
     "Do a unit of work, unless it has been tried too often"
-    begun,dead = folder/'attempts'/unit,folder/'dead'/f'{unit}.json'
+    begun = folder/'attempts'/unit
+    dead = folder/'dead'/f'{unit}.json'
     before = len(list(begun.glob('*.json')))
     if before >= MAX_ATTEMPTS: return _bury(begun, dead)
     note = begun/f'{uuid.uuid4().hex}.json'
@@ -37,10 +38,14 @@ def attempt(
     with atomic(note) as f: f.write_text(json.dumps(about))
     try: do(before == MAX_ATTEMPTS-1)
     except Exception as e:
-        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): note.unlink(); raise
+        if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+            note.unlink()
+            raise
         with atomic(note) as f: f.write_text(json.dumps(about | dict(error=f'{type(e).__name__}: {e}')))
         return _bury(begun, dead) if before == MAX_ATTEMPTS-1 else 'failed'
-    except BaseException: note.unlink(); raise
+    except BaseException:
+        note.unlink()
+        raise
     shutil.rmtree(begun, ignore_errors=True)
     dead.unlink(missing_ok=True)
     return 'done'
@@ -48,7 +53,8 @@ def attempt(
 def _bury(begun: Path, dead: Path) -> str:
     "Make a dead letter of the notes"
     notes = sorted((json.loads(p.read_text()) for p in begun.glob('*.json')), key=lambda n: n['begun'])
-    letter = dict(unit=dead.stem, attempts=[dict(error='the worker died, or was stopped from outside') | n for n in notes])
+    letter = dict(unit=dead.stem, attempts=[dict(error='the worker died, or was stopped from outside') | n
+        for n in notes])
     with atomic(dead) as f: f.write_text(json.dumps(letter, indent=1))
     return 'dead'
 
@@ -75,7 +81,9 @@ def run_local(
     with ProcessPoolExecutor(processes, multiprocessing.get_context('spawn')) as pool:
         try:
             for _ in progress(pool.map(_do, tasks), total=len(tasks), **bar): pass
-        except BrokenProcessPool: raise QueueError('a worker process was killed, perhaps for lack of memory; give the same command again to go on, with fewer processes') from None
+        except BrokenProcessPool:
+            raise QueueError('a worker process was killed, perhaps for lack of memory; give the same command again to '
+                'go on, with fewer processes') from None
 
 def _do(task: partial):
     while task() == 'failed': pass
@@ -88,7 +96,8 @@ def enqueue(
     _open(url).insert(tasks)
 
 def _open(url: str) -> TaskQueue:
-    if not url.startswith(('fq://', 'sqs://')): raise QueueError(f"{url}: a queue is fq://FOLDER, a folder that all workers see, or sqs://NAME")
+    if not url.startswith(('fq://', 'sqs://')):
+        raise QueueError(f"{url}: a queue is fq://FOLDER, a folder that all workers see, or sqs://NAME")
     return TaskQueue(url, progress=False)
 
 def run_worker(
@@ -97,10 +106,13 @@ def run_worker(
     wait_s: float = 5, # Between looks at a queue whose tasks are all lent
 ) -> dict[str, int]: # How many tasks were done, failed, and are dead
     "Do the tasks of a queue until it is empty. Tasks lent to others are waited for: their workers may be dead"
-    queue,counts = _open(url),dict(done=0, failed=0, dead=0)
+    queue = _open(url)
+    counts = dict(done=0, failed=0, dead=0)
     while not queue.is_empty():
         try: task = queue.lease(seconds=lease_s)
-        except QueueEmptyError: time.sleep(wait_s); continue
+        except QueueEmptyError:
+            time.sleep(wait_s)
+            continue
         outcome = task.tofunc()()
         counts[outcome] += 1
         if outcome == 'failed': queue.cancel(task)

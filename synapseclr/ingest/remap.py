@@ -21,7 +21,8 @@ def root_ids_at(
     found = np.zeros(len(points_vx), np.uint64)
     home = (points_vx - np.array(seg.box.lo))//np.array(seg.volume.chunk_size)[::-1]
     order = np.lexsort(home.T)
-    for rows in progress(np.split(order, np.flatnonzero((np.diff(home[order], axis=0) != 0).any(1))+1), desc='look up', unit='chunk'):
+    for rows in progress(np.split(order, np.flatnonzero((np.diff(home[order], axis=0) != 0).any(1))+1), desc='look up',
+        unit='chunk'):
         at = points_vx[rows]
         box = Box(tuple(at.min(0).tolist()), tuple((at.max(0)+1).tolist()))
         found[rows] = read(seg, box)[tuple((at-box.lo).T)]
@@ -34,32 +35,40 @@ points_vx = ['{}_pt_{}_vx', '{}syn_{}_vx', '{}_pos_{}_vx', '{}_pt_position_{}']
 def side_points(
     table: pd.DataFrame, # Synapses
     side: str, # `pre` or `post`
-    voxel_nm: tuple[float, float, float]|None = None, # Size of the table's voxels, `(z, y, x)`, if its points are in voxels
+    # Size of the table's voxels, `(z, y, x)`, if its points are in voxels
+    voxel_nm: tuple[float, float, float]|None = None,
 ) -> np.ndarray: # `(n, 3)` nm, z, y, x
     "The points on one side of the synapses. Raises `TableError` if the table has none"
     for pattern in points_nm + points_vx:
         columns = [pattern.format(side, a) for a in 'zyx']
         if not set(columns) <= set(table): continue
         if pattern in points_nm: return table[columns].to_numpy(float)
-        if voxel_nm is None: raise TableError(f"points are in voxels ({', '.join(columns)}): state the size of these voxels")
+        if voxel_nm is None:
+            raise TableError(f"points are in voxels ({', '.join(columns)}): state the size of these voxels")
         return table[columns].to_numpy(float)*voxel_nm
-    raise TableError(f"no columns with a point on the {side} side: one of {', '.join(p.format(side, 'x') for p in points_nm + points_vx)}, and the same for y and z")
+    raise TableError(f"no columns with a point on the {side} side: one of "
+        f"{', '.join(p.format(side, 'x') for p in points_nm + points_vx)}, and the same for y and z")
 
 def remap(
     table: pd.DataFrame, # Synapses, from `read_synapses`
     seg: Layer, # The segmentation of today
-    voxel_nm: tuple[float, float, float]|None = None, # Size of the table's voxels, `(z, y, x)`, if its points are in voxels
+    # Size of the table's voxels, `(z, y, x)`, if its points are in voxels
+    voxel_nm: tuple[float, float, float]|None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # The table with today's ids and `pre_remap`, `post_remap`: same, changed or nothing there; and how many synapses went from which cell to which
-    "Look up who the partners of synapses are in another version of the segmentation. Raises `TableError` if points are missing"
-    table,moves = table.copy(),[]
+    """Look up who the partners of synapses are in another version of the segmentation. Raises `TableError` if points
+    are missing"""
+    table = table.copy()
+    moves = []
     for side in ('pre', 'post'):
         at = side_points(table, side, voxel_nm)
-        if not np.isfinite(at).all(): raise TableError(f"{side} points that are not finite in {(~np.isfinite(at)).any(1).sum()} rows")
+        if not np.isfinite(at).all():
+            raise TableError(f"{side} points that are not finite in {(~np.isfinite(at)).any(1).sum()} rows")
         old = table[f'{side}_root_id'].to_numpy(np.uint64)
         now = root_ids_at(seg, np.floor(at/seg.voxel_nm + .5).astype(np.int64))
         status = np.select([now == 0, now == old], ['nothing there', 'same'], 'changed')
         table[f'{side}_root_id'],table[f'{side}_remap'] = np.where(now == 0, old, now),status
-        moves.append(pd.DataFrame(dict(side=side, old=old, new=now, status=status)).value_counts(sort=False).rename('synapses').reset_index())
+        moves.append(pd.DataFrame(dict(side=side, old=old, new=now, status=status)).value_counts(sort=False).rename(
+            'synapses').reset_index())
     return table,pd.concat(moves, ignore_index=True)
 
 def summarize_remap(moves: pd.DataFrame) -> str:
@@ -68,6 +77,8 @@ def summarize_remap(moves: pd.DataFrame) -> str:
     for side,m in moves.groupby('side', sort=False):
         n = m.groupby('status').synapses.sum().reindex(['same', 'changed', 'nothing there'], fill_value=0)
         real = m[m.status != 'nothing there']
-        split,merged = (real.groupby('old').new.nunique() > 1).sum(),(real.groupby('new').old.nunique() > 1).sum()
-        lines.append(f"{side}: {n['same']} synapses as before, {n['changed']} of another cell, {n['nothing there']} where there is no cell; {split} cells are now several, {merged} are several of before")
+        split = (real.groupby('old').new.nunique() > 1).sum()
+        merged = (real.groupby('new').old.nunique() > 1).sum()
+        lines.append(f"{side}: {n['same']} synapses as before, {n['changed']} of another cell, {n['nothing there']} "
+            f"where there is no cell; {split} cells are now several, {merged} are several of before")
     return '\n'.join(lines)

@@ -32,13 +32,17 @@ def _from_nodes(table: pd.DataFrame, where) -> Skeleton:
     at = pd.Series(np.arange(len(table)), table.node)
     child = np.flatnonzero(table.parent.to_numpy() >= 0)
     parent = at.reindex(table.parent.iloc[child])
-    if parent.isna().any(): raise SkeletonError(f"{where}: node {table.node.iloc[child[parent.isna()][0]]} has a parent that is not there")
-    return Skeleton(table[['z_nm', 'y_nm', 'x_nm']].to_numpy(float), np.stack([child, parent.to_numpy(int)], 1), np.flatnonzero(table.type == 1))
+    if parent.isna().any():
+        raise SkeletonError(f"{where}: node {table.node.iloc[child[parent.isna()][0]]} has a parent that is not there")
+    return Skeleton(table[['z_nm', 'y_nm', 'x_nm']].to_numpy(float), np.stack([child, parent.to_numpy(int)], 1),
+        np.flatnonzero(table.type == 1))
 
 def _read_swc(path: Path) -> Skeleton|None:
     "A neuron from an SWC file in nm"
     if not path.exists(): return None
-    try: table = pd.read_csv(path, sep=r'\s+', comment='#', header=None, names=['node', 'type', 'x_nm', 'y_nm', 'z_nm', 'radius_nm', 'parent'], usecols=range(7))
+    try:
+        table = pd.read_csv(path, sep=r'\s+', comment='#', header=None,
+            names=['node', 'type', 'x_nm', 'y_nm', 'z_nm', 'radius_nm', 'parent'], usecols=range(7))
     except (ValueError, OSError) as e: raise SkeletonError(f"{path}: not an SWC file: {e}") from None
     return _from_nodes(table, path)
 
@@ -47,10 +51,13 @@ def _read_precomputed(layer: CloudVolume, root_id: int) -> Skeleton|None:
     from cloudvolume.exceptions import SkeletonDecodeError
     try: s = layer.skeleton.get(root_id)
     except SkeletonDecodeError: return None
-    return Skeleton(s.vertices[:, ::-1].astype(float), s.edges.astype(int), np.flatnonzero(getattr(s, 'vertex_types', np.zeros(len(s.vertices))) == 1))
+    return Skeleton(s.vertices[:, ::-1].astype(float), s.edges.astype(int),
+        np.flatnonzero(getattr(s, 'vertex_types', np.zeros(len(s.vertices))) == 1))
 
 def skeleton_reader(
-    source: str, # Folder of `ROOT_ID.swc` in nm; a precomputed layer, as CloudVolume takes it; or a table with `root_id`, `node`, `type`, `x_nm`, `y_nm`, `z_nm`, `parent`
+    # Folder of `ROOT_ID.swc` in nm; a precomputed layer, as CloudVolume takes it; or a table with `root_id`, `node`,
+    # `type`, `x_nm`, `y_nm`, `z_nm`, `parent`
+    source: str,
 ): # Function of a root id that gives a `Skeleton`, or None
     "Open a source of skeletons. Raises `SkeletonError` if it cannot be"
     if '://' in source or (Path(source)/'info').exists():
@@ -61,8 +68,11 @@ def skeleton_reader(
     if path.is_dir(): return lambda root_id: _read_swc(path/f'{root_id}.swc')
     if not path.exists(): raise SkeletonError(f"{path}: there is no such folder or table of skeletons")
     table = (pd.read_csv if path.suffix == '.csv' else pd.read_parquet)(path)
-    if lost := {'root_id', 'node', 'type', 'x_nm', 'y_nm', 'z_nm', 'parent'} - set(table): raise SkeletonError(f"{path}: a table of skeletons has to have {', '.join(sorted(lost))}")
-    if not pd.api.types.is_integer_dtype(table.root_id.dtype): raise SkeletonError(f"{path}: column root_id is {table.root_id.dtype}: ids above 2^53 lose digits as floating point")
+    if lost := {'root_id', 'node', 'type', 'x_nm', 'y_nm', 'z_nm', 'parent'} - set(table):
+        raise SkeletonError(f"{path}: a table of skeletons has to have {', '.join(sorted(lost))}")
+    if not pd.api.types.is_integer_dtype(table.root_id.dtype):
+        raise SkeletonError(f"{path}: column root_id is {table.root_id.dtype}: ids above 2^53 lose digits as floating "
+            "point")
     groups = dict(tuple(table.groupby('root_id')))
     return lambda root_id: _from_nodes(groups[root_id], path) if root_id in groups else None
 
@@ -79,7 +89,8 @@ def path_length_to_soma_um(
     if not len(skeleton.somata): return np.full(n, np.nan),['no soma node']*n
     a,b = skeleton.edges.T if len(skeleton.edges) else (np.zeros(0, int),)*2
     length = np.linalg.norm(skeleton.nodes_nm[a]-skeleton.nodes_nm[b], axis=1)
-    graph = coo_matrix((length.clip(1e-9), (a, b)), shape=[len(skeleton.nodes_nm)]*2).tocsr() # an edge of length 0 is an edge
+    # an edge of length 0 is an edge
+    graph = coo_matrix((length.clip(1e-9), (a, b)), shape=[len(skeleton.nodes_nm)]*2).tocsr()
     way = dijkstra(graph, directed=False, indices=skeleton.somata, min_only=True)
     off,nearest = cKDTree(skeleton.nodes_nm).query(points_nm)
     um = way[nearest]/1e3
@@ -92,11 +103,14 @@ def path_lengths_to_soma(
     source: str, # As of `skeleton_reader`
 ) -> pd.DataFrame: # `pre_soma_um`, `pre_soma_reason`, `post_soma_um`, `post_soma_reason`, row by row
     "The ways from each synapse to its two somata"
-    reader,points = skeleton_reader(source),table[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)
+    reader = skeleton_reader(source)
+    points = table[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)
     found = {}
     for side in ('pre', 'post'):
-        way,why = np.full(len(table), np.nan),np.full(len(table), '', object)
-        for root_id,rows in progress(table.groupby(f'{side}_root_id').indices.items(), desc=f'{side} skeletons', unit='neuron'):
+        way = np.full(len(table), np.nan)
+        why = np.full(len(table), '', object)
+        for root_id,rows in progress(table.groupby(f'{side}_root_id').indices.items(), desc=f'{side} skeletons',
+            unit='neuron'):
             way[rows],why[rows] = path_length_to_soma_um(reader(int(root_id)), points[rows])
         found |= {f'{side}_soma_um': way, f'{side}_soma_reason': why}
     return pd.DataFrame(found, table.index)

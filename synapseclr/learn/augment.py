@@ -74,7 +74,8 @@ def random_bits(
 ) -> Tensor: # int32 in [0, 2^16)
     "Uniform 16-bit numbers"
     n = int(np.prod(shape))
-    words = torch.empty(-(-n//4), dtype=torch.int64, device=device).random_(-2**63, None, generator=torch.Generator(device).manual_seed(key))
+    words = torch.empty(-(-n//4), dtype=torch.int64, device=device).random_(-2**63, None,
+        generator=torch.Generator(device).manual_seed(key))
     return words.view(torch.uint16)[:n].view(shape).to(torch.int32)
 
 def add_noise(
@@ -83,10 +84,12 @@ def add_noise(
     keys: list[int], # One for each sample, so that its noise does not depend on its batch
 ) -> Tensor:
     "Independent noise for every voxel, `A + M x`"
-    normal,out = normal_quantiles(x.device),torch.empty_like(x)
+    normal = normal_quantiles(x.device)
+    out = torch.empty_like(x)
     for i,k in enumerate(keys):
         a,m = random_bits((2, x[i].numel()), k, x.device)
-        additive,multiplicative = (normal*sd[i, 0]).index_select(0, a),(normal*sd[i, 1]).exp_().index_select(0, m)
+        additive = (normal*sd[i, 0]).index_select(0, a)
+        multiplicative = (normal*sd[i, 1]).exp_().index_select(0, m)
         torch.addcmul(additive.view(x[i].shape), multiplicative.view(x[i].shape), x[i], out=out[i])
     return out
 
@@ -99,7 +102,8 @@ def sampling_grid(
     device='cpu',
 ) -> Tensor: # `(B, D, D, D, 3)` for `grid_sample` with `align_corners=True`
     "Where in the source each output voxel lies"
-    shape,voxel_nm = np.array(shape),np.array(voxel_nm, float)
+    shape = np.array(shape)
+    voxel_nm = np.array(voxel_nm, float)
     half_nm = (out_size-1)/2*out_voxel_nm
     to_unit = 2/np.maximum(shape-1, 1)
     linear = rotation*half_nm/voxel_nm[:, None]*to_unit[:, None]
@@ -142,9 +146,11 @@ def blur(
     x: Tensor, # `(B, D, D, D)`
     sigma: np.ndarray, # `(B,)` in voxels; 0 for none
 ) -> Tensor:
-    "Gaussian of 3 x 3 x 3 voxels, normalised; the outermost voxels are repeated, so that the faces of a cube do not get darker"
+    """Gaussian of 3 x 3 x 3 voxels, normalised; the outermost voxels are repeated, so that the faces of a cube do not
+    get darker"""
     side = np.where(sigma > 0, np.exp(-.5/np.square(np.maximum(sigma, 1e-3))), 0)
-    kernel = torch.tensor(np.stack([side, np.ones_like(side), side], 1)/(1+2*side)[:, None], dtype=x.dtype, device=x.device)
+    kernel = torch.tensor(np.stack([side, np.ones_like(side), side], 1)/(1+2*side)[:, None], dtype=x.dtype,
+        device=x.device)
     for axis in range(3):
         n = x.shape[axis+1]
         y = torch.cat([x.narrow(axis+1, 0, 1), x, x.narrow(axis+1, n-1, 1)], axis+1)
@@ -168,11 +174,13 @@ def _dilate(x: Tensor, radius: int) -> Tensor:
     "All with the same radius, one axis after the other; along an axis, intervals grow by doubling"
     for axis in range(1, 4):
         x = F.pad(x, [0, 0]*(3-axis) + [radius, radius])
-        reach,size = 1,x.shape[axis]
+        reach = 1
+        size = x.shape[axis]
         while reach < 2*radius+1:
             step = min(reach, 2*radius+1-reach)
             x = x.narrow(axis, 0, size-step) | x.narrow(axis, step, size-step)
-            reach,size = reach+step,size-step
+            reach = reach+step
+            size = size-step
     return x
 
 # %% ../../nbs/learn/02_augment.ipynb #6f53b5b6
@@ -180,7 +188,8 @@ def touching_cleft(
     mask: Tensor, # `(B, D, D, D)` bool
     cleft: Tensor, # `(B, D, D, D)` bool
 ) -> Tensor: # `(B, D, D, D)` bool
-    "The connected components of each mask that touch its cleft, by cc3d on the host; all of the mask if there is no cleft in the cube"
+    """The connected components of each mask that touch its cleft, by cc3d on the host; all of the mask if there is no
+    cleft in the cube"""
     out = np.empty(mask.shape, bool)
     for i,(m,c) in enumerate(zip(mask.cpu().numpy(), cleft.cpu().numpy())):
         labels = cc3d.connected_components(m, connectivity=26)
@@ -208,7 +217,8 @@ def touching_cleft_on_device(
         for _ in range(5): parent = parent.gather(1, parent)
         label = parent.gather(1, label)
     torch._assert_async((smallest_nearby(label) == label).all(), 'components are not settled: more rounds are needed')
-    touched = torch.zeros(b, n+1, device=mask.device).scatter_reduce(1, label, (cleft.view(b, n) & inside).float(), 'amax')
+    touched = torch.zeros(b, n+1, device=mask.device).scatter_reduce(1, label, (cleft.view(b, n) & inside).float(),
+        'amax')
     keep = (touched.gather(1, label) > 0) & inside
     return torch.where(keep.any(1, keepdim=True), keep, inside).view(mask.shape)
 
@@ -247,7 +257,11 @@ class Augmenter:
         out_voxel_nm: float = 14.3, # Of the cube
         device: str|torch.device = 'cpu',
     ):
-        self.config,self.voxel_nm,self.out_size,self.out_voxel_nm,self.device = config,tuple(voxel_nm),out_size,out_voxel_nm,torch.device(device)
+        self.config = config
+        self.voxel_nm = tuple(voxel_nm)
+        self.out_size = out_size
+        self.out_voxel_nm = out_voxel_nm
+        self.device = torch.device(device)
         self.connected = touching_cleft if self.device.type == 'cpu' else touching_cleft_on_device
 
     def __call__(self,
@@ -259,17 +273,22 @@ class Augmenter:
         "One view of each synapse. Raises `AugmentError` for arrays that are not a batch of chunks"
         em,mask = self._checked(em, mask)
         keys = [counter_key(key, first+i) for i in range(len(em))]
-        views = [sample_view(self.config, np.random.default_rng(k), em.shape[1]) for k in ([key] if self.config.coupled else keys)]
+        views = [sample_view(self.config, np.random.default_rng(k), em.shape[1])
+            for k in ([key] if self.config.coupled else keys)]
         if self.config.coupled: views = views*len(em)
         em,mask = (o.to(self.device, non_blocking=True) for o in (em, mask))
         if self.device.type != 'cpu': return self.apply(em, mask, views, keys)
-        return torch.cat([self.apply(em[i:i+1], mask[i:i+1], views[i:i+1], keys[i:i+1]) for i in range(len(em))]) # one by one: as fast, in an eighth of the memory
+        # one by one: as fast, in an eighth of the memory
+        return torch.cat([self.apply(em[i:i+1], mask[i:i+1], views[i:i+1], keys[i:i+1]) for i in range(len(em))])
 
     def _checked(self, em, mask) -> tuple[Tensor, Tensor]:
         "Both as uint8 tensors"
-        em,mask = torch.as_tensor(em),torch.as_tensor(mask)
-        if em.dtype != torch.uint8 or mask.dtype != torch.uint8: raise AugmentError(f"chunks are uint8, got em {em.dtype} and mask {mask.dtype}")
-        if em.ndim != 4 or em.shape != mask.shape: raise AugmentError(f"em and mask are both (B, Z, Y, X), got {tuple(em.shape)} and {tuple(mask.shape)}")
+        em = torch.as_tensor(em)
+        mask = torch.as_tensor(mask)
+        if em.dtype != torch.uint8 or mask.dtype != torch.uint8:
+            raise AugmentError(f"chunks are uint8, got em {em.dtype} and mask {mask.dtype}")
+        if em.ndim != 4 or em.shape != mask.shape:
+            raise AugmentError(f"em and mask are both (B, Z, Y, X), got {tuple(em.shape)} and {tuple(mask.shape)}")
         if mask.device.type == 'cpu' and not (has := ((mask & CLEFT) > 0).flatten(1).any(1)).all():
             raise AugmentError(f"no cleft in the mask of synapses {torch.nonzero(~has).flatten().tolist()} of the batch")
         return em,mask
@@ -279,25 +298,32 @@ class Augmenter:
         c = self.config
         if c.geometry == 'released': return published_input(em, mask, self.out_size, c.mean, c.sd)
         if c.fill_blank: em = fill_sections(em)
-        put = lambda field, dtype=torch.float32: torch.tensor(np.stack([getattr(v, field) for v in views]), dtype=dtype).to(self.device, non_blocking=True)
-        x = apply_lut(em, intensity_lut(put('sectional'), put('volumetric'), put('cut_sections', torch.bool))) if c.intensity_p or c.section_cutout_p else em.float().div_(255)
+        put = lambda field, dtype=torch.float32: torch.tensor(np.stack([getattr(v, field) for v in views]),
+            dtype=dtype).to(self.device, non_blocking=True)
+        x = apply_lut(em, intensity_lut(put('sectional'), put('volumetric'),
+            put('cut_sections', torch.bool))) if c.intensity_p or c.section_cutout_p else em.float().div_(255)
         if c.noise_p: x = add_noise(x, put('noise'), keys)
         rotation,displacement = (np.stack([getattr(v, o) for v in views]) for o in ('rotation', 'displacement'))
-        grid = sampling_grid(rotation, displacement*self.out_size*self.out_voxel_nm, em.shape[1:], self.voxel_nm, self.out_size, self.out_voxel_nm, self.device)
+        grid = sampling_grid(rotation, displacement*self.out_size*self.out_voxel_nm, em.shape[1:], self.voxel_nm,
+            self.out_size, self.out_voxel_nm, self.device)
         x,roles = resample(x.clamp_(0, 1), mask, grid)
         sigma = np.array([v.blur_sigma for v in views])
         if sigma.any(): x = blur(x, sigma)
-        cleft,synapse = (roles & CLEFT) > 0,(roles & (PRE|CLEFT|POST)) > 0
+        cleft = (roles & CLEFT) > 0
+        synapse = (roles & (PRE|CLEFT|POST)) > 0
         kept = self._kept(cleft, views)
         active = self.connected(dilate(synapse & kept, np.array([v.inflation for v in views])) & kept, cleft)
         return ((torch.where(active, x, c.mean if c.background == 'mean' else 0.) - c.mean)/c.sd)[:, None]
 
     def _kept(self, cleft: Tensor, views: list[ViewParameters]) -> Tensor:
         "What cutouts and the centre crop leave; always the cleft itself"
-        d,n = self.out_size,max(1, max(len(v.cutouts) for v in views))
-        boxes = torch.tensor(np.stack([np.concatenate([v.cutouts, np.zeros((n-len(v.cutouts), 2, 3))]) for v in views])*d, dtype=torch.float32)
+        d = self.out_size
+        n = max(1, max(len(v.cutouts) for v in views))
+        boxes = torch.tensor(np.stack([np.concatenate([v.cutouts, np.zeros((n-len(v.cutouts), 2, 3))])
+            for v in views])*d, dtype=torch.float32)
         crop = torch.tensor(np.stack([v.crop for v in views])*d, dtype=torch.float32)
-        boxes,crop = boxes.to(self.device, non_blocking=True),crop.to(self.device, non_blocking=True)
+        boxes = boxes.to(self.device, non_blocking=True)
+        crop = crop.to(self.device, non_blocking=True)
         weight = cleft.float()/cleft.sum((1, 2, 3), keepdim=True).clamp(min=1)
         position = torch.arange(d, device=self.device) + .5
         centre = torch.stack([(weight.sum(others)*position).sum(1) for others in ((2, 3), (1, 3), (1, 2))], 1)

@@ -31,7 +31,8 @@ def get_rank() -> int:
 def single_process():
     "What is computed inside concerns this process only"
     global _alone
-    before,_alone = _alone,True
+    before = _alone
+    _alone = True
     try: yield
     finally: _alone = before
 
@@ -71,7 +72,8 @@ def all_gather(
 ) -> Tensor: # `(processes * n, ...)`, in the order of ranks
     "The rows of all processes"
     if get_world_size() == 1: return x
-    before,after = get_rank()*len(x),(get_world_size()-1-get_rank())*len(x)
+    before = get_rank()*len(x)
+    after = (get_world_size()-1-get_rank())*len(x)
     return all_reduce_sum(torch.cat([x.new_zeros(before, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])]))
 
 def sum_gradients(net: nn.Module):

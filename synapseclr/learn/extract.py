@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np, pyarrow as pa, pydantic, torch
 from .augment import Augmenter
 from .views import AugmentConfig, CubeConfig
-from ..core import Source, Strict, content_hash, provenance, n_cores, progress, threads, worker_pool, write_once
+from synapseclr.core import (Source, Strict, content_hash, provenance, n_cores, progress, threads, worker_pool,
+    write_once)
 from .model import Features, SynapseNet
 from .precision import Precision, choose_forward_mode, forward_features, mode_of, say_if_emulated
 from ..data.features import FeatureError, read_features
@@ -23,21 +24,29 @@ __all__ = ['ExtractConfig', 'weights_digest', 'agreed_precision', 'extract']
 # %% ../../nbs/learn/09_extract.ipynb #cd4d9609
 class ExtractConfig(Strict):
     "How to describe"
-    tta_views: pydantic.PositiveInt = 1 # Random turns of each synapse to average over; 1 for the synapse as it lies (the paper's way)
-    precision: Precision = 'fp32' # Of the network. `auto` takes bf16 if the device has units for it and features agree with those of fp32 to a cosine of .999; `fastest` if it is faster, too
+    # Random turns of each synapse to average over; 1 for the synapse as it lies (the paper's way)
+    tta_views: pydantic.PositiveInt = 1
+    # Of the network. `auto` takes bf16 if the device has units for it and features agree with those of fp32 to a cosine
+    # of .999; `fastest` if it is faster, too
+    precision: Precision = 'fp32'
     pretrained: bool = False # Describe with the weights that come with the package, too
-    weights: list[Source] = [] # Other networks to describe with: ours, published ones of SynapseCLR, MedicalNet's. The features of `x/NAME.pth` go to `features_NAME`
+    # Other networks to describe with: ours, published ones of SynapseCLR, MedicalNet's. The features of `x/NAME.pth` go
+    # to `features_NAME`
+    weights: list[Source] = []
 
 # %% ../../nbs/learn/09_extract.ipynb #a3721d99
 def weights_digest(net: SynapseNet) -> str:
     "A short name for the weights, by content"
     h = hashlib.sha256()
-    for k,v in sorted(net.state_dict().items()): h.update(k.encode()); h.update(v.cpu().contiguous().numpy().tobytes())
+    for k,v in sorted(net.state_dict().items()):
+        h.update(k.encode())
+        h.update(v.cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
 def _feature_table(ids: np.ndarray, features: Features) -> pa.Table:
     "One row per synapse; each layer a list of fixed length"
-    layers = {k: pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1]) for k,v in features._asdict().items()}
+    layers = {k: pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), v.shape[1]) for k,
+        v in features._asdict().items()}
     return pa.table(dict(id=ids) | layers)
 
 def agreed_precision(
@@ -46,10 +55,12 @@ def agreed_precision(
     precision: Precision, # As of `ExtractConfig`
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Literal['fp32', 'bf16']:
-    "The precision of all features of a run: bf16 only if it suits all networks. If it is left open, the first process to ask decides it on the first synapses, and notes it in the run folder for all others"
+    """The precision of all features of a run: bf16 only if it suits all networks. If it is left open, the first process
+    to ask decides it on the first synapses, and notes it in the run folder for all others"""
     if precision in ('fp32', 'bf16'): return precision
     run = Path(run)
-    about = provenance(asked=precision, networks=[[weights_digest(net), content_hash(augment), content_hash(cube)] for net,augment,cube in networks])
+    about = provenance(asked=precision, networks=[[weights_digest(net), content_hash(augment), content_hash(cube)]
+        for net,augment,cube in networks])
     note = run/f'extract/precision_{content_hash(about)}.json'
     if note.exists(): return json.loads(note.read_text())['precision']
     store = ChunkStore.open(run/'chunks.zarr')
@@ -74,16 +85,21 @@ def extract(
     precision: Literal['fp32', 'bf16'] = 'fp32', # From `agreed_precision`, if it is left open
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path: # The folder
-    """Write the features of all synapses of a run, shard by shard; a stopped extraction is resumed. The files do not depend on the number of cores, nor on which process made which shard.
+    """Write the features of all synapses of a run, shard by shard; a stopped extraction is resumed. The files do not
+    depend on the number of cores, nor on which process made which shard.
     Raises `FeatureError` unless every synapse is there once (or only some shards were asked for)"""
-    folder,store = Path(run)/out,ChunkStore.open(Path(run)/'chunks.zarr')
-    law = AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank, background=augment.background, **dict(rotation='so3', flip=True) if views > 1 else {})
+    folder = Path(run)/out
+    store = ChunkStore.open(Path(run)/'chunks.zarr')
+    law = AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank,
+        background=augment.background, **dict(rotation='so3', flip=True) if views > 1 else {})
     augmenter = Augmenter(law, store.voxel_nm, cube.size, cube.voxel_nm, device)
     mode = mode_of(precision, augmenter.device)
     say_if_emulated(mode, augmenter.device)
     net = net.to(device).eval()
     net.channels_last = mode['channels_last']
-    origin = provenance(weights=weights_digest(net), preset=net.preset, augment=content_hash(law), views=views, cube=cube.model_dump(), n_synapses=len(store), batch_size=batch_size, precision=precision, device=augmenter.device.type)
+    origin = provenance(weights=weights_digest(net), preset=net.preset, augment=content_hash(law), views=views,
+        cube=cube.model_dump(), n_synapses=len(store), batch_size=batch_size, precision=precision,
+        device=augmenter.device.type)
     with worker_pool(2 if augmenter.device.type == 'cuda' else n_cores()) as pool:
         def describe(batch):
             chunks = store.batch(batch)
@@ -91,12 +107,14 @@ def extract(
             return Features(*(torch.stack(layer).mean(0) for layer in zip(*seen)))
         shard = store.places//store.per_shard
         for k in progress(np.unique(shard) if shards is None else shards, desc='extract', unit='shard'):
-            path,members = folder/f'{k:06d}.parquet',np.flatnonzero(shard == k)
+            path = folder/f'{k:06d}.parquet'
+            members = np.flatnonzero(shard == k)
             if path.exists() and read_metadata(path).get('provenance') == origin: continue
             parts = list(pool.map(describe, np.split(members, range(batch_size, len(members), batch_size))))
             features = Features(*(torch.cat(layer).cpu().numpy() for layer in zip(*parts)))
             write_table(_feature_table(store.ids[members], features), path, 'features', origin)
     if shards is not None: return folder
     ids,_ = read_features(folder)
-    if not np.array_equal(np.sort(ids), np.sort(store.ids)): raise FeatureError(f"{folder}: holds features of other synapses than {store.path}; delete it and extract again")
+    if not np.array_equal(np.sort(ids), np.sort(store.ids)):
+        raise FeatureError(f"{folder}: holds features of other synapses than {store.path}; delete it and extract again")
     return folder

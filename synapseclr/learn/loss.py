@@ -20,10 +20,13 @@ def nt_xent(
     z1: Tensor, # Projections of the first views, `(n, d)`, not normalised
     z2: Tensor, # Projections of the second views, `(n, d)`
     temperature: float = .5,
-    neurites: Tensor|None = None, # `(2, n, k)` ids of the cells at the synapses of both views; two synapses that share one are not negatives of each other
+    # `(2, n, k)` ids of the cells at the synapses of both views; two synapses that share one are not negatives of each
+    # other
+    neurites: Tensor|None = None,
     rows: int = 512, # Similarities that are kept in memory at a time: so many rows of all
 ) -> Tensor: # Scalar
-    """NT-Xent of a batch of positive pairs (Methods, loss function); in several processes, this process's share of that of all batches together.
+    """NT-Xent of a batch of positive pairs (Methods, loss function); in several processes, this process's share of that
+    of all batches together.
     Raises `ValueError` for fewer than two pairs or unequal shapes"""
     n = _checked(z1, z2)
     every = torch.cat([all_gather(F.normalize(_wide(z), dim=1)) for z in (z1, z2)])
@@ -52,7 +55,8 @@ def _wide(z: Tensor) -> Tensor:
 
 def _checked(z1: Tensor, z2: Tensor) -> int:
     "How many pairs there are"
-    if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2: raise ValueError(f"two (N, d) with the same N > 1, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+    if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
+        raise ValueError(f"two (N, d) with the same N > 1, got {tuple(z1.shape)} and {tuple(z2.shape)}")
     return len(z1)
 
 # %% ../../nbs/learn/05_loss.ipynb #fb65fb50
@@ -77,6 +81,7 @@ def vicreg(
     loss = invariance*F.mse_loss(*views)
     for z in views:
         c = torch.cov(z.T)
-        sd,others = (c.diagonal()+1e-4).sqrt(),c - torch.diag(c.diagonal())
+        sd = (c.diagonal()+1e-4).sqrt()
+        others = c - torch.diag(c.diagonal())
         loss = loss + variance*F.relu(1-sd).mean() + covariance*others.square().sum()/len(c)
     return loss/get_world_size()

@@ -46,16 +46,22 @@ class BasicBlock(nn.Module):
     "Two 3 x 3 x 3 convolutions, and a shortcut past them"
     def __init__(self, before: int, width: int, stride: int, bare: bool):
         super().__init__()
-        self.conv1,self.bn1 = nn.Conv3d(before, width, 3, stride, 1, bias=False),nn.BatchNorm3d(width)
-        self.conv2,self.bn2 = nn.Conv3d(width, width, 3, 1, 1, bias=False),nn.BatchNorm3d(width)
+        self.conv1 = nn.Conv3d(before, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm3d(width)
+        self.conv2 = nn.Conv3d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm3d(width)
         changes = stride > 1 or before != width
-        self.downsample = nn.Sequential(nn.Conv3d(before, width, 1, stride, bias=False), nn.BatchNorm3d(width)) if changes and not bare else None
-        self.stride,self.more = stride,width-before
+        self.downsample = nn.Sequential(nn.Conv3d(before, width, 1, stride, bias=False),
+            nn.BatchNorm3d(width)) if changes and not bare else None
+        self.stride = stride
+        self.more = width-before
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
         if self.downsample: x = self.downsample(x)
-        elif self.more or self.stride > 1: x = F.pad(x[:, :, ::self.stride, ::self.stride, ::self.stride], [0, 0]*3 + [0, self.more]) # bare: every other voxel, new channels 0
+        elif self.more or self.stride > 1:
+            # bare: every other voxel, new channels 0
+            x = F.pad(x[:, :, ::self.stride, ::self.stride, ::self.stride], [0, 0]*3 + [0, self.more])
         return F.relu(y + x, inplace=True)
 
 class Backbone(nn.Module):
@@ -67,10 +73,13 @@ class Backbone(nn.Module):
         bare: bool = False, # Shortcuts without weights
     ):
         super().__init__()
-        self.conv1,self.bn1 = nn.Conv3d(channels, width, kernel, stride, kernel//2, bias=False),nn.BatchNorm3d(width)
-        self.pool,self.stages = pool,list(stages)
+        self.conv1 = nn.Conv3d(channels, width, kernel, stride, kernel//2, bias=False)
+        self.bn1 = nn.BatchNorm3d(width)
+        self.pool = pool
+        self.stages = list(stages)
         for name,(wide,stride,n) in stages.items():
-            self.add_module(name, nn.Sequential(*[BasicBlock(wide if i else width, wide, 1 if i else stride, bare) for i in range(n)]))
+            self.add_module(name, nn.Sequential(*[BasicBlock(wide if i else width, wide, 1 if i else stride, bare)
+                for i in range(n)]))
             width = wide
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +88,8 @@ class Backbone(nn.Module):
         for name in self.stages: x = getattr(self, name)(x)
         return x.mean((2, 3, 4))
 
-_resnet18 = dict(channels=1, width=64, kernel=7, stride=2, stages=dict(layer1=(64, 1, 2), layer2=(128, 2, 2), layer3=(256, 2, 2), layer4=(512, 2, 2)))
+_resnet18 = dict(channels=1, width=64, kernel=7, stride=2,
+    stages=dict(layer1=(64, 1, 2), layer2=(128, 2, 2), layer3=(256, 2, 2), layer4=(512, 2, 2)))
 PRESETS = dict(
     paper=_resnet18,
     demo=dict(channels=8, width=16, kernel=3, stride=1, stages=dict(layer2=(64, 2, 1), layer3=(128, 2, 1))),
@@ -93,7 +103,9 @@ class Projector(nn.Module):
     "Two linear layers"
     def __init__(self, width: int, out: int):
         super().__init__()
-        self.first,self.norm,self.second = nn.Linear(width, width, bias=False),nn.BatchNorm1d(width),nn.Linear(width, out, bias=False)
+        self.first = nn.Linear(width, width, bias=False)
+        self.norm = nn.BatchNorm1d(width)
+        self.second = nn.Linear(width, out, bias=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.first(x)
@@ -102,14 +114,17 @@ class Projector(nn.Module):
 class SynapseNet(nn.Module):
     "Backbone and projector: `(B, 1, D, D, D)` to `Features`"
     def __init__(self,
-        preset: Literal['paper', 'demo', 'medicalnet'] = 'paper', # The paper's network, one for two CPU cores, or the shape of MedicalNet's, to read its weights into
+        # The paper's network, one for two CPU cores, or the shape of MedicalNet's, to read its weights into
+        preset: Literal['paper', 'demo', 'medicalnet'] = 'paper',
         seed: int = 0, # Of the initial weights
     ):
         super().__init__()
         if preset not in PRESETS: raise ModelError(f"there is no network '{preset}'; there are {', '.join(PRESETS)}")
-        self.preset,self.channels_last = preset,True # fp32 on a CPU: 1.4 times as fast; `08b_precision` measures
+        self.preset = preset
+        self.channels_last = True # fp32 on a CPU: 1.4 times as fast; `08b_precision` measures
         width = [*PRESETS[preset]['stages'].values()][-1][0]
-        self.reduction = dict(paper=16, demo=8, medicalnet=32)[preset] # Side of the input over side of the last feature map
+        # Side of the input over side of the last feature map
+        self.reduction = dict(paper=16, demo=8, medicalnet=32)[preset]
         self.fold = SpaceToDepth() if preset == 'demo' else nn.Identity()
         self.backbone = Backbone(**PRESETS[preset])
         self.projector = Projector(width, 128)
@@ -125,15 +140,18 @@ class SynapseNet(nn.Module):
     def from_released(cls,
         path: str|Path, # Checkpoint of the published SynapseCLR, with or without `module.` before its names
     ) -> SynapseNet: # In evaluation mode
-        "Read published weights; feed the network with `AugmentConfig.released()`. Raises `ModelError` unless every array is there with its shape, and no other"
+        """Read published weights; feed the network with `AugmentConfig.released()`. Raises `ModelError` unless every
+        array is there with its shape, and no other"""
         return _filled(cls('paper'), path, _released_name)
 
     @classmethod
     def from_medicalnet(cls,
         path: str|Path, # Its `resnet_18.pth` or `resnet_18_23dataset.pth`
     ) -> SynapseNet: # In evaluation mode; the projector is random
-        "Read MedicalNet's weights, as a baseline. Raises `ModelError` unless every array is there with its shape, and no other"
-        return _filled(cls('medicalnet'), path, lambda name: name.removeprefix('backbone.') if name.startswith('backbone.') else None)
+        """Read MedicalNet's weights, as a baseline. Raises `ModelError` unless every array is there with its shape, and
+        no other"""
+        return _filled(cls('medicalnet'), path, lambda name: name.removeprefix('backbone.')
+            if name.startswith('backbone.') else None)
 
 # %% ../../nbs/learn/03_model.ipynb #719ac9a6
 def save_weights(
@@ -150,9 +168,12 @@ def load_weights(
 ) -> tuple[SynapseNet, dict]: # The network in evaluation mode, and what the header says about it
     "Read a network. Raises `ModelError` if the file is absent, damaged, or does not hold all weights of its preset"
     try:
-        with safetensors.safe_open(path, 'pt') as f: header,state = json.loads((f.metadata() or {}).get('synapseclr', '{}')),{k: f.get_tensor(k) for k in f.keys()}
+        with safetensors.safe_open(path, 'pt') as f:
+            header = json.loads((f.metadata() or {}).get('synapseclr', '{}'))
+            state = {k: f.get_tensor(k) for k in f.keys()}
     except FileNotFoundError: raise ModelError(f"{path}: there is no such file") from None
-    except (safetensors.SafetensorError, OSError) as e: raise ModelError(f"{path}: not readable as safetensors: {e}") from None
+    except (safetensors.SafetensorError, OSError) as e:
+        raise ModelError(f"{path}: not readable as safetensors: {e}") from None
     if header.get('format') != 'synapseclr.weights': raise ModelError(f'{path}: not weights of synapseclr')
     if problem := version_problem(header['version']): raise ModelError(f'{path}: {problem}')
     net = SynapseNet(header['preset'])
@@ -163,26 +184,35 @@ def load_weights(
 # %% ../../nbs/learn/03_model.ipynb #582abab3
 def _released_name(name: str) -> str:
     "What the published code calls an array of ours"
-    for ours,theirs in (('backbone.', 'encoder.'), ('projector.first.', 'projector.mlp.0.'), ('projector.norm.', 'projector.mlp.1.'), ('projector.second.', 'projector.mlp.3.')):
+    for ours,theirs in (('backbone.', 'encoder.'), ('projector.first.', 'projector.mlp.0.'),
+        ('projector.norm.', 'projector.mlp.1.'), ('projector.second.', 'projector.mlp.3.')):
         if name.startswith(ours): return theirs + name.removeprefix(ours)
 
 def _arrays(path: str|Path) -> dict[str, Tensor]:
     "The state dictionary in a file of torch, without `module.`"
     try: found = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise ModelError(f"{path}: there is no such file; get the weights from their authors, and state where they are") from None
-    except Exception as e: raise ModelError(f"{path}: not readable as weights of torch: {str(e).splitlines()[0]}") from None
+    except FileNotFoundError:
+        raise ModelError(f"{path}: there is no such file; get the weights from their authors, and state where they are") from None
+    except Exception as e:
+        raise ModelError(f"{path}: not readable as weights of torch: {str(e).splitlines()[0]}") from None
     for key in ('state_dict', 'model_state_dict'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()): raise ModelError(f"{path}: not a dictionary of arrays")
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ModelError(f"{path}: not a dictionary of arrays")
     return {k.removeprefix('module.'): v for k,v in found.items()}
 
 def _filled(net: SynapseNet, path: str|Path, name_of) -> SynapseNet:
     "`net` with the arrays of `path`; `name_of` tells what each is called there, None for one that is not"
-    state,found = net.state_dict(),_arrays(path)
+    state = net.state_dict()
+    found = _arrays(path)
     wanted = {name_of(k): v for k,v in state.items() if name_of(k)}
-    problems = [f"lacks {k}" for k in wanted if k not in found] + [f"has an unknown {k}" for k in found if k not in wanted]
-    problems += [f"{k} is {tuple(found[k].shape)}, expected {tuple(v.shape)}" for k,v in wanted.items() if k in found and found[k].shape != v.shape]
-    if problems: raise ModelError(f"{path}: {'; '.join(problems[:4])}" + (f"; and {len(problems)-4} more" if len(problems) > 4 else ''))
+    problems = [f"lacks {k}" for k in wanted if k not in found] + [f"has an unknown {k}" for k in found
+        if k not in wanted]
+    problems += [f"{k} is {tuple(found[k].shape)}, expected {tuple(v.shape)}" for k,
+        v in wanted.items() if k in found and found[k].shape != v.shape]
+    if problems:
+        raise ModelError(f"{path}: {'; '.join(problems[:4])}"
+            + (f"; and {len(problems)-4} more" if len(problems) > 4 else ''))
     net.load_state_dict({k: found.get(name_of(k), v) for k,v in state.items()})
     return net.eval()
 

@@ -66,7 +66,8 @@ def online_probe(
     found = {}
     if 'inhibitory' in table and table.inhibitory.nunique() == 2:
         use = table.inhibitory.notna().to_numpy()
-        t,x = table[use],features[use]
+        t = table[use]
+        x = features[use]
         y = t.inhibitory.to_numpy(bool)
         found['type_auc'] = roc_auc(y, knn_predict(x, y, t.pre.to_numpy(), t.post.to_numpy()))
     for name,column in (('orientation_r2', 'cleft_cos_z'), ('blank_sections_r2', 'n_blank_sections')):
@@ -74,13 +75,15 @@ def online_probe(
         use = table[column].notna().to_numpy()
         t = table[use]
         y = t[column].to_numpy(float)
-        found[name] = explained_variance(y, cross_val_predict_by_neuron(features[use], y, t.pre.to_numpy(), t.post.to_numpy()))
+        found[name] = explained_variance(y, cross_val_predict_by_neuron(features[use], y, t.pre.to_numpy(),
+            t.post.to_numpy()))
     return found
 
 # %% ../../nbs/learn/07_monitor.ipynb #fcbde783
 @contextmanager
 def _batch_statistics(net: SynapseNet):
-    "Batch normalisation by the batch, as in training, and nothing learnt from it. In coupled mode all synapses of a view share a transformation, which only this takes out"
+    """Batch normalisation by the batch, as in training, and nothing learnt from it. In coupled mode all synapses of a
+    view share a transformation, which only this takes out"""
     kept = {k: b.clone() for k,b in net.named_buffers()}
     net.train()
     yield
@@ -99,22 +102,29 @@ class TrainingMonitor:
     ):
         a = augmenter
         still = Augmenter(a.config.deterministic(), a.voxel_nm, a.out_size, a.out_voxel_nm, a.device)
-        self.views,held = still(*store.batch(watched)).cpu(),store.batch(held_out)
+        self.views = still(*store.batch(watched)).cpu()
+        held = store.batch(held_out)
         self.pairs = [a(*held, key(seed, -1, view)).cpu() for view in (0, 1)]
-        self.table,self.objective,self.device = table.iloc[watched],objective,a.device
+        self.table = table.iloc[watched]
+        self.objective = objective
+        self.device = a.device
 
     @torch.no_grad()
     def __call__(self, net: SynapseNet, mode: dict) -> dict:
         "What the network makes of them"
         def look(x, layer):
-            with autocast(self.device, mode): return torch.cat([getattr(net(v.to(self.device)), layer) for v in x.chunk(-(-len(x)//64))]).float() # even parts, none of a single synapse
+            with autocast(self.device, mode):
+                # even parts, none of a single synapse
+                return torch.cat([getattr(net(v.to(self.device)), layer) for v in x.chunk(-(-len(x)//64))]).float()
         net.eval()
         with single_process():
-            backbone,projection = look(self.views, 'backbone'),look(self.views, 'projection')
+            backbone = look(self.views, 'backbone')
+            projection = look(self.views, 'projection')
             with _batch_statistics(net): z = [look(x, 'projection') for x in self.pairs]
             loss = self.objective(*z).item()
         net.train()
-        found = dict(held_out_loss=loss, alignment=alignment(*z), uniformity=uniformity(projection), rank_backbone=rank_me(backbone), rank_projection=rank_me(projection),
+        found = dict(held_out_loss=loss, alignment=alignment(*z), uniformity=uniformity(projection),
+            rank_backbone=rank_me(backbone), rank_projection=rank_me(projection),
             feature_sd=backbone.std(0).mean().item()) | online_probe(backbone.cpu().numpy(), self.table)
         return {k: v for k,v in found.items() if math.isfinite(v)}
 
@@ -129,7 +139,8 @@ class TrainingLog:
     ):
         from torch.utils.tensorboard import SummaryWriter
         folder.mkdir(parents=True, exist_ok=True)
-        self.path,self.speed = folder/'log.jsonl',folder/'speed.jsonl'
+        self.path = folder/'log.jsonl'
+        self.speed = folder/'speed.jsonl'
         if start == 0: kept = [json.dumps(dict(mode=mode))]
         else: kept = [line for line in self.path.read_text().splitlines() if json.loads(line).get('step', 0) < start]
         with atomic(self.path) as f: f.write_text('\n'.join(kept)+'\n')
@@ -137,8 +148,10 @@ class TrainingLog:
         self.board = SummaryWriter(folder/'tensorboard', purge_step=start)
         records = [json.loads(line) for line in kept]
         since = max((i for i,r in enumerate(records) if 'epoch' in r), default=0)
-        self.clock,self.epoch_losses = time.perf_counter(),[r['loss'] for r in records[since+1:]]
-        self.best = min((r['held_out_loss'] for r in records if 'epoch' in r), default=math.inf) # Lowest loss of the held-out synapses
+        self.clock = time.perf_counter()
+        self.epoch_losses = [r['loss'] for r in records[since+1:]]
+        # Lowest loss of the held-out synapses
+        self.best = min((r['held_out_loss'] for r in records if 'epoch' in r), default=math.inf)
 
     def steps(self,
         step: int, # The last one
@@ -147,12 +160,15 @@ class TrainingLog:
         waited: float, # Seconds spent waiting for data
     ):
         "Note some steps"
-        first,now = step+1-len(losses),time.perf_counter()
+        first = step+1-len(losses)
+        now = time.perf_counter()
         _append(self.path, *[dict(step=first+i, loss=l, gradient_norm=g) for i,(l,g) in enumerate(zip(losses, norms))])
         for i,(l,g) in enumerate(zip(losses, norms)):
-            self.board.add_scalar('loss', l, first+i); self.board.add_scalar('gradient norm', g, first+i)
+            self.board.add_scalar('loss', l, first+i)
+            self.board.add_scalar('gradient norm', g, first+i)
         seconds = now-self.clock
-        speed = dict(steps_per_second=len(losses)/seconds, images_per_second=2*batch_size*len(losses)/seconds, data_wait_fraction=waited/seconds)
+        speed = dict(steps_per_second=len(losses)/seconds, images_per_second=2*batch_size*len(losses)/seconds,
+            data_wait_fraction=waited/seconds)
         _append(self.speed, dict(step=step) | speed)
         for k,v in speed.items(): self.board.add_scalar(f'speed/{k}', v, step)
         self.clock = now
@@ -160,7 +176,8 @@ class TrainingLog:
 
     def epoch(self, record: dict):
         "Note an epoch"
-        self.epoch_losses,self.best = [],min(self.best, record['held_out_loss'])
+        self.epoch_losses = []
+        self.best = min(self.best, record['held_out_loss'])
         _append(self.path, record)
         for k,v in record.items():
             if k not in ('step', 'epoch'): self.board.add_scalar(f'epoch/{k}', v, record['step'])

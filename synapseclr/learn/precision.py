@@ -29,13 +29,16 @@ def has_bf16_units(device: torch.device) -> bool:
     if device.type != 'cpu' or not torch.backends.mkldnn.is_available(): return False
     limit = (os.environ.get('ONEDNN_MAX_CPU_ISA') or os.environ.get('DNNL_MAX_CPU_ISA') or 'ALL').upper()
     if not any(name in limit for name in ('ALL', 'DEFAULT', 'BF16', 'FP16', 'AMX', 'AVX10')): return False
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, 'get_capabilities') else dict(avx512_bf16=torch.cpu._is_avx512_bf16_supported()) # older torch
+    # older torch
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu,
+        'get_capabilities') else dict(avx512_bf16=torch.cpu._is_avx512_bf16_supported())
     return bool(found.get('avx512_bf16') or found.get('amx_bf16')) # ARM has bf16 too, but nobody has measured it here
 
 def say_if_emulated(mode: dict, device: torch.device):
     "Tell the user if the device can compute in this mode only slowly"
     if mode['precision'] == 'bf16' and not has_bf16_units(device):
-        print(f'hint: this is computed in bf16, as its beginning was or as you asked; {device.type} here has no units for bf16 and emulates it, tens of times slower', flush=True)
+        print(f'hint: this is computed in bf16, as its beginning was or as you asked; {device.type} here has no units '
+            'for bf16 and emulates it, tens of times slower', flush=True)
 
 # %% ../../nbs/learn/06_precision.ipynb #bd112f47
 BASELINE_MODE = dict(precision='fp32', channels_last=False, compile=False)
@@ -59,7 +62,8 @@ def time_mode(
     repeats: int = 0, # Passes after the first one, which is slower than they are
 ) -> tuple[dict, Tensor, Tensor]: # The mode and its seconds; projections, gradient
     "Forward and backward in one way"
-    state,layout = {k: v.clone() for k,v in net.state_dict().items()},net.channels_last
+    state = {k: v.clone() for k,v in net.state_dict().items()}
+    layout = net.channels_last
     module = torch.compile(net) if mode['compile'] else net
     net.channels_last = mode['channels_last']
     seconds = []
@@ -89,7 +93,8 @@ def compare_modes(
     for mode in modes:
         measured,z,gradient = time_mode(net, views, mode, repeats)
         projection = F.cosine_similarity(plain_z.double(), z.double()).min()
-        compared.append(measured | dict(projection_cosine=projection.item(), gradient_cosine=F.cosine_similarity(plain_gradient.double(), gradient.double(), 0).item()))
+        compared.append(measured | dict(projection_cosine=projection.item(),
+            gradient_cosine=F.cosine_similarity(plain_gradient.double(), gradient.double(), 0).item()))
     return compared
 
 # %% ../../nbs/learn/06_precision.ipynb #21b0b104
@@ -105,9 +110,13 @@ def check_mode(
 ):
     "Raises `PrecisionError` if the device cannot compute steps in this mode; tells the user if it is slow"
     if mode['precision'] == 'bf16' and _garbles_bf16(net, size, device):
-        raise PrecisionError(f'bf16 cannot be trained on a CPU with cubes of {size} voxels: oneDNN computes wrong gradients for the small maps at their end; take fp32, or cubes of at least {2*net.reduction+1} voxels, or resume on a GPU what was begun there')
+        raise PrecisionError(f'bf16 cannot be trained on a CPU with cubes of {size} voxels: oneDNN computes wrong '
+            f'gradients for the small maps at their end; take fp32, or cubes of at least {2*net.reduction+1} voxels, '
+            'or resume on a GPU what was begun there')
     say_if_emulated(mode, device)
-    if device.type == 'cpu' and mode.get('threads', 1) > n_cores(): print(f"hint: a step is shared among {mode['threads']} threads, as you asked or as where this training began; this machine has {n_cores()} cores for it", flush=True)
+    if device.type == 'cpu' and mode.get('threads', 1) > n_cores():
+        print(f"hint: a step is shared among {mode['threads']} threads, as you asked or as where this training began; "
+            f"this machine has {n_cores()} cores for it", flush=True)
 
 def _agrees(compared: dict) -> bool:
     "Whether a mode computes what plain fp32 does"

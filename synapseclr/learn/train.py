@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from .augment import Augmenter
 from .views import AugmentConfig, CubeConfig
-from ..core import Source, Strict, SynapseCLRError, atomic, content_hash, key, provenance, n_cores, progress, worker_pool
-from .distributed import single_process, get_world_size, convert_sync_batchnorm, get_rank, process_group, all_reduce_sum, sum_gradients
+from synapseclr.core import (Source, Strict, SynapseCLRError, atomic, content_hash, key, provenance, n_cores, progress,
+    worker_pool)
+from .distributed import (single_process, get_world_size, convert_sync_batchnorm, get_rank,
+    process_group, all_reduce_sum, sum_gradients)
 from .loss import nt_xent, nt_xent_floor, nt_xent_start, vicreg
 from .model import SynapseNet, save_weights
 from .monitor import TrainingLog, TrainingMonitor
@@ -37,7 +39,8 @@ class TrainConfig(Strict):
     model: Literal['paper', 'demo'] = 'paper' # Network preset
     seed: int = 0 # Of weights, order and views
     batch_size: int = pydantic.Field(192, ge=2) # Synapses in a step, two views each, over all processes
-    micro_batch: int = pydantic.Field(0, ge=0) # Synapses that are in memory at once, in each process; 0 for all of its batch
+    # Synapses that are in memory at once, in each process; 0 for all of its batch
+    micro_batch: int = pydantic.Field(0, ge=0)
     epochs: pydantic.PositiveInt = 200
     cosine_period_epochs: pydantic.PositiveInt = 100 # Length of a cosine of the learning rate
     lr: pydantic.PositiveFloat = 2e-4 # At the start of each cosine
@@ -49,15 +52,22 @@ class TrainConfig(Strict):
     objective: Literal['nt_xent', 'vicreg'] = 'nt_xent'
     temperature: pydantic.PositiveFloat = .5 # Of NT-Xent
     mask_same_neurite_negatives: bool = False # NT-Xent does not push apart synapses of the same axon or dendrite
-    same_axon_positives: pydantic.confloat(ge=0, le=1) = 0 # Share of pairs whose second view shows another synapse of the same axon
+    # Share of pairs whose second view shows another synapse of the same axon
+    same_axon_positives: pydantic.confloat(ge=0, le=1) = 0
     extra_stores: list[Source] = [] # Chunk stores of other runs to train on as well
-    exclude: Source|None = None # Table with a column `id`, or text with an id in each line: synapses of this run that are never trained on
-    precision: Precision = 'auto' # `auto` takes bf16 if the device where the run begins has units for it, and it agrees with fp32; `fastest` measures what is faster there
+    # Table with a column `id`, or text with an id in each line: synapses of this run that are never trained on
+    exclude: Source|None = None
+    # `auto` takes bf16 if the device where the run begins has units for it, and it agrees with fp32; `fastest` measures
+    # what is faster there
+    precision: Precision = 'auto'
     compile: bool = False # Use torch.compile: minutes to start, then faster on a GPU
-    threads: pydantic.NonNegativeInt = 0 # Among which a step on a CPU is shared, in each process; 0 for all cores where the run begins (one, under torchrun). Sums are rounded in an order that depends on it
+    # Among which a step on a CPU is shared, in each process; 0 for all cores where the run begins (one, under
+    # torchrun). Sums are rounded in an order that depends on it
+    threads: pydantic.NonNegativeInt = 0
     checkpoint_every_steps: pydantic.PositiveInt = 200 # Steps between checkpoints
     keep_checkpoints: pydantic.PositiveInt = 3 # How many of them to keep
-    monitor_samples: pydantic.PositiveInt = 256 # Synapses that are looked at after each epoch; some of them, at most a twentieth of all, are held out of training
+    # Synapses that are looked at after each epoch; some of them, at most a twentieth of all, are held out of training
+    monitor_samples: pydantic.PositiveInt = 256
 
 class TrainingError(SynapseCLRError):
     "Training cannot start, or has gone wrong"
@@ -97,17 +107,18 @@ def learning_rate(
 def pair_indices(
     first: np.ndarray, # `(B,)` synapses of the first views
     axon: np.ndarray, # `(N,)` number of each synapse's axon
-    share: float, # Of pairs that show two synapses, where the axon has two
+    fraction: float, # Of pairs that show two synapses, where the axon has two
     seed: int, *counters: int, # Which step it is
 ) -> np.ndarray: # `(B,)` synapses of the second views
     "For a share of the synapses another one of the same axon, for the others themselves"
     rng = np.random.default_rng(key(seed, *counters))
     order = np.argsort(axon, kind='stable')
-    start,n = np.searchsorted(axon[order], axon[first]),np.bincount(axon)[axon[first]]
+    start = np.searchsorted(axon[order], axon[first])
+    n = np.bincount(axon)[axon[first]]
     place = np.argsort(order, kind='stable')[first]-start
     step = 1 + np.floor(rng.random(len(first))*(n-1)).astype(int)
     other = order[start + (place + np.minimum(step, n-1))%n]
-    return np.where(rng.random(len(first)) < share, other, first)
+    return np.where(rng.random(len(first)) < fraction, other, first)
 
 # %% ../../nbs/learn/08_train.ipynb #9a7b5b43
 def batches(
@@ -167,7 +178,8 @@ def save_checkpoint(
     "Write a checkpoint, and delete the oldest ones"
     tensors = {f'net.{k}': v for k,v in net.state_dict().items()}
     for name,p in net.named_parameters(): tensors |= {f'adam.{k}.{name}': v for k,v in optimizer.state[p].items()}
-    with atomic(folder/f"checkpoint-{about['step']:08d}.safetensors") as f: safetensors.torch.save_file(tensors, f, dict(about=json.dumps(about)))
+    with atomic(folder/f"checkpoint-{about['step']:08d}.safetensors") as f:
+        safetensors.torch.save_file(tensors, f, dict(about=json.dumps(about)))
     for old in _checkpoints(folder)[keep:]: old.unlink()
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -182,7 +194,8 @@ def load_checkpoint(
     for path in _checkpoints(folder):
         try:
             with safetensors.safe_open(path, 'pt', device=str(next(net.parameters()).device)) as f:
-                about,tensors = json.loads(f.metadata()['about']),{k: f.get_tensor(k) for k in f.keys()}
+                about = json.loads(f.metadata()['about'])
+                tensors = {k: f.get_tensor(k) for k in f.keys()}
         except (safetensors.SafetensorError, OSError) as e:
             warnings.warn(f"{path} is damaged ({e}); trying the one before it", stacklevel=2)
             continue
@@ -199,7 +212,8 @@ def _table(
     tables = []
     for k,s in enumerate(store.stores):
         t = read_table(s.path.parent/'synapses.parquet', 'synapses').set_index('id').loc[s.ids].reset_index()
-        known = t[['id', *({'cleft_cos_z', 'n_blank_sections'} & set(t))]].assign(store=k, pre=f'{k}:' + t.pre_root_id.astype(str), post=f'{k}:' + t.post_root_id.astype(str))
+        known = t[['id', *({'cleft_cos_z', 'n_blank_sections'} & set(t))]].assign(store=k,
+            pre=f'{k}:' + t.pre_root_id.astype(str), post=f'{k}:' + t.post_root_id.astype(str))
         tables.append(known if types is None else known.assign(inhibitory=t.pre_root_id.map(types)))
     t = pd.concat(tables, ignore_index=True)
     return t.assign(**{side: np.unique(t[side], return_inverse=True)[1] for side in ('pre', 'post')})
@@ -208,7 +222,8 @@ def _allowed(config: TrainConfig, table: pd.DataFrame) -> np.ndarray:
     "Synapses that may be trained on"
     if not config.exclude: return np.arange(len(table))
     ids = read_ids(config.exclude)
-    if len(lost := np.setdiff1d(ids, table.id)) == len(ids): raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(lost)} ids is in this run")
+    if len(lost := np.setdiff1d(ids, table.id)) == len(ids):
+        raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(lost)} ids is in this run")
     return np.flatnonzero(~(table.id.isin(ids) & (table.store == 0)))
 
 def with_dataset_statistics(
@@ -229,20 +244,34 @@ def train(
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
     types: pd.Series|None = None, # Of some neurons, by root id: whether they are inhibitory. Watched, never learnt from
 ) -> Path: # The weights
-    """Train on the synapses of a run into `run/train/`, with all processes that `torchrun` started; goes on from the newest checkpoint.
+    """Train on the synapses of a run into `run/train/`, with all processes that `torchrun` started; goes on from the
+    newest checkpoint.
     Raises `TrainingError` if it cannot start, if the loss is not a number or the features have collapsed"""
-    with process_group(device) as device, worker_pool(2) as pool: return _train(Path(run), config, augment or AugmentConfig(), cube or CubeConfig(), restart, device, types, pool)
+    with process_group(device) as device, worker_pool(2) as pool:
+        return _train(Path(run), config, augment or AugmentConfig(), cube or CubeConfig(), restart, device, types, pool)
 
-def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeConfig, restart: bool, device: torch.device, types: pd.Series|None, pool: Executor) -> Path:
-    folder,store = run/'train',ConcatStore([ChunkStore.open(p) for p in (run/'chunks.zarr', *config.extra_stores)])
-    augment,table = with_dataset_statistics(augment, store),_table(store, types)
+def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeConfig, restart: bool,
+    device: torch.device, types: pd.Series|None, pool: Executor) -> Path:
+    folder = run/'train'
+    store = ConcatStore([ChunkStore.open(p) for p in (run/'chunks.zarr', *config.extra_stores)])
+    augment = with_dataset_statistics(augment, store)
+    table = _table(store, types)
     training,held_out,watched = split_held_out(_allowed(config, table), config.monitor_samples, config.seed)
-    n,world = len(training),get_world_size()
-    if n < config.batch_size: raise TrainingError(f"{run}: {n} synapses to train on ({len(held_out)} are held out) do not fill a batch of {config.batch_size}; lower train.batch_size")
-    if config.batch_size%world: raise TrainingError(f"train.batch_size = {config.batch_size} cannot be shared among {world} processes; choose a multiple of {world}")
-    n_own,steps_per_epoch = config.batch_size//world,n//config.batch_size
-    first,n_steps = get_rank()*n_own,config.epochs*steps_per_epoch
-    origin = provenance(config.model_copy(update=dict(extra_stores=[], exclude=None)), seed=config.seed, augment=content_hash(augment), cube=content_hash(cube), chunks=content_hash(store.attrs['provenance']), training=content_hash(table.id[training].tolist()))
+    n = len(training)
+    world = get_world_size()
+    if n < config.batch_size:
+        raise TrainingError(f"{run}: {n} synapses to train on ({len(held_out)} are held out) do not fill a batch of "
+            f"{config.batch_size}; lower train.batch_size")
+    if config.batch_size%world:
+        raise TrainingError(f"train.batch_size = {config.batch_size} cannot be shared among {world} processes; choose "
+            f"a multiple of {world}")
+    n_own = config.batch_size//world
+    steps_per_epoch = n//config.batch_size
+    first = get_rank()*n_own
+    n_steps = config.epochs*steps_per_epoch
+    origin = provenance(config.model_copy(update=dict(extra_stores=[], exclude=None)), seed=config.seed,
+        augment=content_hash(augment), cube=content_hash(cube), chunks=content_hash(store.attrs['provenance']),
+        training=content_hash(table.id[training].tolist()))
     if get_rank() == 0: _warn_of_few(n_steps, steps_per_epoch, config.warmup_steps)
     if restart and get_rank() == 0: _forget(folder)
     if world > 1: dist.barrier()
@@ -252,12 +281,17 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     augmenter = Augmenter(augment, store.voxel_nm, cube.size, cube.voxel_nm, device)
     about = load_checkpoint(folder, net, optimizer)
     if about and about['origin'] != origin:
-        raise TrainingError(f"{folder}: was trained with another configuration or other data; choose a new run folder, begin again with `synapseclr train --restart`, or go on with this network from `synapseclr extract`")
+        raise TrainingError(f"{folder}: was trained with another configuration or other data; choose a new run "
+            "folder, begin again with `synapseclr train --restart`, or go on with this network from `synapseclr "
+            "extract`")
     if not about:
-        mode,compared = {},[]
+        mode = {}
+        compared = []
         if get_rank() == 0:
             some = store.batch(training[:max(2, min(16, n_own, 2**22//cube.size**3))])
-            with single_process(): mode,compared = _choose_mode(config, net, torch.cat([augmenter(*some, view) for view in (0, 1)]), n_own*n_steps)
+            with single_process():
+                mode,compared = _choose_mode(config, net, torch.cat([augmenter(*some, view) for view in (0, 1)]),
+                    n_own*n_steps)
         agreed = [dict(step=0, mode=mode, measured=compared, origin=origin)]
         if world > 1: dist.broadcast_object_list(agreed)
         about = agreed[0]
@@ -268,7 +302,8 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     net = convert_sync_batchnorm(net)
     net.channels_last = mode['channels_last']
     if mode['compile']: net.compile()
-    def objective(z1, z2, neurites=None): return vicreg(z1, z2) if config.objective == 'vicreg' else nt_xent(z1, z2, config.temperature, neurites)
+    def objective(z1, z2, neurites=None):
+        return vicreg(z1, z2) if config.objective == 'vicreg' else nt_xent(z1, z2, config.temperature, neurites)
     if get_rank() == 0:
         log = TrainingLog(folder, about['step'], mode, about.get('measured'))
         watch = TrainingMonitor(augmenter, store, held_out, watched, table, config.seed, objective)
@@ -276,41 +311,60 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     def indices(step):
         "Synapses of both views of a step, this process's part"
         batch = batch_indices(n, config.batch_size, config.seed, step)
-        pairs = pair_indices(batch, table.pre.to_numpy()[training], config.same_axon_positives, config.seed, *divmod(step, steps_per_epoch), 2) if config.same_axon_positives else batch
+        pairs = pair_indices(batch, table.pre.to_numpy()[training], config.same_axon_positives, config.seed,
+            *divmod(step, steps_per_epoch), 2) if config.same_axon_positives else batch
         return training[batch[first:first+n_own]],training[pairs[first:first+n_own]]
 
-    parts = [slice(i, min(i+(config.micro_batch or n_own), n_own)) for i in range(0, n_own, config.micro_batch or n_own)]
-    if parts[-1].stop-parts[-1].start < 2: raise TrainingError(f"train.micro_batch = {config.micro_batch} leaves a part of one synapse, which cannot be normalised; choose another")
+    parts = [slice(i, min(i+(config.micro_batch or n_own), n_own))
+        for i in range(0, n_own, config.micro_batch or n_own)]
+    if parts[-1].stop-parts[-1].start < 2:
+        raise TrainingError(f"train.micro_batch = {config.micro_batch} leaves a part of one synapse, which cannot be "
+            "normalised; choose another")
     cells = torch.from_numpy(table[['pre', 'post']].to_numpy())
-    bar = progress(total=n_steps, initial=about['step'], desc=f"train ({mode['precision']})", unit='step', **dict(disable=True) if get_rank() else {})
-    losses,norms,waited = [],[],0.
+    bar = progress(total=n_steps, initial=about['step'], desc=f"train ({mode['precision']})", unit='step',
+        **dict(disable=True) if get_rank() else {})
+    losses = []
+    norms = []
+    waited = 0.
     for step,chunks,seconds in batches(store, range(about['step'], n_steps), indices):
         epoch,i = divmod(step, steps_per_epoch)
         for group in optimizer.param_groups: group['lr'] = learning_rate(config, step, steps_per_epoch)
         keys = [key(config.seed, epoch, i, view) for view in (0, 1)]
-        neurites = torch.stack([cells[o] for o in indices(step)]).to(device, non_blocking=True) if config.mask_same_neurite_negatives else None
+        neurites = torch.stack([cells[o] for o in indices(step)]).to(device,
+            non_blocking=True) if config.mask_same_neurite_negatives else None
 
         def project(part, chunks=chunks, keys=keys):
             views = [*pool.map(lambda c, k: augmenter(c[0][part], c[1][part], k, first+part.start), chunks, keys)]
-            with autocast(device, mode): return [net(v).projection for v in views] if not config.joint_batch_norm else net(torch.cat(views)).projection.chunk(2)
+            with autocast(device, mode):
+                return [net(v).projection for v in views] if not config.joint_batch_norm else net(
+                    torch.cat(views)).projection.chunk(2)
 
         optimizer.zero_grad()
-        losses.append(all_reduce_sum(cached_gradient_backward(net, parts, project, partial(objective, neurites=neurites))))
+        losses.append(all_reduce_sum(cached_gradient_backward(net, parts, project,
+            partial(objective, neurites=neurites))))
         sum_gradients(net)
         norms.append(nn.utils.clip_grad_norm_(net.parameters(), config.max_grad_norm or math.inf))
         optimizer.step()
         bar.update()
         waited += seconds
 
-        end_of_epoch,checkpoint = i+1 == steps_per_epoch,(step+1)%config.checkpoint_every_steps == 0 or step+1 == n_steps
+        end_of_epoch = i+1 == steps_per_epoch
+        checkpoint = (step+1)%config.checkpoint_every_steps == 0 or step+1 == n_steps
         if not (end_of_epoch or checkpoint): continue
         values = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
-        if not np.isfinite(values[0]).all(): raise TrainingError(f"the loss is not a number at step {step+1-len(losses)+int(np.argmin(np.isfinite(values[0])))}; {_last_good(folder)}")
+        if not np.isfinite(values[0]).all():
+            raise TrainingError("the loss is not a number at step "
+                f"{step+1-len(losses)+int(np.argmin(np.isfinite(values[0])))}; {_last_good(folder)}")
         if get_rank() == 0:
             log.steps(step, *values, config.batch_size, waited)
-            if end_of_epoch: _epoch(log, watch(net, mode) | dict(lr=optimizer.param_groups[0]['lr']), step, epoch, config, net, folder, said, bar)
-            if checkpoint: save_checkpoint(folder, net, optimizer, config.keep_checkpoints, step=step+1, mode=mode, origin=origin)
-        losses,norms,waited = [],[],0.
+            if end_of_epoch:
+                _epoch(log, watch(net, mode) | dict(lr=optimizer.param_groups[0]['lr']), step, epoch, config, net,
+                    folder, said, bar)
+            if checkpoint:
+                save_checkpoint(folder, net, optimizer, config.keep_checkpoints, step=step+1, mode=mode, origin=origin)
+        losses = []
+        norms = []
+        waited = 0.
     bar.close()
     if get_rank() == 0:
         log.close()
@@ -318,13 +372,19 @@ def _train(run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeCon
     if world > 1: dist.barrier()
     return folder/'weights.safetensors'
 
-def _epoch(log: TrainingLog, seen: dict, step: int, epoch: int, config: TrainConfig, net: SynapseNet, folder: Path, said: dict, bar):
-    "Note what the network is like after an epoch, and keep it if it is the best so far; stops the run if it has collapsed"
-    mean,best = float(np.mean(log.epoch_losses)),log.best
-    limits = dict(loss_at_uniform=nt_xent_start(config.batch_size), loss_lower_bound=nt_xent_floor(config.batch_size, config.temperature)) if config.objective == 'nt_xent' else {}
+def _epoch(log: TrainingLog, seen: dict, step: int, epoch: int, config: TrainConfig, net: SynapseNet, folder: Path,
+    said: dict, bar):
+    """Note what the network is like after an epoch, and keep it if it is the best so far; stops the run if it has
+    collapsed"""
+    mean = float(np.mean(log.epoch_losses))
+    best = log.best
+    limits = dict(loss_at_uniform=nt_xent_start(config.batch_size),
+        loss_lower_bound=nt_xent_floor(config.batch_size, config.temperature)) if config.objective == 'nt_xent' else {}
     gap = dict(similarity_gap=config.temperature*(limits['loss_at_uniform']-mean)) if limits else {}
     log.epoch(dict(step=step, epoch=epoch, mean_loss=mean) | limits | gap | seen)
-    if seen['uniformity'] > -4e-4: raise TrainingError(f"collapse: after epoch {epoch} all projections point the same way (uniformity {seen['uniformity']:.5f}); {_last_good(folder)}")
+    if seen['uniformity'] > -4e-4:
+        raise TrainingError(f"collapse: after epoch {epoch} all projections point the same way (uniformity "
+            f"{seen['uniformity']:.5f}); {_last_good(folder)}")
     if seen['held_out_loss'] < best: save_weights(net, folder/'best.safetensors', **said, steps=step+1)
     bar.set_postfix(loss=f"{mean:.3f}", rank=f"{seen['rank_backbone']:.1f}", refresh=False)
 
@@ -340,17 +400,25 @@ def _choose_mode(config: TrainConfig, net: SynapseNet, views: Tensor, n_synapses
 def _warn_of_days(seconds: float, device: torch.device):
     "Say beforehand if training will take longer than a person waits"
     days = seconds/86400
-    if days > 2: print(f'hint: at the speed just measured this training takes {days:.0f} days on {device.type}' + ('; it is meant for a GPU. The network and the cubes of configs/demo.toml are for machines without one' if device.type == 'cpu' else ''), flush=True)
+    if days > 2:
+        print(f'hint: at the speed just measured this training takes {days:.0f} days on {device.type}' + ('; it is '
+            'meant for a GPU. The network and the cubes of configs/demo.toml are for machines without one'
+            if device.type == 'cpu' else ''), flush=True)
 
 def _warn_of_few(n_steps: int, steps_per_epoch: int, warmup: int):
     "Say beforehand if training will be over before it has begun in earnest"
-    if n_steps < 2*warmup: print(f'hint: training is {n_steps} steps, {steps_per_epoch} in an epoch, and for {warmup} of them the learning rate only rises; [train] epochs = {math.ceil(4*warmup/steps_per_epoch)} would be four times as many', flush=True)
+    if n_steps < 2*warmup:
+        print(f'hint: training is {n_steps} steps, {steps_per_epoch} in an epoch, and for {warmup} of them the '
+            f'learning rate only rises; [train] epochs = {math.ceil(4*warmup/steps_per_epoch)} would be four times '
+            'as many', flush=True)
 
 def _last_good(folder: Path) -> str: return f"the last good checkpoint is {next(iter(_checkpoints(folder)), 'none')}"
 
 def _forget(folder: Path):
     "Throw away what was trained"
-    for old in [*_checkpoints(folder), *(folder/o for o in ('log.jsonl', 'speed.jsonl', 'best.safetensors', 'weights.safetensors'))]: old.unlink(missing_ok=True)
+    for old in [*_checkpoints(folder), *(folder/o for o in ('log.jsonl', 'speed.jsonl', 'best.safetensors',
+        'weights.safetensors'))]:
+        old.unlink(missing_ok=True)
     shutil.rmtree(folder/'tensorboard', ignore_errors=True)
 
 # %% ../../nbs/learn/08_train.ipynb #3b7fac70

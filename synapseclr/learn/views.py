@@ -18,7 +18,8 @@ Probability = pydantic.confloat(ge=0, le=1)
 
 class AugmentConfig(Strict):
     "How views are drawn"
-    coupled: bool = True # One transformation for the whole batch, so that its traces cannot tell synapses apart; noise is drawn for each
+    # One transformation for the whole batch, so that its traces cannot tell synapses apart; noise is drawn for each
+    coupled: bool = True
     section_cutout_p: Probability = .5 # Blank Poisson(fraction * sections) sections
     section_cutout_fraction: Probability = 10/52
     intensity_p: Probability = 1. # I -> shift + scale * I^gamma, for each section, then for the volume
@@ -28,7 +29,8 @@ class AugmentConfig(Strict):
     noise_p: Probability = 1. # V -> A + M V, A ~ N(0, s), M ~ LogNormal(0, s'), s and s' ~ U(0, .05)
     noise_additive: float = .05
     noise_multiplicative: float = .05
-    rotation: Literal['so3', 'octahedral', 'none'] = 'so3' # A uniform rotation, or one of the 48 symmetries of the cube (Fig. S7B)
+    # A uniform rotation, or one of the 48 symmetries of the cube (Fig. S7B)
+    rotation: Literal['so3', 'octahedral', 'none'] = 'so3'
     flip: bool = True # x, y and z, each with probability 1/2, and x with y swapped
     displacement: float = .2 # Of the centre, along each axis, in shares of the cube
     blur_p: Probability = .5 # 3 x 3 x 3 Gaussian, in output voxels
@@ -41,7 +43,8 @@ class AugmentConfig(Strict):
     centre_crop_displacement: float = .2
     inflation: tuple[int, int] = (1, 9) # Radius in output voxels, uniform on the integers of this range
     fill_blank: bool = False # Fill blank sections with the nearest one, so that they cannot be told apart
-    background: Literal['black', 'mean'] = 'black' # What surrounds the mask: grey value 0 before the z-score, or 0 after it, so that the outline is less of a mark
+    # What surrounds the mask: grey value 0 before the z-score, or 0 after it, so that the outline is less of a mark
+    background: Literal['black', 'mean'] = 'black'
     mean: float = .44 # z-score: grey values from 0 to 1
     sd: float = .28
     geometry: Literal['physical', 'released'] = 'physical' # Or what the published code did; see `released`
@@ -57,12 +60,14 @@ class AugmentConfig(Strict):
     @classmethod
     def extract(cls, **changes) -> AugmentConfig:
         "Only resampling, an inflation of 3 and the z-score: deterministic"
-        off = dict.fromkeys(['section_cutout_p', 'intensity_p', 'noise_p', 'displacement', 'blur_p', 'corner_cutout_p', 'cubic_cutout_p', 'centre_crop_p'], 0)
+        off = dict.fromkeys(['section_cutout_p', 'intensity_p', 'noise_p', 'displacement', 'blur_p', 'corner_cutout_p',
+            'cubic_cutout_p', 'centre_crop_p'], 0)
         return cls(**off | dict(rotation='none', flip=False, inflation=(3, 3)) | changes)
 
     def deterministic(self, **changes) -> AugmentConfig:
         "How to look at synapses, without anything random, for a network that was trained with this law"
-        return self.extract(**{k: getattr(self, k) for k in ('mean', 'sd', 'fill_blank', 'background', 'geometry')} | changes)
+        return self.extract(**{k: getattr(self, k) for k in ('mean', 'sd', 'fill_blank', 'background', 'geometry')}
+            | changes)
 
     @classmethod
     def released(cls) -> AugmentConfig:
@@ -120,7 +125,8 @@ def sample_view(
     n_sections: int, # Of the chunk
 ) -> ViewParameters:
     "Draw a transformation"
-    c,chance = config,lambda p: rng.random() < p
+    c = config
+    chance = lambda p: rng.random() < p
     def curve(*shape):
         shift,scale,gamma = rng.uniform(-1, 1, (3, *shape))
         if not chance(c.intensity_p): shift,scale,gamma = np.zeros((3, *shape))
@@ -131,8 +137,10 @@ def sample_view(
         noise=rng.uniform(0, 1, 2)*(c.noise_additive, c.noise_multiplicative)*chance(c.noise_p),
         rotation=ROTATIONS[c.rotation](rng) @ (random_flips(rng) if c.flip else np.eye(3)),
         displacement=rng.uniform(-1, 1, 3)*c.displacement, blur_sigma=rng.choice(c.blur_sigmas)*chance(c.blur_p),
-        cutouts=np.concatenate([_corner(rng)[:chance(c.corner_cutout_p)], _cubes(rng, *c.cubic_cutout_side)[:2*chance(c.cubic_cutout_p)]]),
-        crop=_crop(rng, c) if chance(c.centre_crop_p) else np.array([[-2.]*3, [2.]*3]), inflation=int(rng.integers(c.inflation[0], c.inflation[1]+1)))
+        cutouts=np.concatenate([_corner(rng)[:chance(c.corner_cutout_p)],
+        _cubes(rng, *c.cubic_cutout_side)[:2*chance(c.cubic_cutout_p)]]),
+        crop=_crop(rng, c) if chance(c.centre_crop_p) else np.array([[-2.]*3, [2.]*3]),
+        inflation=int(rng.integers(c.inflation[0], c.inflation[1]+1)))
 
 def _corner(rng) -> np.ndarray:
     "One of the 26 blocks around the middle one of 3 x 3 x 3"
@@ -147,5 +155,6 @@ def _cubes(rng, smallest, largest) -> np.ndarray:
 
 def _crop(rng, c) -> np.ndarray:
     "A box around 0"
-    half,centre = rng.uniform(*c.centre_crop_side, 3)/2,rng.uniform(-1, 1, 3)*c.centre_crop_displacement
+    half = rng.uniform(*c.centre_crop_side, 3)/2
+    centre = rng.uniform(-1, 1, 3)*c.centre_crop_displacement
     return np.stack([centre-half, centre+half])

@@ -10,40 +10,52 @@ import numpy as np, pandas as pd
 from scipy import ndimage
 from ..core import atomic, provenance, progress
 from ..data.volume import write_layer
-from .connectome import Cell, PhantomConfig, PhantomError, Blueprint, plan_axons, plan_dendrites, plan_filler
-from .neuropil import Tissue, empty_tissue, evenly, grow, paint_cells, paint_mitochondrion, paint_nucleus, paint_synapse, paint_tube, paint_vesicles, take_images, unit
+from synapseclr.phantom.connectome import (Cell, PhantomConfig, PhantomError, Blueprint, plan_axons, plan_dendrites,
+    plan_filler)
+from .neuropil import (Tissue, empty_tissue, evenly, grow, paint_cells, paint_mitochondrion,
+    paint_nucleus, paint_synapse, paint_tube, paint_vesicles, take_images, unit)
 
 # %% auto #0
 __all__ = ['LATENTS', 'paint', 'add_defects', 'write_tables', 'make_phantom']
 
 # %% ../../nbs/phantom/03_build.ipynb #5ea856ab
-def paint(plan: Blueprint, tissue: Tissue, rng: np.random.Generator) -> pd.DataFrame: # One row per synapse that came out
+# One row per synapse that came out
+def paint(plan: Blueprint, tissue: Tissue, rng: np.random.Generator) -> pd.DataFrame:
     "Grow the cells, then paint what is in them"
     t = tissue
     field_ = (t.cost, t.rival_cost, t.owner)
     grow(t, plan.curves)
-    tone,grain = rng.normal(.66, .04, plan.n_labels),np.full(plan.n_labels, .022)
+    tone = rng.normal(.66, .04, plan.n_labels)
+    grain = np.full(plan.n_labels, .022)
     for c in plan.cells: tone[c.number] = c.tone
     tone[0],grain[0] = .72,.03
     paint_cells(t, tone.clip(.52, .8), grain)
-    for n,centre,radius in plan.somata: paint_nucleus(centre, radius*.72, n, t.owner, t.warp, t.texture, t.voxel_nm, t.em)
+    for n,centre,radius in plan.somata:
+        paint_nucleus(centre, radius*.72, n, t.owner, t.warp, t.texture, t.voxel_nm, t.em)
     number = 0
     for c in plan.cells:
         _paint_threads(c, t, rng)
         for path in c.path_nm if c.compartment == 'dendrite' else ():
             for _ in range(max(1, len(path)*90//2300)):
                 number += 1
-                i,n = rng.integers(0, max(1, len(path)-12)),rng.integers(3, 10)
-                paint_mitochondrion(path[i:i+n] + rng.normal(size=3)*70, rng.uniform(105, 185), c.number, number, rng.uniform(0, 6), *field_, t.warp, t.texture, t.voxel_nm, t.em, t.mito)
+                i = rng.integers(0, max(1, len(path)-12))
+                n = rng.integers(3, 10)
+                paint_mitochondrion(path[i:i+n] + rng.normal(size=3)*70, rng.uniform(105, 185), c.number, number,
+                    rng.uniform(0, 6), *field_, t.warp, t.texture, t.voxel_nm, t.em, t.mito)
     rows = []
     for k,s in enumerate(plan.synapses, 1):
         s = dict(s)
         n_mito = 0
         if s['has_mito']:
             side = unit(np.cross(s['facing'], rng.normal(size=3)))
-            curve = s['bouton'] + s['facing']*s['bouton_nm']*.28 + side*np.linspace(-1, 1, 7)[:, None]*s['bouton_nm']*rng.uniform(.45, 1.1) + s['facing']*np.linspace(-1, 1, 7)[:, None]**2*rng.normal()*60
-            n_mito = paint_mitochondrion(curve, min(125., s['bouton_nm']*.45), s['pre'], number+k, rng.uniform(0, 6), *field_, t.warp, t.texture, t.voxel_nm, t.em, t.mito)
-        n_cleft,total = paint_synapse(s['centre'], s['psd_radius_nm'], s['pre'], s['post'], k, s['psd_pre_nm'], s['psd_post_nm'], s['psd_dark'], 19.+1.5*rng.normal(), *field_, t.rival, t.warp, t.texture, t.voxel_nm, t.em, t.mito, t.cleft)
+            curve = s['bouton'] + s['facing']*s['bouton_nm']*.28 + side*np.linspace(-1, 1, 7)[:,
+                None]*s['bouton_nm']*rng.uniform(.45, 1.1) + s['facing']*np.linspace(-1, 1, 7)[:,
+                None]**2*rng.normal()*60
+            n_mito = paint_mitochondrion(curve, min(125., s['bouton_nm']*.45), s['pre'], number+k, rng.uniform(0, 6),
+                *field_, t.warp, t.texture, t.voxel_nm, t.em, t.mito)
+        n_cleft,total = paint_synapse(s['centre'], s['psd_radius_nm'], s['pre'], s['post'], k, s['psd_pre_nm'],
+            s['psd_post_nm'], s['psd_dark'], 19.+1.5*rng.normal(), *field_, t.rival, t.warp, t.texture, t.voxel_nm,
+            t.em, t.mito, t.cleft)
         n_vesicles = _paint_vesicles(s, t, rng)
         at = total/max(n_cleft, 1)*t.voxel_nm
         rows.append(s | dict(number=k, cleft_vx=n_cleft, n_vesicles=n_vesicles, mito_vx=n_mito, cleft_nm=at))
@@ -53,11 +65,15 @@ def paint(plan: Blueprint, tissue: Tissue, rng: np.random.Generator) -> pd.DataF
 def _paint_vesicles(s: dict, t: Tissue, rng) -> int:
     "A cloud behind the cleft"
     n = int(200*s['density']*(s['bouton_nm']/250)**2)
-    depth,wide = s['scatter']*s['bouton_nm'],s['bouton_nm']*(.45+.25*s['scatter'])
+    depth = s['scatter']*s['bouton_nm']
+    wide = s['bouton_nm']*(.45+.25*s['scatter'])
     side = unit(np.cross(s['facing'], rng.normal(size=(n, 3))))
-    at = s['centre'] + s['facing']*(36+rng.exponential(depth, n))[:, None] + side*np.abs(rng.normal(size=n))[:, None]*wide
-    radius,stretch = rng.normal(20.5, 1.8, n),np.sqrt((s['elongation'] + .12*rng.normal(size=n)).clip(1))
-    return paint_vesicles(at, radius*stretch, radius/stretch, rng.uniform(0, np.pi, n), s['pre'], .26, t.cost, t.rival_cost, t.owner, t.voxel_nm, t.em, t.mito)
+    at = s['centre'] + s['facing']*(36+rng.exponential(depth, n))[:, None] + side*np.abs(rng.normal(size=n))[:,
+        None]*wide
+    radius = rng.normal(20.5, 1.8, n)
+    stretch = np.sqrt((s['elongation'] + .12*rng.normal(size=n)).clip(1))
+    return paint_vesicles(at, radius*stretch, radius/stretch, rng.uniform(0, np.pi, n), s['pre'], .26, t.cost,
+        t.rival_cost, t.owner, t.voxel_nm, t.em, t.mito)
 
 def _paint_threads(c: Cell, t: Tissue, rng):
     "Microtubules along the neurite, and endoplasmic reticulum"
@@ -65,11 +81,13 @@ def _paint_threads(c: Cell, t: Tissue, rng):
         many,spread = (14, 190) if c.compartment == 'dendrite' else (2, 28)
         fine = evenly(path, 20)
         for _ in range(many):
-            paint_tube(fine + rng.normal(size=3)*spread, 13., .47, c.number, t.cost, t.rival_cost, t.owner, t.voxel_nm, t.em)
+            paint_tube(fine + rng.normal(size=3)*spread, 13., .47, c.number, t.cost, t.rival_cost, t.owner, t.voxel_nm,
+                t.em)
         if c.compartment == 'dendrite':
             for _ in range(2):
                 wave = ndimage.gaussian_filter1d(rng.normal(size=(len(fine), 3)), 12, axis=0)*600
-                paint_tube(fine + rng.normal(size=3)*110 + wave, 26., .40, c.number, t.cost, t.rival_cost, t.owner, t.voxel_nm, t.em)
+                paint_tube(fine + rng.normal(size=3)*110 + wave, 26., .40, c.number, t.cost, t.rival_cost, t.owner,
+                    t.voxel_nm, t.em)
 
 # %% ../../nbs/phantom/03_build.ipynb #088e4e62
 def _around(t: Tissue, centre: np.ndarray, reach_nm: float) -> tuple[tuple, np.ndarray]:
@@ -99,29 +117,40 @@ def _merge(t: Tissue, row, cell: int, other: int, rng):
 
 def _false_clefts(plan: Blueprint, t: Tissue, table: pd.DataFrame, n: int, rng) -> list[dict]:
     "Label clefts where an axon merely touches another cell"
-    taken,axons = np.array(table['cleft_nm'].to_list()),{c.number for c in plan.cells if c.compartment == 'axon'}
-    rows,margin = [],400.
+    taken = np.array(table['cleft_nm'].to_list())
+    axons = {c.number for c in plan.cells if c.compartment == 'axon'}
+    rows = []
+    margin = 400.
     for _ in range(400*n):
         if len(rows) == n: break
         p = rng.uniform(margin, t.extent_nm-margin, 3)
         v = tuple((p/t.voxel_nm).astype(int))
         pre,post = int(t.owner[v]),int(t.rival[v])
-        if pre not in axons or post == 0 or t.rival_cost[v]-t.cost[v] > 12 or np.linalg.norm(taken-p, axis=1).min() < 450: continue
+        if pre not in axons or post == 0 or t.rival_cost[v]-t.cost[v] > 12 or np.linalg.norm(taken-p,
+            axis=1).min() < 450:
+            continue
         number = int(table.number.max())+1+len(rows)
-        size,total = paint_synapse(p + [t.warp[(a, *v)] for a in range(3)], rng.uniform(90, 220), pre, post, number, 0., 0., 1., 19., t.cost, t.rival_cost, t.owner, t.rival, t.warp, t.texture, t.voxel_nm, t.em, t.mito, t.cleft)
+        size,total = paint_synapse(p + [t.warp[(a, *v)] for a in range(3)], rng.uniform(90, 220), pre, post, number, 0.,
+            0., 1., 19., t.cost, t.rival_cost, t.owner, t.rival, t.warp, t.texture, t.voxel_nm, t.em, t.mito, t.cleft)
         if size < 60: continue
         taken = np.vstack([taken, p])
-        rows.append(dict(pre=pre, post=post, number=number, cleft_vx=size, cleft_nm=total/size*t.voxel_nm, place='none', defect='false cleft'))
+        rows.append(dict(pre=pre, post=post, number=number, cleft_vx=size, cleft_nm=total/size*t.voxel_nm, place='none',
+            defect='false cleft'))
     return rows
 
-def add_defects(plan: Blueprint, config: PhantomConfig, t: Tissue, table: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame: # With `seen_pre`, `seen_post`: the partners by the segmentation
+# With `seen_pre`, `seen_post`: the partners by the segmentation
+def add_defects(plan: Blueprint, config: PhantomConfig, t: Tissue, table: pd.DataFrame,
+    rng: np.random.Generator) -> pd.DataFrame:
     "Spoil the segmentation, the table and the clefts of some synapses, each in one way"
     proofread = {c.number: c.proofread for c in plan.cells}
     rate = np.where(table.pre.map(proofread) & table.post.map(proofread), config.defects_proofread, config.defects)
     table = table.assign(seen_pre=table.pre, seen_post=table.post)
     for i in np.flatnonzero(rng.random(len(table)) < rate*3/4):
-        row,kind,side = table.iloc[i],('split', 'merge', 'wrong partner')[rng.integers(3)],('pre', 'post')[rng.integers(2)]
-        cell,other = int(row[side]),_neighbour(t, row, 300, rng)
+        row = table.iloc[i]
+        kind = ('split', 'merge', 'wrong partner')[rng.integers(3)]
+        side = ('pre', 'post')[rng.integers(2)]
+        cell = int(row[side])
+        other = _neighbour(t, row, 300, rng)
         if kind != 'split' and not other: continue
         if kind == 'split':
             new = plan.label()
@@ -131,68 +160,97 @@ def add_defects(plan: Blueprint, config: PhantomConfig, t: Tissue, table: pd.Dat
         else: table.loc[i, f'seen_{side}'] = other
         table.loc[i, 'defect'] = kind
     false = pd.DataFrame(_false_clefts(plan, t, table, round(rate.sum()/4), rng))
-    return pd.concat([table, false.assign(seen_pre=false.pre, seen_post=false.post)] if len(false) else [table], ignore_index=True)
+    return pd.concat([table, false.assign(seen_pre=false.pre, seen_post=false.post)] if len(false) else [table],
+        ignore_index=True)
 
 # %% ../../nbs/phantom/03_build.ipynb #ddfcbb4c
-def write_tables(folder: Path, config: PhantomConfig, plan: Blueprint, t: Tissue, table: pd.DataFrame, lost: np.ndarray, root: np.ndarray, rng: np.random.Generator) -> np.ndarray: # `(n,)` synapse id of each cleft number
+# `(n,)` synapse id of each cleft number
+def write_tables(folder: Path, config: PhantomConfig, plan: Blueprint, t: Tissue, table: pd.DataFrame, lost: np.ndarray,
+    root: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "What a lab has, `synapses.parquet`, `neurons.csv` and skeletons; and what only we know, `truth.parquet`"
     ids = np.zeros(int(table.number.max())+1, np.uint32)
     ids[table.number] = rng.permutation(len(table)) + 1
     at = np.array(table['cleft_nm'].to_list())
-    seen = dict(id=ids[table.number].astype(np.int64), pre_root_id=root[table.seen_pre], post_root_id=root[table.seen_post], cleft_vx=table.cleft_vx,
+    seen = dict(id=ids[table.number].astype(np.int64), pre_root_id=root[table.seen_pre],
+        post_root_id=root[table.seen_post], cleft_vx=table.cleft_vx,
         **{f'ctr_pt_{a}_nm': at[:, i] for a,i in zip('xyz', (2, 1, 0))})
     with atomic(folder/'synapses.parquet') as f: pd.DataFrame(seen).sort_values('id').to_parquet(f, index=False)
-    kinds = {side: table[side].map({c.number: c.kind for c in plan.cells}).fillna('unknown') for side in ('pre', 'post')}
-    type_of = lambda side: kinds[side].map(lambda k: dict(pyramidal='excitatory', unknown='unknown').get(k, 'inhibitory'))
-    true = dict(id=seen['id'], defect=table.defect, place=table.place, pre_type=type_of('pre'), post_type=type_of('post'),
-        pre_kind=kinds['pre'], post_kind=kinds['post'], true_pre_root_id=root[table.pre], true_post_root_id=root[table.post],
-        spine_um3=4/3*np.pi*(table.head_nm/1e3)**3, n_lost_sections=[int(lost[max(0, z-8):z+9].sum()) for z in np.round(at[:, 0]/t.voxel_nm[0]).astype(int)],
+    kinds = {side: table[side].map({c.number: c.kind for c in plan.cells}).fillna('unknown')
+        for side in ('pre', 'post')}
+    type_of = lambda side: kinds[side].map(lambda k: dict(pyramidal='excitatory', unknown='unknown').get(k,
+        'inhibitory'))
+    true = dict(id=seen['id'], defect=table.defect, place=table.place, pre_type=type_of('pre'),
+        post_type=type_of('post'),
+        pre_kind=kinds['pre'], post_kind=kinds['post'], true_pre_root_id=root[table.pre],
+        true_post_root_id=root[table.post],
+        spine_um3=4/3*np.pi*(table.head_nm/1e3)**3, n_lost_sections=[int(lost[max(0, z-8):z+9].sum())
+        for z in np.round(at[:, 0]/t.voxel_nm[0]).astype(int)],
         **{c: table[c] for c in LATENTS + ['n_vesicles', 'mito_vx']})
     with atomic(folder/'truth.parquet') as f: pd.DataFrame(true).sort_values('id').to_parquet(f, index=False)
-    neurons = pd.DataFrame([dict(root_id=root[c.number], cell_type='inhibitory' if c.inhibitory else 'excitatory', subtype=c.kind, compartment=c.compartment,
-        soma_x_nm=c.soma_nm[2], soma_y_nm=c.soma_nm[1], soma_z_nm=c.soma_nm[0], proofread=c.proofread) for c in plan.cells])
+    neurons = pd.DataFrame([dict(root_id=root[c.number], cell_type='inhibitory' if c.inhibitory else 'excitatory',
+        subtype=c.kind, compartment=c.compartment,
+        soma_x_nm=c.soma_nm[2], soma_y_nm=c.soma_nm[1], soma_z_nm=c.soma_nm[0], proofread=c.proofread)
+        for c in plan.cells])
     with atomic(folder/'neurons.csv') as f: neurons.sort_values('root_id').round(1).to_csv(f, index=False)
     (folder/'skeletons').mkdir(exist_ok=True)
     for c in plan.cells:
         with atomic(folder/'skeletons'/f'{root[c.number]}.swc') as f: f.write_text(_swc(c))
     return ids
 
-LATENTS = ['psd_post_nm', 'psd_pre_nm', 'psd_dark', 'density', 'elongation', 'scatter', 'psd_radius_nm', 'bouton_nm', 'head_nm', 'p_mito'] # What the generator drew for a synapse
+# What the generator drew for a synapse
+LATENTS = ['psd_post_nm', 'psd_pre_nm', 'psd_dark', 'density', 'elongation', 'scatter', 'psd_radius_nm', 'bouton_nm',
+    'head_nm', 'p_mito']
 
 def _swc(c: Cell) -> str:
     "The skeleton of a neuron, nm: its soma, and its paths, each joined to the soma by its nearer end"
-    lines,kind = [f'1 1 {c.soma_nm[2]:.0f} {c.soma_nm[1]:.0f} {c.soma_nm[0]:.0f} 1000 -1'],2 if c.compartment == 'axon' else 3
+    lines = [f'1 1 {c.soma_nm[2]:.0f} {c.soma_nm[1]:.0f} {c.soma_nm[0]:.0f} 1000 -1']
+    kind = 2 if c.compartment == 'axon' else 3
     for path in c.path_nm:
         p = path[::4]
         if np.linalg.norm(p[-1]-c.soma_nm) < np.linalg.norm(p[0]-c.soma_nm): p = p[::-1]
-        for i,(z,y,x) in enumerate(p): lines.append(f'{len(lines)+1} {kind} {x:.0f} {y:.0f} {z:.0f} 100 {len(lines) if i else 1}')
+        for i,(z,y,x) in enumerate(p):
+            lines.append(f'{len(lines)+1} {kind} {x:.0f} {y:.0f} {z:.0f} 100 {len(lines) if i else 1}')
     return '\n'.join(lines)+'\n'
 
 def make_phantom(
     folder: str|Path, # Where to write it
     config: PhantomConfig|None = None, # The demo size if absent
 ) -> Path: # `folder`
-    "Make a phantom: layers em, seg, cleft and mito, tables and skeletons. Done already, it is left alone; raises `PhantomError` if another phantom is there"
-    folder,config = Path(folder),config or PhantomConfig()
-    note,origin = folder/'phantom.json',dict(provenance(config, seed=config.seed), options=config.model_dump(mode='json'))
+    """Make a phantom: layers em, seg, cleft and mito, tables and skeletons. Done already, it is left alone; raises
+    `PhantomError` if another phantom is there"""
+    folder = Path(folder)
+    config = config or PhantomConfig()
+    note = folder/'phantom.json'
+    origin = dict(provenance(config, seed=config.seed), options=config.model_dump(mode='json'))
     if note.exists():
         if json.loads(note.read_text()) == origin: return folder
         raise PhantomError(f"{folder}: holds a phantom of other options; choose another folder, or delete it")
     rng = np.random.default_rng(config.seed)
     bar = progress(total=7, desc='phantom', unit='step')
-    t = empty_tissue(config.shape, config.voxel_nm, rng); bar.update()
+    t = empty_tissue(config.shape, config.voxel_nm, rng)
+    bar.update()
     plan = Blueprint()
     for part in (plan_dendrites, plan_axons, plan_filler): part(plan, config, t.extent_nm, rng)
-    if len(plan.synapses) < 10: raise PhantomError(f"only {len(plan.synapses)} synapses fit into {config.shape} voxels of {config.voxel_nm} nm; make it larger")
+    if len(plan.synapses) < 10:
+        raise PhantomError(f"only {len(plan.synapses)} synapses fit into {config.shape} voxels of {config.voxel_nm} "
+            "nm; make it larger")
     bar.update()
-    table = paint(plan, t, rng); bar.update()
-    em,lost = take_images(t, rng, config.blank_sections); bar.update()
+    table = paint(plan, t, rng)
+    bar.update()
+    em,lost = take_images(t, rng, config.blank_sections)
+    bar.update()
     table = add_defects(plan, config, t, table, rng)
-    root = (648518346340000000 + rng.permutation(plan.n_labels)*131 + rng.integers(131, size=plan.n_labels)).astype(np.uint64)
-    ids = write_tables(folder, config, plan, t, table, lost, root, rng); bar.update()
-    write_layer(folder/'em', em, config.voxel_nm); del em; bar.update()
+    root = (648518346340000000 + rng.permutation(plan.n_labels)*131
+        + rng.integers(131, size=plan.n_labels)).astype(np.uint64)
+    ids = write_tables(folder, config, plan, t, table, lost, root, rng)
+    bar.update()
+    write_layer(folder/'em', em, config.voxel_nm)
+    del em
+    bar.update()
     write_layer(folder/'seg', t.owner, config.voxel_nm, ids=root)
     write_layer(folder/'cleft', t.cleft, config.voxel_nm, ids=ids)
-    write_layer(folder/'mito', t.mito, config.voxel_nm, ids=np.arange(2**16, dtype=np.uint32)); bar.update(); bar.close()
+    write_layer(folder/'mito', t.mito, config.voxel_nm, ids=np.arange(2**16, dtype=np.uint32))
+    bar.update()
+    bar.close()
     with atomic(note) as f: f.write_text(json.dumps(origin, indent=1))
     return folder

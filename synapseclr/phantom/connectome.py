@@ -19,7 +19,8 @@ __all__ = ['CELL_TYPES', 'SIZES', 'CellTypeParams', 'PhantomConfig', 'PhantomErr
 
 # %% ../../nbs/phantom/02_connectome.ipynb #e519a5a8
 class CellTypeParams(Strict):
-    "What the synapses of a kind of neuron are like: means, before the differences between its neurons and between their synapses"
+    """What the synapses of a kind of neuron are like: means, before the differences between its neurons and between
+    their synapses"""
     psd_post_nm: float # Thickness of the postsynaptic density
     psd_pre_nm: float # Of the presynaptic one
     psd_dark: float # Grey value of the densities
@@ -33,9 +34,12 @@ class CellTypeParams(Strict):
     p_soma: float # That a synapse near a soma is on it
 
 CELL_TYPES = dict(
-    pyramidal=CellTypeParams(psd_post_nm=42, psd_pre_nm=10, psd_dark=.23, vesicles=0, elongation=1.08, scatter=.50, psd_radius_nm=190, bouton_extra_nm=70, p_mito=.40, p_spine=.86, p_soma=0),
-    basket=CellTypeParams(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.90, psd_radius_nm=200, bouton_extra_nm=110, p_mito=.62, p_spine=.08, p_soma=.5),
-    martinotti=CellTypeParams(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.85, psd_radius_nm=172, bouton_extra_nm=65, p_mito=.34, p_spine=.30, p_soma=0))
+    pyramidal=CellTypeParams(psd_post_nm=42, psd_pre_nm=10, psd_dark=.23, vesicles=0, elongation=1.08, scatter=.50,
+    psd_radius_nm=190, bouton_extra_nm=70, p_mito=.40, p_spine=.86, p_soma=0),
+    basket=CellTypeParams(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.90,
+    psd_radius_nm=200, bouton_extra_nm=110, p_mito=.62, p_spine=.08, p_soma=.5),
+    martinotti=CellTypeParams(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.85,
+    psd_radius_nm=172, bouton_extra_nm=65, p_mito=.34, p_spine=.30, p_soma=0))
 
 # %% ../../nbs/phantom/02_connectome.ipynb #d4ce8e9d
 class PhantomConfig(Strict):
@@ -53,7 +57,8 @@ class PhantomConfig(Strict):
     defects_proofread: float = .007 # ... where both partners are proofread
     blank_sections: float = .035
 
-SIZES = dict(small=dict(shape=(96, 384, 384)), demo=dict(), paper=dict(shape=(256, 768, 768), voxel_nm=(40., 7.16, 7.16)))
+SIZES = dict(small=dict(shape=(96, 384, 384)), demo=dict(),
+    paper=dict(shape=(256, 768, 768), voxel_nm=(40., 7.16, 7.16)))
 
 class PhantomError(SynapseCLRError):
     "A phantom cannot be made"
@@ -91,7 +96,8 @@ def _far_soma(rng, extent_nm) -> np.ndarray:
     return extent_nm/2 + unit(rng.normal(size=3))*rng.uniform(20e3, 150e3)
 
 def _cell(plan, rng, config, kind, compartment, paths, soma) -> Cell:
-    cell = Cell(plan.label(), kind, compartment, paths, soma, bool(rng.random() < config.proofread), rng.normal(size=8), float(.66+.035*rng.normal()))
+    cell = Cell(plan.label(), kind, compartment, paths, soma, bool(rng.random() < config.proofread), rng.normal(size=8),
+        float(.66+.035*rng.normal()))
     plan.cells.append(cell)
     return cell
 
@@ -107,7 +113,9 @@ def plan_dendrites(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray
     n_somata = int(volume > 500) + int(volume > 900)
     for i,kind in enumerate(_kinds(n, config.inhibitory_dendrites, rng)):
         if i < n_somata:
-            radius,face,side = rng.uniform(2600, 3300),rng.integers(1, 3),rng.integers(2)
+            radius = rng.uniform(2600, 3300)
+            face = rng.integers(1, 3)
+            side = rng.integers(2)
             centre = rng.uniform(.25, .75, 3)*extent_nm
             centre[face] = side*extent_nm[face] + (2*side-1)*radius*rng.uniform(.2, .45)
             cell = _cell(plan, rng, config, kind, 'dendrite', [], centre)
@@ -121,10 +129,12 @@ def plan_dendrites(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray
             a = rng.uniform(0, 1, 3)*extent_nm
             d = unit(rng.normal(size=3))
             halves = [wander(rng, extent_nm, 6500, 600, .12, a, s*d) for s in (1, -1)]
-            cell = _cell(plan, rng, config, kind, 'dendrite', [evenly(np.concatenate([halves[1][::-1], halves[0][1:]]), 90)], _far_soma(rng, extent_nm))
+            cell = _cell(plan, rng, config, kind, 'dendrite', [
+                evenly(np.concatenate([halves[1][::-1], halves[0][1:]]), 90)], _far_soma(rng, extent_nm))
         for path in cell.path_nm:
             width = rng.uniform(220, 470)
-            plan.curves.append(Curve(cell.number, path, (width*rough(rng, len(path), 9, .16 if cell.kind == 'pyramidal' else .24)).clip(150, 620)))
+            plan.curves.append(Curve(cell.number, path, (width*rough(rng, len(path), 9,
+                .16 if cell.kind == 'pyramidal' else .24)).clip(150, 620)))
 
 # %% ../../nbs/phantom/02_connectome.ipynb #72636f29
 def plan_axons(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
@@ -135,7 +145,8 @@ def plan_axons(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rn
         length = float(np.clip(rng.lognormal(np.log(13000), .45), 5000, 45000))
         path = evenly(wander(rng, extent_nm, length, 500, .22, stay=True), 100)
         cell = _cell(plan, rng, config, kind, 'axon', [], _far_soma(rng, extent_nm))
-        stops,wait = [],rng.uniform(0, 400)
+        stops = []
+        wait = rng.uniform(0, 400)
         for j in range(len(path)):
             if j*100 < wait: continue
             synapse = targets.choose(cell, path[j], rng, taken)
@@ -147,14 +158,17 @@ def plan_axons(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rn
             wait = j*100 + rng.uniform(250, 900)
         bent = _bend(path, stops)
         cell.path_nm.append(bent)
-        plan.curves.append(Curve(cell.number, evenly(bent, 35), np.full(len(evenly(bent, 35)), rng.uniform(52, 85)), 30.))
+        plan.curves.append(Curve(cell.number, evenly(bent, 35), np.full(len(evenly(bent, 35)), rng.uniform(52, 85)),
+            30.))
 
 def _bend(path: np.ndarray, stops: list) -> np.ndarray:
     "The path, led through its boutons"
     if not stops: return path
-    at,to = np.array([j for j,_ in stops]),np.array([b for _,b in stops])
+    at = np.array([j for j,_ in stops])
+    to = np.array([b for _,b in stops])
     steps = np.arange(len(path))
-    shift = np.stack([np.interp(steps, np.r_[-15, at, len(path)+15], np.r_[0, (to-path[at])[:, a], 0]) for a in range(3)], 1)
+    shift = np.stack([np.interp(steps, np.r_[-15, at, len(path)+15], np.r_[0, (to-path[at])[:, a], 0])
+        for a in range(3)], 1)
     smooth = ndimage.gaussian_filter1d(shift, 1.5, axis=0)
     smooth[at] = shift[at]
     return path + smooth
@@ -164,22 +178,28 @@ class _Targets:
     def __init__(self, plan: Blueprint, extent_nm: np.ndarray):
         dendrites = [c for c in plan.curves if len(c.points_nm) > 1]
         kinds = {c.number: c for c in plan.cells}
-        self.extent_nm,self.somata = extent_nm,plan.somata
-        self.points,self.radius = np.concatenate([c.points_nm for c in dendrites]),np.concatenate([c.radius_nm for c in dendrites])
+        self.extent_nm = extent_nm
+        self.somata = plan.somata
+        self.points = np.concatenate([c.points_nm for c in dendrites])
+        self.radius = np.concatenate([c.radius_nm for c in dendrites])
         self.cell = np.concatenate([np.full(len(c.points_nm), c.cell) for c in dendrites])
-        self.cells,self.tree = kinds,cKDTree(self.points)
+        self.cells = kinds
+        self.tree = cKDTree(self.points)
 
     def inside(self, p, margin=350) -> bool: return bool(np.all((p > margin) & (p < self.extent_nm-margin)))
 
     def blocked(self, centre, radius, but=-1) -> bool:
         "Whether a ball would sit in a dendrite or soma"
         d,i = self.tree.query(centre, k=8)
-        return bool(((d < self.radius[i]+radius*.4) & (self.cell[i] != but)).any()) or any(n != but and np.linalg.norm(centre-c) < r+radius*.4 for n,c,r in self.somata)
+        return bool(((d < self.radius[i]+radius*.4) & (self.cell[i] != but)).any()) or any(n != but
+            and np.linalg.norm(centre-c) < r+radius*.4 for n,c,r in self.somata)
 
     def choose(self, axon: Cell, p: np.ndarray, rng: np.random.Generator, taken: np.ndarray) -> dict|None:
         "A synapse of `axon` near `p`; None if there is no room"
         if not self.inside(p): return None
-        h,nature,g = CELL_TYPES[axon.kind],axon.nature,rng.normal(size=12)
+        h = CELL_TYPES[axon.kind]
+        nature = axon.nature
+        g = rng.normal(size=12)
         psd_radius = float(np.clip(h.psd_radius_nm*math.exp(.14*nature[0] + .27*g[0]), 80, 330))
         bouton = float(np.clip(psd_radius*1.12 + h.bouton_extra_nm + 20*nature[1] + 32*g[1], 140, 460))
         soma = next((s for s in self.somata if abs(np.linalg.norm(p-s[1])-s[2]) < 1300), None)
@@ -187,11 +207,14 @@ class _Targets:
         if soma and rng.random() < h.p_soma:
             cell,centre,radius = soma
             normal = unit(p-centre)
-            q,place = centre,'soma'
+            q = centre
+            place = 'soma'
         else:
             _,near = self.tree.query(p, k=14)
             i = near[rng.integers(0, 8)]
-            cell,q,radius = int(self.cell[i]),self.points[i],self.radius[i]
+            cell = int(self.cell[i])
+            q = self.points[i]
+            radius = self.radius[i]
             normal = unit(unit(p-q) + rng.normal(size=3)*.35)
             spiny = self.cells[cell].kind == 'pyramidal'
             place = 'spine' if rng.random() < h.p_spine*(1 if spiny else .12) else 'shaft'
@@ -205,18 +228,25 @@ class _Targets:
             if self.blocked(middle, head): return None
             t = np.linspace(0, 1, 14)[:, None]
             stalk = (1-t)**2*(q+normal*radius*.6) + 2*t*(1-t)*(q+normal*(radius+neck*.6)) + t**2*middle
-            curves += [Curve(cell, stalk, np.full(14, rng.uniform(45, 75)), 50.), Curve(cell, middle[None], np.array([head]), 50.)]
-        else: facing,contact = normal,q+normal*radius
+            curves += [Curve(cell, stalk, np.full(14, rng.uniform(45, 75)), 50.),
+                Curve(cell, middle[None], np.array([head]), 50.)]
+        else:
+            facing = normal
+            contact = q+normal*radius
         centre_bouton = contact + facing*bouton
         if not self.inside(contact) or np.linalg.norm(centre_bouton-p) > 1500: return None
         if len(taken) and np.linalg.norm(taken-contact, axis=1).min() < 560: return None
         if self.blocked(centre_bouton, bouton, cell): return None
         curves.append(Curve(axon.number, centre_bouton[None], np.array([bouton]), 50.))
         p_mito = 1/(1+math.exp(-(math.log(h.p_mito/(1-h.p_mito)) + .8*nature[2] + 2.2*math.log(bouton/270))))
-        return dict(pre=axon.number, post=cell, place=place, centre=contact, bouton=centre_bouton, facing=facing, curves=curves, psd_radius_nm=psd_radius, bouton_nm=bouton, head_nm=head,
-            psd_post_nm=float(np.clip(h.psd_post_nm + (2.5*nature[3] + 4.5*g[3])*h.psd_post_nm/40+1.2*g[11], 9, 65)), psd_pre_nm=float(np.clip(h.psd_pre_nm + 1.2*nature[4] + 2.5*g[4], 6, 26)),
-            psd_dark=float(np.clip(h.psd_dark + .015*nature[5] + .045*g[5], .1, .36)), density=float(math.exp(h.vesicles + .16*nature[6] + .24*g[6])),
-            elongation=float(max(1, h.elongation + .04*nature[7] + .07*g[7])), scatter=float(h.scatter*math.exp(.10*g[8])),
+        return dict(pre=axon.number, post=cell, place=place, centre=contact, bouton=centre_bouton, facing=facing,
+            curves=curves, psd_radius_nm=psd_radius, bouton_nm=bouton, head_nm=head,
+            psd_post_nm=float(np.clip(h.psd_post_nm + (2.5*nature[3] + 4.5*g[3])*h.psd_post_nm/40+1.2*g[11], 9, 65)),
+            psd_pre_nm=float(np.clip(h.psd_pre_nm + 1.2*nature[4] + 2.5*g[4], 6, 26)),
+            psd_dark=float(np.clip(h.psd_dark + .015*nature[5] + .045*g[5], .1, .36)),
+            density=float(math.exp(h.vesicles + .16*nature[6] + .24*g[6])),
+            elongation=float(max(1, h.elongation + .04*nature[7] + .07*g[7])),
+            scatter=float(h.scatter*math.exp(.10*g[8])),
             p_mito=p_mito, has_mito=bool(rng.random() < p_mito))
 
 def plan_filler(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):

@@ -51,7 +51,8 @@ def empty_tissue(
         if axis: warp[axis] += jitter[axis-1][:, None, None]
     texture = smooth_field(shape, voxel_nm, 55, 20, 100, rng)
     full = lambda value, dtype: np.full(shape, value, dtype)
-    return Tissue(voxel_nm, full(0, np.uint16), full(GLIA_NM, np.float32), full(0, np.uint16), full(GLIA_NM+200, np.float32),
+    return Tissue(voxel_nm, full(0, np.uint16), full(GLIA_NM, np.float32), full(0, np.uint16),
+        full(GLIA_NM+200, np.float32),
         warp, texture, full(0, np.uint8), full(0, np.uint16), full(0, np.uint16))
 
 def smooth_field(
@@ -131,7 +132,10 @@ def _claim(points, radius, bonus, reach, cell, cost, rival_cost, owner, rival, w
     nz,ny,nx = cost.shape
     vz,vy,vx = voxel
     for i in range(len(points)):
-        r,cz,cy,cx = radius[i],points[i, 0],points[i, 1],points[i, 2]
+        r = radius[i]
+        cz = points[i, 0]
+        cy = points[i, 1]
+        cx = points[i, 2]
         far = r + reach
         box = far + 100
         for z in range(max(z_first, int((cz-box)/vz)), min(z_last, int((cz+box)/vz)+2)):
@@ -142,7 +146,9 @@ def _claim(points, radius, bonus, reach, cell, cost, rival_cost, owner, rival, w
                 if left <= 0: continue
                 half = math.sqrt(left) + 100
                 for x in range(max(0, int((cx-half)/vx)), min(nx, int((cx+half)/vx)+2)):
-                    dz,dy,dx = z*vz-cz+warp[0, z, y, x],y*vy-cy+warp[1, z, y, x],x*vx-cx+warp[2, z, y, x]
+                    dz = z*vz-cz+warp[0, z, y, x]
+                    dy = y*vy-cy+warp[1, z, y, x]
+                    dx = x*vx-cx+warp[2, z, y, x]
                     d2 = dz*dz + dy*dy + dx*dx
                     if d2 > far*far: continue
                     c = math.sqrt(d2) - r - bonus
@@ -164,9 +170,12 @@ def grow(
     t = tissue
     def slab(k):
         for c in curves:
-            low,high = c.points_nm[:, 0].min()-c.radius_nm.max()-c.bonus_nm-GLIA_NM-160,c.points_nm[:, 0].max()+c.radius_nm.max()+c.bonus_nm+GLIA_NM+160
+            low = c.points_nm[:, 0].min()-c.radius_nm.max()-c.bonus_nm-GLIA_NM-160
+            high = c.points_nm[:, 0].max()+c.radius_nm.max()+c.bonus_nm+GLIA_NM+160
             if high < edges[k]*t.voxel_nm[0] or low > edges[k+1]*t.voxel_nm[0]: continue
-            _claim(np.ascontiguousarray(c.points_nm, np.float64), np.ascontiguousarray(c.radius_nm, np.float64), c.bonus_nm, c.bonus_nm+GLIA_NM+60, c.cell, t.cost, t.rival_cost, t.owner, t.rival, t.warp, t.voxel_nm, edges[k], edges[k+1])
+            _claim(np.ascontiguousarray(c.points_nm, np.float64), np.ascontiguousarray(c.radius_nm, np.float64),
+                c.bonus_nm, c.bonus_nm+GLIA_NM+60, c.cell, t.cost, t.rival_cost, t.owner, t.rival, t.warp, t.voxel_nm,
+                edges[k], edges[k+1])
     with ThreadPoolExecutor(2) as pool: list(pool.map(slab, range(n_slabs)))
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #4c664db7
@@ -180,10 +189,18 @@ def membrane(cost, rival_cost, owner, voxel, z, y, x):
     "Distance to the cell's membrane in nm, and how much the membrane leans out of the section, 0 to 1"
     nz,ny,nx = cost.shape
     cell = owner[z, y, x]
-    z0,z1,y0,y1,x0,x1 = max(z-1, 0),min(z+1, nz-1),max(y-1, 0),min(y+1, ny-1),max(x-1, 0),min(x+1, nx-1)
-    gz = (_gap(cost, rival_cost, owner, z1, y, x, cell) - _gap(cost, rival_cost, owner, z0, y, x, cell))/((z1-z0)*voxel[0])
-    gy = (_gap(cost, rival_cost, owner, z, y1, x, cell) - _gap(cost, rival_cost, owner, z, y0, x, cell))/((y1-y0)*voxel[1])
-    gx = (_gap(cost, rival_cost, owner, z, y, x1, cell) - _gap(cost, rival_cost, owner, z, y, x0, cell))/((x1-x0)*voxel[2])
+    z0 = max(z-1, 0)
+    z1 = min(z+1, nz-1)
+    y0 = max(y-1, 0)
+    y1 = min(y+1, ny-1)
+    x0 = max(x-1, 0)
+    x1 = min(x+1, nx-1)
+    gz = (_gap(cost, rival_cost, owner, z1, y, x, cell)
+        - _gap(cost, rival_cost, owner, z0, y, x, cell))/((z1-z0)*voxel[0])
+    gy = (_gap(cost, rival_cost, owner, z, y1, x, cell)
+        - _gap(cost, rival_cost, owner, z, y0, x, cell))/((y1-y0)*voxel[1])
+    gx = (_gap(cost, rival_cost, owner, z, y, x1, cell)
+        - _gap(cost, rival_cost, owner, z, y, x0, cell))/((x1-x0)*voxel[2])
     slope = math.sqrt(gz*gz + gy*gy + gx*gx) + 1e-6
     return (rival_cost[z, y, x]-cost[z, y, x])/min(2., max(.8, slope)),abs(gz)/slope
 
@@ -205,8 +222,11 @@ def paint_cells(
     grain: np.ndarray, # `(n_cells,)` how coarse its cytoplasm is
 ):
     "Cytoplasm, and membranes of finite thickness between all cells; a leaning one is smeared over its section"
-    t,edges = tissue,np.linspace(0, tissue.shape[0], 9).astype(int)
-    def slab(k): _paint_cells(t.cost, t.rival_cost, t.owner, t.texture, t.voxel_nm, cytoplasm.astype(np.float32), grain.astype(np.float32), t.em, edges[k], edges[k+1])
+    t = tissue
+    edges = np.linspace(0, tissue.shape[0], 9).astype(int)
+    def slab(k):
+        _paint_cells(t.cost, t.rival_cost, t.owner, t.texture, t.voxel_nm, cytoplasm.astype(np.float32),
+            grain.astype(np.float32), t.em, edges[k], edges[k+1])
     with ThreadPoolExecutor(2) as pool: list(pool.map(slab, range(8)))
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #8b54d932
@@ -221,15 +241,19 @@ def _box(points, margin, voxel, shape):
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def paint_mitochondrion(points, radius, cell, number, phase, cost, rival_cost, owner, warp, texture, voxel, em, mito):
-    "A bent capsule along `points` inside one cell: double membrane, dark matrix, wavy cristae. Returns how many voxels it got"
-    b,n = _box(points, radius+100, voxel, cost.shape),0
+    """A bent capsule along `points` inside one cell: double membrane, dark matrix, wavy cristae. Returns how many
+    voxels it got"""
+    b = _box(points, radius+100, voxel, cost.shape)
+    n = 0
     along = points[-1] - points[0]
     along = along/(math.sqrt((along*along).sum()) + 1e-6)
     for z in range(b[0, 0], b[0, 1]):
         for y in range(b[1, 0], b[1, 1]):
             for x in range(b[2, 0], b[2, 1]):
                 if owner[z, y, x] != cell: continue
-                pz,py,px = z*voxel[0]+warp[0, z, y, x],y*voxel[1]+warp[1, z, y, x],x*voxel[2]+warp[2, z, y, x]
+                pz = z*voxel[0]+warp[0, z, y, x]
+                py = y*voxel[1]+warp[1, z, y, x]
+                px = x*voxel[2]+warp[2, z, y, x]
                 nearest = 1e9
                 for i in range(len(points)):
                     nearest = min(nearest, (pz-points[i, 0])**2 + (py-points[i, 1])**2 + (px-points[i, 2])**2)
@@ -238,7 +262,8 @@ def paint_mitochondrion(points, radius, cell, number, phase, cost, rival_cost, o
                 d,lean = membrane(cost, rival_cost, owner, voxel, z, y, x)
                 if d < 30: continue
                 t = (pz-points[0, 0])*along[0] + (py-points[0, 1])*along[1] + (px-points[0, 2])*along[2]
-                crista = .5 + .5*math.sin(t/13. + (warp[0, z, y, x]+warp[1, z, y, x])/16. + texture[z, y, x]/14. + phase)
+                crista = .5 + .5*math.sin(t/13. + (warp[0, z, y, x]+warp[1, z, y, x])/16. + texture[z, y, x]/14.
+                    + phase)
                 v = .52 - .20*crista*crista
                 if q > radius-22 or d < 48: v = .26
                 em[z, y, x] = int(255*v)
@@ -272,7 +297,8 @@ def paint_nucleus(centre, radius, cell, owner, warp, texture, voxel, em):
         for y in range(b[1, 0], b[1, 1]):
             for x in range(b[2, 0], b[2, 1]):
                 if owner[z, y, x] != cell: continue
-                d = math.sqrt((z*voxel[0]+1.5*warp[0, z, y, x]-centre[0])**2 + (y*voxel[1]+1.5*warp[1, z, y, x]-centre[1])**2 + (x*voxel[2]+1.5*warp[2, z, y, x]-centre[2])**2)
+                d = math.sqrt((z*voxel[0]+1.5*warp[0, z, y, x]-centre[0])**2
+                    + (y*voxel[1]+1.5*warp[1, z, y, x]-centre[1])**2 + (x*voxel[2]+1.5*warp[2, z, y, x]-centre[2])**2)
                 if d > radius: continue
                 lump = 1/(1+math.exp(-(warp[0, z, y, x]+warp[1, z, y, x]+warp[2, z, y, x]-25)/14.))
                 v = .63 - .15*lump + .03*texture[z, y, x]/20
@@ -281,16 +307,22 @@ def paint_nucleus(centre, radius, cell, owner, warp, texture, voxel, em):
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #482d7df0
 @nb.njit(cache=True, nogil=True, fastmath=True)
-def paint_synapse(centre, radius, pre, post, number, pre_nm, post_nm, dark, detected_nm, cost, rival_cost, owner, rival, warp, texture, voxel, em, mito, cleft):
-    """Densities on both sides of the contact between `pre` and `post` within `radius` of `centre`, and the cleft's label.
+def paint_synapse(centre, radius, pre, post, number, pre_nm, post_nm, dark, detected_nm, cost, rival_cost, owner, rival,
+    warp, texture, voxel, em, mito, cleft):
+    """Densities on both sides of the contact between `pre` and `post` within `radius` of `centre`, and the cleft's
+    label.
     Returns how many voxels the cleft has and the sum of their positions"""
-    b,n,total = _box(centre.reshape(1, 3), radius+120, voxel, cost.shape),0,np.zeros(3)
+    b = _box(centre.reshape(1, 3), radius+120, voxel, cost.shape)
+    n = 0
+    total = np.zeros(3)
     for z in range(b[0, 0], b[0, 1]):
         for y in range(b[1, 0], b[1, 1]):
             for x in range(b[2, 0], b[2, 1]):
-                a,o = owner[z, y, x],rival[z, y, x]
+                a = owner[z, y, x]
+                o = rival[z, y, x]
                 if not ((a == pre and o == post) or (a == post and o == pre)): continue
-                r = math.sqrt((z*voxel[0]+warp[0, z, y, x]-centre[0])**2 + (y*voxel[1]+warp[1, z, y, x]-centre[1])**2 + (x*voxel[2]+warp[2, z, y, x]-centre[2])**2)
+                r = math.sqrt((z*voxel[0]+warp[0, z, y, x]-centre[0])**2 + (y*voxel[1]+warp[1, z, y, x]-centre[1])**2
+                    + (x*voxel[2]+warp[2, z, y, x]-centre[2])**2)
                 r += .5*texture[z, y, x]
                 if r > radius: continue
                 d,lean = membrane(cost, rival_cost, owner, voxel, z, y, x)
@@ -303,7 +335,9 @@ def paint_synapse(centre, radius, pre, post, number, pre_nm, post_nm, dark, dete
                 if d < detected_nm:
                     cleft[z, y, x] = number
                     n += 1
-                    total[0] += z; total[1] += y; total[2] += x
+                    total[0] += z
+                    total[1] += y
+                    total[2] += x
     return n,total
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
@@ -312,13 +346,16 @@ def paint_vesicles(points, long_nm, short_nm, angle, cell, grey, cost, rival_cos
     nz,ny,nx = owner.shape
     fitted = 0
     for i in range(len(points)):
-        zc,yc,xc = int(round(points[i, 0]/voxel[0])),int(round(points[i, 1]/voxel[1])),int(round(points[i, 2]/voxel[2]))
+        zc = int(round(points[i, 0]/voxel[0]))
+        yc = int(round(points[i, 1]/voxel[1]))
+        xc = int(round(points[i, 2]/voxel[2]))
         if zc < 0 or yc < 0 or xc < 0 or zc >= nz or yc >= ny or xc >= nx: continue
         if owner[zc, yc, xc] != cell or mito[zc, yc, xc] > 0: continue
         d,lean = membrane(cost, rival_cost, owner, voxel, zc, yc, xc)
         if d < 24: continue
         fitted += 1
-        s,c = math.sin(angle[i]),math.cos(angle[i])
+        s = math.sin(angle[i])
+        c = math.cos(angle[i])
         b = _box(points[i:i+1], 1.6*long_nm[i], voxel, owner.shape)
         for z in range(b[0, 0], b[0, 1]):
             fade = math.exp(-((z*voxel[0]-points[i, 0])/24)**2)
@@ -326,7 +363,8 @@ def paint_vesicles(points, long_nm, short_nm, angle, cell, grey, cost, rival_cos
             for y in range(b[1, 0], b[1, 1]):
                 for x in range(b[2, 0], b[2, 1]):
                     if owner[z, y, x] != cell: continue
-                    dy,dx = y*voxel[1]-points[i, 1],x*voxel[2]-points[i, 2]
+                    dy = y*voxel[1]-points[i, 1]
+                    dx = x*voxel[2]-points[i, 2]
                     q = math.sqrt(((dy*s+dx*c)/long_nm[i])**2 + ((dy*c-dx*s)/short_nm[i])**2)
                     if q > 1.7: continue
                     k = fade*.6*math.exp(-((q-.75)/.45)**2)
@@ -339,10 +377,14 @@ def take_images(
     rng: np.random.Generator,
     blank: float = .035, # Share of sections that are lost
 ) -> tuple[np.ndarray, np.ndarray]: # `(z, y, x)` uint8, 0 where missing; `(z,)` bool: lost sections
-    "What a microscope makes of the tissue: contrast and brightness of each section and region, blur, noise, lost sections"
+    """What a microscope makes of the tissue: contrast and brightness of each section and region, blur, noise, lost
+    sections"""
     n = tissue.shape[0]
     lost = rng.random(n) < blank
-    scale,shift,soft,noise = rng.normal(1, .07, n),rng.normal(0, .03, n),rng.gamma(2, .15, n)+.35,rng.lognormal(np.log(.055), .15, n)
+    scale = rng.normal(1, .07, n)
+    shift = rng.normal(0, .03, n)
+    soft = rng.gamma(2, .15, n)+.35
+    noise = rng.lognormal(np.log(.055), .15, n)
     seeds = rng.integers(2**63, size=n)
     region = smooth_field(tissue.shape, tissue.voxel_nm, 2500, 25, 100, rng)
     out = np.zeros(tissue.shape, np.uint8)
@@ -351,7 +393,8 @@ def take_images(
         r = np.random.default_rng(seeds[z])
         g = ndimage.gaussian_filter(tissue.em[z].astype(np.float32)/255, soft[z]*14.3/tissue.voxel_nm[2]*.8)
         g = (g-.55)*scale[z] + .55 + shift[z] + region[z].astype(np.float32)/1000
-        g += ndimage.gaussian_filter(r.standard_normal(g.shape, dtype=np.float32), .6)*noise[z] + r.standard_normal(g.shape, dtype=np.float32)*.02
+        g += ndimage.gaussian_filter(r.standard_normal(g.shape, dtype=np.float32),
+            .6)*noise[z] + r.standard_normal(g.shape, dtype=np.float32)*.02
         out[z] = (g*255).clip(1, 255)
     with ThreadPoolExecutor(2) as pool: list(pool.map(section, range(n)))
     return out,lost

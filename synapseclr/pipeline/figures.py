@@ -27,8 +27,10 @@ __all__ = ['FIGURE_STYLE', 'FigureError', 'FigureRun', 'panel_label', 'figure_na
 class FigureError(SynapseCLRError):
     "A figure that this run has not what is needed for"
 
-FIGURE_STYLE = {'font.size': 6, 'axes.titlesize': 7, 'axes.labelsize': 6, 'axes.linewidth': .5, 'xtick.labelsize': 5, 'ytick.labelsize': 5, 'xtick.major.width': .5, 'ytick.major.width': .5,
-    'xtick.major.size': 2, 'ytick.major.size': 2, 'legend.fontsize': 5, 'legend.frameon': False, 'pdf.fonttype': 42, 'savefig.dpi': 300, 'figure.dpi': 110, 'axes.spines.top': False, 'axes.spines.right': False}
+FIGURE_STYLE = {'font.size': 6, 'axes.titlesize': 7, 'axes.labelsize': 6, 'axes.linewidth': .5, 'xtick.labelsize': 5,
+    'ytick.labelsize': 5, 'xtick.major.width': .5, 'ytick.major.width': .5,
+    'xtick.major.size': 2, 'ytick.major.size': 2, 'legend.fontsize': 5, 'legend.frameon': False, 'pdf.fonttype': 42,
+    'savefig.dpi': 300, 'figure.dpi': 110, 'axes.spines.top': False, 'axes.spines.right': False}
 
 class FigureRun:
     "A finished run. Raises `FigureError` if there is none, or it has not come far enough"
@@ -36,15 +38,18 @@ class FigureRun:
         folder: str|Path, # Run folder; it may have been moved
     ):
         self.folder = Path(folder)
-        if not (self.folder/'config.toml').exists(): raise FigureError(f"{folder}: not the folder of a run, it has no config.toml")
+        if not (self.folder/'config.toml').exists():
+            raise FigureError(f"{folder}: not the folder of a run, it has no config.toml")
         self.config = read_config(RunConfig, self.folder/'config.toml', [f'run={folder}'])
         plt.rcParams.update(FIGURE_STYLE)
 
     def needs(self, *files: str):
         "Raise `FigureError` unless these files are in the run folder"
-        makers = {'map.parquet': 'embed', 'defects.parquet': 'qc', 'imputation_scores.parquet': 'impute', 'neurites.parquet': 'consensus', 'axes.parquet': 'manifold', 'train/log.jsonl': 'train'}
+        makers = {'map.parquet': 'embed', 'defects.parquet': 'qc', 'imputation_scores.parquet': 'impute',
+            'neurites.parquet': 'consensus', 'axes.parquet': 'manifold', 'train/log.jsonl': 'train'}
         for f in files:
-            if not (self.folder/f).exists(): raise FigureError(f"{self.folder/f} is not there; run `synapseclr {makers[f]}` first")
+            if not (self.folder/f).exists():
+                raise FigureError(f"{self.folder/f} is not there; run `synapseclr {makers[f]}` first")
 
     @cached_property
     def neurons(self) -> pd.DataFrame|None: return known_neurons(self.config)
@@ -55,7 +60,8 @@ class FigureRun:
     @cached_property
     def table(self) -> pd.DataFrame:
         "All that is known of each sound synapse"
-        return self.everything[~self.everything.removed].reset_index(drop=True) if 'removed' in self.everything else self.everything
+        return self.everything[~self.everything.removed].reset_index(
+            drop=True) if 'removed' in self.everything else self.everything
     @cached_property
     def store(self) -> ChunkStore: return ChunkStore.open(self.folder/'chunks.zarr')
     @cached_property
@@ -77,12 +83,14 @@ class FigureRun:
     def map_of(self, x: np.ndarray) -> np.ndarray:
         "A map of other features, `(N, 2)`, drawn as the run's own"
         c = self.config.embed
-        return umap_layout(connectivities(nearest_neighbours(x, c.n_neighbors, c.metric), c.umap_n_neighbors), x, 2, c.min_dist, c.n_epochs or None, c.seed)
+        return umap_layout(connectivities(nearest_neighbours(x, c.n_neighbors, c.metric), c.umap_n_neighbors), x, 2,
+            c.min_dist, c.n_epochs or None, c.seed)
 
     @cached_property
     def feature_names(self) -> list[str]:
         "Kinds of features that the run has"
-        return ['trained', *sorted(p.name.removeprefix('features_') for p in self.folder.glob('features_*')), 'morphometrics']
+        return ['trained', *sorted(p.name.removeprefix('features_') for p in self.folder.glob('features_*')),
+            'morphometrics']
 
     def draw(self, ax: plt.Axes, synapse: int, title: str = '', masked: bool = True):
         "The middle section of a synapse, its surroundings masked out as in the paper"
@@ -92,11 +100,14 @@ class FigureRun:
         "Write a figure as PDF and PNG, into `RUN/figures`"
         folder = self.folder/'figures'
         folder.mkdir(exist_ok=True)
-        for kind in ('pdf', 'png'): fig.savefig(folder/f'{name}.{kind}', bbox_inches='tight', pad_inches=.03, metadata={'CreationDate': None} if kind == 'pdf' else None)
+        for kind in ('pdf', 'png'):
+            fig.savefig(folder/f'{name}.{kind}', bbox_inches='tight', pad_inches=.03,
+                metadata={'CreationDate': None} if kind == 'pdf' else None)
 
 def panel_label(ax: plt.Axes, text: str, x: float = 0., y: float = 1.):
     "The letter of a panel, at the upper left of its axes"
-    ax.annotate(text, (x, y), xycoords='axes fraction', xytext=(-4, 6), textcoords='offset points', fontsize=9, fontweight='bold', ha='right', va='bottom', annotation_clip=False)
+    ax.annotate(text, (x, y), xycoords='axes fraction', xytext=(-4, 6), textcoords='offset points', fontsize=9,
+        fontweight='bold', ha='right', va='bottom', annotation_clip=False)
 
 # %% ../../nbs/pipeline/04_figures.ipynb #962e9907
 def figure_names() -> list[str]:
@@ -108,9 +119,13 @@ def draw_figures(
     only: Iterable[str] = (), # Names of figures; all that the run has the data for if none
     at_once: int = 2, # Notebooks that run side by side
 ) -> dict[str, str]: # For each figure, why it could not be drawn, or an empty text
-    "Draw figures into `RUN/figures`. Raises `FigureError` for a name that there is not, and if one of `only` cannot be drawn"
-    out,names,only = Path(run)/'figures',figure_names(),list(only)
-    if unknown := [o for o in only if o not in names]: raise FigureError(f"there is no figure '{unknown[0]}'; there are {', '.join(names)}")
+    """Draw figures into `RUN/figures`. Raises `FigureError` for a name that there is not, and if one of `only` cannot
+    be drawn"""
+    out = Path(run)/'figures'
+    names = figure_names()
+    only = list(only)
+    if unknown := [o for o in only if o not in names]:
+        raise FigureError(f"there is no figure '{unknown[0]}'; there are {', '.join(names)}")
     c = FigureRun(run).config
     def draw(name):
         try: execute_notebook(asset(f'figures/{name}.ipynb'), out/f'{name}.ipynb', run=str(Path(run).resolve()))
@@ -121,9 +136,13 @@ def draw_figures(
     order = (only or names)[::-1] # the table at the end takes longest
     done = dict(run_parallel({name: partial(draw, name) for name in order}, at_once=at_once))
     drawn = [n for n in names if (out/f'{n}.html').exists()]
-    def shown(name): return f'<h2><a href="{name}.html">{name}</a></h2>' + (f'<p><a href="{name}.pdf"><img alt="{name}" src="{name}.png"></a></p>' if (out/f'{name}.png').exists() else '')
+    def shown(name):
+        return f'<h2><a href="{name}.html">{name}</a></h2>' + (f'<p><a href="{name}.pdf"><img alt="{name}" '
+            f'src="{name}.png"></a></p>' if (out/f'{name}.png').exists() else '')
     missing = ''.join(f'<li>{n}: {html.escape(why)}</li>' for n,why in done.items() if why)
-    body = f"<h1>Figures</h1><p>Drawn from the run {html.escape(Path(run).resolve().name)}; a click leads to the notebook or to the vector graphic.</p>{''.join(map(shown, drawn))}" + (f'<h2>Not drawn</h2><ul>{missing}</ul>' if missing else '')
+    body = (f"<h1>Figures</h1><p>Drawn from the run {html.escape(Path(run).resolve().name)}; a click leads to the "
+        f"notebook or to the vector graphic.</p>{''.join(map(shown, drawn))}"
+        + (f'<h2>Not drawn</h2><ul>{missing}</ul>' if missing else ''))
     with atomic(out/'index.html') as f: f.write_text(html_page('figures', body))
     if (c.folder/'report').exists(): write_index(c)
     return done

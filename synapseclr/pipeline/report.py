@@ -44,7 +44,9 @@ def execute_notebook(
     out.parent.mkdir(parents=True, exist_ok=True)
     _talk()
     try:
-        with headless(): papermill.execute_notebook(source, out, parameters, kernel_name='python3', cwd=str(Path.cwd()), progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
+        with headless():
+            papermill.execute_notebook(source, out, parameters, kernel_name='python3', cwd=str(Path.cwd()),
+                progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
     except papermill.PapermillExecutionError as e:
         if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
         if e.ename in _known_errors(): raise SynapseCLRError(e.evalue) from None
@@ -60,7 +62,8 @@ def run_notebook(
 ):
     "Execute the notebook of a stage, into `RUN/report`"
     out = open_run(config, overrides).folder/f'report/{stage}.ipynb'
-    execute_notebook(asset(f'runs/{stage}.ipynb'), out, config=str(Path(config).resolve()), overrides=list(overrides), **parameters)
+    execute_notebook(asset(f'runs/{stage}.ipynb'), out, config=str(Path(config).resolve()), overrides=list(overrides),
+        **parameters)
 
 def _known_errors(base=SynapseCLRError) -> set[str]:
     "Names of our errors"
@@ -73,7 +76,9 @@ def _talk():
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter('  %(message)s'))
     handler.addFilter(lambda r: '%|' in r.getMessage() or r.getMessage().startswith('hint:'))
-    log.addHandler(handler); log.setLevel(logging.INFO); log.propagate = False
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
 
 # %% ../../nbs/pipeline/03_report.ipynb #7801efa9
 def _tidy(notebook: Path):
@@ -93,14 +98,16 @@ table{border-collapse:collapse;display:block;overflow:auto;border:0;font-size:.8
 
 def html_page(title: str, body: str) -> str:
     "A whole HTML page, which loads nothing"
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>synapseclr: {html.escape(title)}</title><style>{_style}</style><body>{body}</body></html>'
+    return ('<!doctype html><html lang="en"><meta charset="utf-8"><title>synapseclr: '
+        f'{html.escape(title)}</title><style>{_style}</style><body>{body}</body></html>')
 
 def _to_html(notebook: Path):
     "Write an executed notebook as a page of its own, code left out"
     from nbconvert import HTMLExporter
     exporter = HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True)
     body,_ = exporter.from_filename(str(notebook))
-    notebook.with_suffix('.html').write_text(html_page(notebook.stem, f'<p><a href="index.html">overview</a></p>{body}'))
+    notebook.with_suffix('.html').write_text(html_page(notebook.stem,
+        f'<p><a href="index.html">overview</a></p>{body}'))
 
 # %% ../../nbs/pipeline/03_report.ipynb #dde36165
 def _picture(fig: plt.Figure) -> str:
@@ -117,40 +124,57 @@ def _data(c: RunConfig) -> tuple[str, str]:
     table = read_table(c.folder/'synapses.parquet', 'synapses')
     reason = table.reject_reason.where(table.reject_reason == '', table.reject_reason.str.split(':').str[0])
     counts = reason.replace('', 'kept').value_counts().rename('synapses').rename_axis(None).to_frame()
-    source = f'a phantom (seed {c.phantom.seed}), of which everything is known' if c.phantom else f'table {c.data.table}, EM {c.data.em.path}'
-    return f"{counts.synapses.get('kept', 0)} of {len(table)} synapses are kept.",f'<h2>Synapses</h2><p>{html.escape(source)}.</p>{_rows(counts)}'
+    source = (f'a phantom (seed {c.phantom.seed}), of which everything is known' if c.phantom
+        else f'table {c.data.table}, EM {c.data.em.path}')
+    return (f"{counts.synapses.get('kept', 0)} of {len(table)} synapses are kept.",
+        f'<h2>Synapses</h2><p>{html.escape(source)}.</p>{_rows(counts)}')
 
 def _training(c: RunConfig) -> tuple[str, str]:
     "How the network learnt"
     steps,epochs = read_log(c.folder)
     last = epochs[-1]
     above = f", {last['mean_loss']-last['loss_lower_bound']:.3f} above its floor" if 'loss_lower_bound' in last else ''
-    told = ' A few minutes of training do not make a good network: <a href="evaluate.html">evaluate</a> sets it beside an untrained one and the one that comes with the package.' if c.phantom else ''
-    short = f"The network was trained for {len(steps)} steps; its loss went from {epochs[0]['mean_loss']:.2f} to {last['mean_loss']:.2f}." if len(epochs) > 1 else ''
-    return short,f"<h2>Training</h2><p>{len(steps)} steps of {c.train.batch_size} synapses, preset {c.train.model}; loss {last['mean_loss']:.3f}{above}; effective rank of the features {last['rank_backbone']:.0f}.{told}</p>{_picture(training_curve(steps, epochs))}"
+    told = (' A few minutes of training do not make a good network: <a href="evaluate.html">evaluate</a> sets it '
+        'beside an untrained one and the one that comes with the package.' if c.phantom else '')
+    short = (f"The network was trained for {len(steps)} steps; its loss went from {epochs[0]['mean_loss']:.2f} to "
+        f"{last['mean_loss']:.2f}." if len(epochs) > 1 else '')
+    return (short,f"<h2>Training</h2><p>{len(steps)} steps of {c.train.batch_size} synapses, preset {c.train.model}; "
+        f"loss {last['mean_loss']:.3f}{above}; effective rank of the features "
+        f"{last['rank_backbone']:.0f}.{told}</p>{_picture(training_curve(steps, epochs))}")
 
 def _map(c: RunConfig) -> tuple[str, str]:
     "The map, and what features tell"
     table = read_results(c.folder, known_neurons(c), names=['map'])
-    shown = {'cluster': table.cluster.astype(str), 'log cleft volume': np.log10(table.cleft_um3.where(table.cleft_um3 > 0))}
-    if 'pre_inhibitory' in table: shown = {'presynaptic type, where known': table.pre_inhibitory.map({0.: 'excitatory', 1.: 'inhibitory'})} | shown
+    shown = {'cluster': table.cluster.astype(str), 'log cleft volume': np.log10(
+        table.cleft_um3.where(table.cleft_um3 > 0))}
+    if 'pre_inhibitory' in table:
+        shown = {'presynaptic type, where known': table.pre_inhibitory.map(
+            {0.: 'excitatory', 1.: 'inhibitory'})} | shown
     fig,axes = plt.subplots(1, len(shown), figsize=(2.6*len(shown), 2.6), layout='constrained')
     for ax,(title,v) in zip(axes, shown.items()): draw_map(ax, table[['umap_1', 'umap_2']].to_numpy(), v, title)
     if table.cluster.nunique() > 8: axes[list(shown).index('cluster')].legend([], frameon=False)
-    return '',f'<h2>Map</h2><p>Each dot is a synapse; those that look alike are near each other. {table.cluster.nunique()} clusters, {table.island.max()+1} island{"s" if table.island.max() else ""}.</p>{_picture(fig)}'
+    return ('','<h2>Map</h2><p>Each dot is a synapse; those that look alike are near each other. '
+        f'{table.cluster.nunique()} clusters, {table.island.max()+1} '
+        f'island{"s" if table.island.max() else ""}.</p>{_picture(fig)}')
 
 def _told(c: RunConfig) -> tuple[str, str]:
     told = read_table(c.folder/'probe_scores.parquet', 'probe scores')
-    return '',f'<h2>What features tell</h2><p>To the left what they should tell, to the right what they should not, each about neurons that the probe has not seen.</p>{_picture(plot_probe_scores(told))}'
+    return ('','<h2>What features tell</h2><p>To the left what they should tell, to the right what they should not, '
+        f'each about neurons that the probe has not seen.</p>{_picture(plot_probe_scores(told))}')
 
 def _defects(c: RunConfig) -> tuple[str, str]:
     "What quality control removed"
     found = read_table(c.folder/'defects.parquet', 'defects')
     gone = f'{found.removed.sum()} of {len(found)} synapses'
-    return f'{gone} look like defects and are taken out.',f'<h2>Defects</h2><p>From {found.prompt.sum()} marked ones: {gone} removed ({100*found.removed.mean():.1f} %), {(found.removed & ~found.prompt).sum()} of them found.</p>'
+    return (f'{gone} look like defects and are taken out.',f'<h2>Defects</h2><p>From {found.prompt.sum()} marked '
+        f'ones: {gone} removed ({100*found.removed.mean():.1f} %), {(found.removed & ~found.prompt).sum()} of them '
+        'found.</p>')
 
-_words = dict(cleft_um3='the volume of the cleft', pre_soma_um='the distance to the presynaptic soma', post_soma_um='the distance to the postsynaptic soma', pre_mito_um3='the volume of presynaptic mitochondria',
-    post_mito_um3='the volume of postsynaptic mitochondria', inhibitory_pre='the presynaptic type', inhibitory_post='the postsynaptic type', mito_pre='whether there is a presynaptic mitochondrion', mito_post='whether there is a postsynaptic mitochondrion')
+_words = dict(cleft_um3='the volume of the cleft', pre_soma_um='the distance to the presynaptic soma',
+    post_soma_um='the distance to the postsynaptic soma', pre_mito_um3='the volume of presynaptic mitochondria',
+    post_mito_um3='the volume of postsynaptic mitochondria', inhibitory_pre='the presynaptic type',
+    inhibitory_post='the postsynaptic type', mito_pre=
+    'whether there is a presynaptic mitochondrion', mito_post='whether there is a postsynaptic mitochondrion')
 
 def _imputed(c: RunConfig) -> tuple[str, str]:
     "How well traits are imputed"
@@ -160,34 +184,61 @@ def _imputed(c: RunConfig) -> tuple[str, str]:
     value = np.array([r[k] for k,(_,r) in zip(score, scores.iterrows())])
     scores = scores.assign(score=score, value=value)
     chosen = scores[scores.features == c.impute.feature_set].set_index('trait')
-    out = pd.DataFrame(dict(score=chosen.score, value=[f'{r.value:.3f} [{r.lo95:.2f}, {r.hi95:.2f}]' for r in chosen.itertuples()], known=chosen.n, neurons=chosen.neurons), index=chosen.index)
-    few = f'; with fewer than {MIN_NEURONS} known neurons chance can look like knowledge' if (chosen.neurons < MIN_NEURONS).any() else ''
-    leads = {o: scores[scores.features == o].set_index('trait').reindex(out.index) for o in ('untrained', 'morphometrics')}
-    for other,lead in leads.items(): out[f'lead over {other}'] = [f'{r.gain:+.3f} [{r.gain_lo95:+.2f}, {r.gain_hi95:+.2f}]' for r in lead.itertuples()]
+    out = pd.DataFrame(dict(score=chosen.score, value=[f'{r.value:.3f} [{r.lo95:.2f}, {r.hi95:.2f}]'
+        for r in chosen.itertuples()], known=chosen.n, neurons=chosen.neurons), index=chosen.index)
+    few = f'; with fewer than {MIN_NEURONS} known neurons chance can look like knowledge' if (chosen.neurons
+        < MIN_NEURONS).any() else ''
+    leads = {o: scores[scores.features == o].set_index('trait').reindex(out.index)
+        for o in ('untrained', 'morphometrics')}
+    for other,lead in leads.items():
+        out[f'lead over {other}'] = [f'{r.gain:+.3f} [{r.gain_lo95:+.2f}, {r.gain_hi95:+.2f}]'
+            for r in lead.itertuples()]
     clear = chosen[traits_above_chance(scores, c.impute.feature_set)]
     for o in leads: out.loc[~out.index.isin(clear.index), f'lead over {o}'] = '' # nothing leads with nothing
-    names = [f'{_words[r.Index]} ({r.score} {r.value:.2f}' + (f', of {r.neurons} neurons alone' if r.neurons < MIN_NEURONS else '') + ')' for r in clear.sort_values('value', ascending=False).itertuples()]
+    names = [f'{_words[r.Index]} ({r.score} {r.value:.2f}'
+        + (f', of {r.neurons} neurons alone' if r.neurons < MIN_NEURONS else '') + ')'
+        for r in clear.sort_values('value', ascending=False).itertuples()]
     better = [_words[t] for t in clear.index if leads['morphometrics'].gain_lo95.get(t, -1) > 0]
-    short = f"For neurons that no model has seen, the features tell {', '.join(names) or 'nothing'}; they do not tell {', '.join(_words[t] for t in chosen.index.drop(clear.index)) or 'nothing'}. Clearly better than measuring the masks: {', '.join(better) or 'nothing'}."
-    return short,f'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over neurons, by the {html.escape(c.impute.feature_set)} features. EV: share of variance explained; AUC: area under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not told{few}.</p>{_rows(out.rename_axis(None))}'
+    short = (f"For neurons that no model has seen, the features tell {', '.join(names) or 'nothing'}; they do not "
+        f"tell {', '.join(_words[t] for t in chosen.index.drop(clear.index)) or 'nothing'}. Clearly better than "
+        f"measuring the masks: {', '.join(better) or 'nothing'}.")
+    return (short,'<h2>Imputed traits</h2><p>Of neurons that the model has not seen, with 95 % intervals over '
+        f'neurons, by the {html.escape(c.impute.feature_set)} features. EV: share of variance explained; AUC: area '
+        'under the ROC curve, .5 is chance. A trait whose interval holds 0 (EV) or .5 (AUC) is not '
+        f'told{few}.</p>{_rows(out.rename_axis(None))}')
 
 def _neurites(c: RunConfig) -> tuple[str, str]:
     "What neurites were called"
     found = read_table(c.folder/'neurites.parquet', 'neurites')
     found = found[found.n_synapses > 0]
-    clear = traits_above_chance(read_table(c.folder/'imputation_scores.parquet', 'imputation scores'), c.impute.feature_set)
+    clear = traits_above_chance(read_table(c.folder/'imputation_scores.parquet', 'imputation scores'),
+        c.impute.feature_set)
     silent = [dict(pre='axons', post='dendrites')[o] for o in ('pre', 'post') if not clear.get(f'inhibitory_{o}', True)]
     why = f"The features do not tell the type of {' and '.join(silent)} here, so none is called." if silent else ''
-    counts = found.assign(call=found.call.astype('object').replace({'E': 'excitatory', 'I': 'inhibitory', 'abstain': 'not called'})).groupby(['polarity', 'call']).size().unstack(fill_value=0)
+    counts = found.assign(call=found.call.astype('object').replace(
+        {'E': 'excitatory', 'I': 'inhibitory', 'abstain': 'not called'})).groupby(['polarity', 'call']).size().unstack(
+        fill_value=0)
     known = found[found.label.notna() & found.call.isin(['E', 'I'])]
     right = ((known.call == 'I') == (known.label > .5)).groupby(known.polarity).agg(['sum', 'size'])
     counts['right, where known'] = ['{} of {}'.format(*right.loc[p]) if p in right.index else '' for p in counts.index]
     called = found[found.call.isin(['E', 'I'])].groupby('polarity').size()
-    short = 'Called excitatory or inhibitory: ' + ', '.join(f"{called.get(p, 0)} of {n} {dict(pre='axons', post='dendrites').get(p, p)}" + (' ({} of {} right, where known)'.format(*right.loc[p]) if p in right.index else '') for p,n in found.groupby('polarity', sort=False).size().items()) + f'. {why}'
-    return short,f'<h2>Neurites</h2><p>{why} Typed by the consensus of their synapses, called if at least {100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}'
+    short = 'Called excitatory or inhibitory: ' + ', '.join(f"{called.get(p, 0)} of {n} "
+        f"{dict(pre='axons', post='dendrites').get(p, p)}"
+        + (' ({} of {} right, where known)'.format(*right.loc[p]) if p in right.index else '') for p,
+        n in found.groupby('polarity', sort=False).size().items()) + f'. {why}'
+    return (short,f'<h2>Neurites</h2><p>{why} Typed by the consensus of their synapses, called if at least '
+        f'{100*c.consensus.min_confidence:.0f} % sure; those of known type by models that have not seen '
+        f'them.</p>{_rows(counts.rename_axis(None).rename_axis(None, axis=1))}')
 
-_parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map, 'probe_scores.parquet': _told, 'defects.parquet': _defects, 'imputation_scores.parquet': _imputed, 'neurites.parquet': _neurites} # What each part needs
-_files = {'figures/index.html': "the paper's figures, drawn from this run", 'results.parquet': 'one row per synapse, all that is known', 'synapses.h5ad': 'AnnData for scanpy', 'annotations': 'annotation layer for neuroglancer', 'synapses.parquet': 'synapses with measurements', 'imputed.parquet': 'imputed traits', 'neurites.parquet': 'types of neurites', 'features': 'features of the trained network', 'train/weights.safetensors': 'the network'}
+# What each part needs
+_parts = {'synapses.parquet': _data, 'train/weights.safetensors': _training, 'map.parquet': _map,
+    'probe_scores.parquet': _told, 'defects.parquet': _defects, 'imputation_scores.parquet': _imputed,
+    'neurites.parquet': _neurites}
+_files = {'figures/index.html': "the paper's figures, drawn from this run",
+    'results.parquet': 'one row per synapse, all that is known', 'synapses.h5ad': 'AnnData for scanpy',
+    'annotations': 'annotation layer for neuroglancer', 'synapses.parquet': 'synapses with measurements',
+    'imputed.parquet': 'imputed traits', 'neurites.parquet': 'types of neurites',
+    'features': 'features of the trained network', 'train/weights.safetensors': 'the network'}
 
 def _part(c: RunConfig, file: str) -> tuple[str, str]:
     "What one file says, in a sentence and in full; or, if it does not fit what was done since, why it says nothing"
@@ -197,13 +248,40 @@ def _part(c: RunConfig, file: str) -> tuple[str, str]:
 def write_index(c: RunConfig) -> Path:
     "Write the first page of the report"
     pages = [(s, c.folder/'report'/f'{s}.html') for s in stages]
-    rows = [f'<li><a href="{s}.html">{s}</a>: {html.escape(stages[s].__doc__)} <small>({datetime.datetime.fromtimestamp(p.stat().st_mtime):%Y-%m-%d %H:%M}; <a href="{s}.ipynb">notebook</a>)</small></li>'
+    rows = [f'<li><a href="{s}.html">{s}</a>: {html.escape(stages[s].__doc__)} '
+        f'<small>({datetime.datetime.fromtimestamp(p.stat().st_mtime):%Y-%m-%d %H:%M}; <a '
+        f'href="{s}.ipynb">notebook</a>)</small></li>'
         for s,p in pages if p.exists()]
-    with plt.style.context(['default', {'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False}]): # whoever draws
+    # whoever draws
+    with plt.style.context(['default', {'axes.spines.top': False, 'axes.spines.right': False,
+        'legend.frameon': False}]):
         parts = [_part(c, file) for file in _parts if (c.folder/file).exists()]
-    short,body = (''.join(o) for o in zip(*[(f'<li>{html.escape(s)}</li>' if s else '', b) for s,b in parts])) if parts else ('', '')
+    short,body = (''.join(o) for o in zip(*[(f'<li>{html.escape(s)}</li>' if s else '', b) for s,
+        b in parts])) if parts else ('', '')
     files = ''.join(f'<li><a href="../{o}">{o}</a>: {what}</li>' for o,what in _files.items() if (c.folder/o).exists())
-    body = f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}. In short:</p><ul>{short}</ul>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><details><summary>all options</summary><pre>{html.escape((c.folder/"config.toml").read_text())}</pre></details>'
+    body = (f'<h1>{html.escape(c.folder.resolve().name)}</h1><p>A run of synapseclr {synapseclr.__version__}. In '
+
+
+
+
+
+
+
+
+
+
+        f'short:</p><ul>{short}</ul>{body}<h2>Stages</h2><ol>{"".join(rows)}</ol><h2>Files</h2><ul>{files}</ul><h2>Configuration</h2><details><summary>all '
+        ''
+        ''
+        ''
+        ''
+        ''
+        ''
+        ''
+        ''
+        ''
+        ''
+        f'options</summary><pre>{html.escape((c.folder/"config.toml").read_text())}</pre></details>')
     path = c.folder/'report/index.html'
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as f: f.write_text(html_page(c.folder.resolve().name, body))
@@ -217,7 +295,8 @@ def run_parallel(
 ) -> Iterator[tuple[str, object]]: # Names and results, as they come
     "Execute notebooks side by side"
     with headless(OMP_NUM_THREADS=str(max(1, n_cores()//at_once))),ThreadPoolExecutor(at_once) as pool:
-        waiting,running = dict(jobs),{}
+        waiting = dict(jobs)
+        running = {}
         try:
             while waiting or running:
                 ready = [o for o in waiting if not {*(after or {}).get(o, ())} & {*waiting, *running.values()}]

@@ -64,7 +64,8 @@ class RunConfig(Strict):
 
     @pydantic.model_validator(mode='after')
     def _one_source(self):
-        if (self.data is None) == (self.phantom is None): raise ValueError('state where the synapses come from once: a section [data], or a section [phantom]')
+        if (self.data is None) == (self.phantom is None):
+            raise ValueError('state where the synapses come from once: a section [data], or a section [phantom]')
         return self
 
     @property
@@ -78,7 +79,8 @@ class RunConfig(Strict):
         if self.data: return self.data
         within = lambda name: str((self.phantom_folder/name).resolve())
         layer = lambda name: LayerSource(path=within(name))
-        return DataConfig(table=within('synapses.parquet'), neurons=within('neurons.csv'), skeletons=within('skeletons'), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
+        return DataConfig(table=within('synapses.parquet'), neurons=within('neurons.csv'),
+            skeletons=within('skeletons'), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
 
 def open_run(
     config: str|Path, # TOML file
@@ -98,52 +100,73 @@ def phantom_stage(c: RunConfig):
 def fetch_stage(c: RunConfig, processes: int = 1):
     known_neurons(c) # what is wrong with it is said now, not after hours
     window = c.fetch.window_nm or c.fetch.window_vx
-    if window[1] != window[2]: print(f'hint: the window of [fetch] is z, y, x = {", ".join(f"{o:g}" for o in window)}: not as high as it is wide')
+    if window[1] != window[2]:
+        print(f'hint: the window of [fetch] is z, y, x = {", ".join(f"{o:g}" for o in window)}: not as high as it is '
+            'wide')
     table = fetch(c.source, c.fetch, c.folder, processes)
-    kept,why = (table.reject_reason == '').mean(),table.reject_reason[table.reject_reason != ''].mode()
+    kept = (table.reject_reason == '').mean()
+    why = table.reject_reason[table.reject_reason != ''].mode()
     if 0 < kept < .5: print(f'hint: most synapses are rejected, of {len(table)}: {why[0]}. {_advice(why[0])}')
-    if not kept: raise ConfigError(f"{summarize_fetch(table)}; {table.blank_fraction.median():.0%} of the median window is blank or outside the volume. {_advice(why[0])}")
+    if not kept:
+        raise ConfigError(f"{summarize_fetch(table)}; {table.blank_fraction.median():.0%} of the median window is "
+            f"blank or outside the volume. {_advice(why[0])}")
     if (neurons := known_neurons(c)) is not None: _say_of(neurons, table, c.source.neurons)
     return table
 
 def _advice(reason: str) -> str:
     "What to do if synapses are rejected for it"
-    if reason == 'blank EM': return 'Make the window of [fetch] smaller (z, y, x), or raise its max_blank_fraction; configs/vnc.toml is for a thin stack'
-    return "Look at a synapse's place in the layers: are x, y, z and voxel size of the table right, are the layers those that their names say and of the table's version, and is the window of [fetch] (z, y, x) large enough?"
+    if reason == 'blank EM':
+        return ('Make the window of [fetch] smaller (z, y, x), or raise its max_blank_fraction; configs/vnc.toml is '
+            'for a thin stack')
+    return ("Look at a synapse's place in the layers: are x, y, z and voxel size of the table right, are the layers "
+        "those that their names say and of the table's version, and is the window of [fetch] (z, y, x) large enough?")
 
 def _say_of(neurons: pd.DataFrame, table: pd.DataFrame, path: str):
     "Say what of the table of neurons is not used; raise `ConfigError` if that is all of it"
     if not neurons.root_id.isin(table.pre_root_id).any() and not neurons.root_id.isin(table.post_root_id).any():
-        raise ConfigError(f"{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, is a partner of any synapse; are its root_id and the synapse table of the same version of the segmentation?")
-    if len(words := unrecognised_cell_types(neurons)): print(f"hint: {path}: {words.sum()} of {len(neurons)} cells are neither excitatory nor inhibitory by their words: {', '.join(f'{w} ({n})' for w,n in words.head(5).items())}")
+        raise ConfigError(f"{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, is a partner of "
+            "any synapse; are its root_id and the synapse table of the same version of the segmentation?")
+    if len(words := unrecognised_cell_types(neurons)):
+        print(f"hint: {path}: {words.sum()} of {len(neurons)} cells are neither excitatory nor inhibitory by their "
+            f"words: {', '.join(f'{w} ({n})' for w,n in words.head(5).items())}")
 
 def annotate_stage(c: RunConfig):
     return annotate(c.folder, c.source.skeletons)
 
 def train_stage(c: RunConfig, restart: bool = False):
     neurons = known_neurons(c)
-    return train(c.folder, c.train, c.augment, c.cube, restart, types=None if neurons is None else neurons.set_index('root_id').inhibitory)
+    return train(c.folder, c.train, c.augment, c.cube, restart,
+        types=None if neurons is None else neurons.set_index('root_id').inhibitory)
 
 def extract_stage(c: RunConfig, shards: list[int]|None = None):
     networks = describing_networks(c)
     precision = agreed_precision(c.folder, list(networks.values()), c.extract.precision)
-    for out,network in networks.items(): folder = extract(c.folder, *network, out, views=c.extract.tta_views, shards=shards, precision=precision)
+    for out,network in networks.items():
+        folder = extract(c.folder, *network, out, views=c.extract.tta_views, shards=shards, precision=precision)
     return folder
 
 def describing_networks(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConfig, CubeConfig]]:
-    "The networks that describe a run, and the views each of them is shown, by folder; the trained one is the last. Raises `TrainingError` or `ConfigError` if it is not there, or not for these views"
+    """The networks that describe a run, and the views each of them is shown, by folder; the trained one is the last.
+    Raises `TrainingError` or `ConfigError` if it is not there, or not for these views"""
     weights = c.folder/'train/weights.safetensors'
-    if not weights.exists(): raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
+    if not weights.exists():
+        raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
     networks = dict(features_pretrained=pretrained_network(c.folder)) if c.extract.pretrained else {}
     for path in c.extract.weights:
         net,about = read_network(path)
-        augment = AugmentConfig(**about['augment']) if about.get('augment') else with_dataset_statistics(c.augment, ChunkStore.open(c.folder/'chunks.zarr'))
-        networks[f'features_{Path(path).stem}'] = net,augment,CubeConfig(**about['cube']) if about.get('cube') else c.cube
+        augment = AugmentConfig(**about['augment']) if about.get('augment') else with_dataset_statistics(c.augment,
+            ChunkStore.open(c.folder/'chunks.zarr'))
+        networks[f'features_{Path(path).stem}'] = net,augment,CubeConfig(**about['cube']) if about.get(
+            'cube') else c.cube
     net,about = load_weights(weights)
-    cube,augment = CubeConfig(**about['cube']),AugmentConfig(**about['augment'])
-    other = [f'{name}.{k} = {asked} (trained with {getattr(was, k)})' for name,was in (('cube', cube), ('augment', augment)) for k,asked in getattr(c, name)
+    cube = CubeConfig(**about['cube'])
+    augment = AugmentConfig(**about['augment'])
+    other = [f'{name}.{k} = {asked} (trained with {getattr(was, k)})' for name,
+        was in (('cube', cube), ('augment', augment)) for k,asked in getattr(c, name)
         if k not in ('mean', 'sd') and asked != getattr(was, k)]
-    if other: raise ConfigError(f"{weights}: the network was trained on other views than are asked for: {', '.join(other)}; train again (`synapseclr train --restart`), or take that back")
+    if other:
+        raise ConfigError(f"{weights}: the network was trained on other views than are asked for: {', '.join(other)}; "
+            "train again (`synapseclr train --restart`), or take that back")
     networks['features_untrained'] = SynapseNet(net.preset, about['provenance']['seed']),augment,cube
     networks['features'] = net,augment,cube
     return networks
@@ -166,17 +189,23 @@ def pretrained_network(
     return net,with_dataset_statistics(law, ChunkStore.open(Path(run)/'chunks.zarr')),CubeConfig(**about['cube'])
 
 def embed_stage(c: RunConfig):
-    found,told = embed(c.folder, c.embed),probe_run(c.folder, known_neurons(c), c.embed.layer, reference=c.embed.feature_set)
-    write_table(told, c.folder/'probe_scores.parquet', 'probe scores', provenance(c.embed, source=feature_provenance(c.folder, c.embed.feature_set)))
+    found = embed(c.folder, c.embed)
+    told = probe_run(c.folder, known_neurons(c), c.embed.layer, reference=c.embed.feature_set)
+    write_table(told, c.folder/'probe_scores.parquet', 'probe scores',
+        provenance(c.embed, source=feature_provenance(c.folder, c.embed.feature_set)))
     return found,told
 
 def qc_stage(c: RunConfig):
-    if c.qc.simulate_prompts and not c.phantom: raise ConfigError('[qc] simulate_prompts needs a phantom, whose defects are known; here name some in [qc] prompts')
-    return detect_defects(c.folder, c.qc, sample_true_defects(c.folder, c.phantom_folder, c.qc.simulate_prompts) if c.qc.simulate_prompts else ())
+    if c.qc.simulate_prompts and not c.phantom:
+        raise ConfigError('[qc] simulate_prompts needs a phantom, whose defects are known; here name some in [qc] '
+            'prompts')
+    return detect_defects(c.folder, c.qc, sample_true_defects(c.folder, c.phantom_folder, c.qc.simulate_prompts)
+        if c.qc.simulate_prompts else ())
 
 def query_stage(c: RunConfig):
     table = compare_retrieval(c.folder, c.query.layer)
-    write_table(table, c.folder/'retrieval.parquet', 'retrieval', provenance(c.query, source=feature_provenance(c.folder, 'trained')))
+    write_table(table, c.folder/'retrieval.parquet', 'retrieval',
+        provenance(c.query, source=feature_provenance(c.folder, 'trained')))
     return table
 
 def read_run_neurons(c: RunConfig) -> pd.DataFrame:
@@ -199,11 +228,13 @@ def consensus_stage(c: RunConfig):
     return type_neurites(c.folder, c.consensus)
 
 def manifold_stage(c: RunConfig):
-    return manifold(c.folder, read_results(c.folder, known_neurons(c), include_defects=False, names=('map', 'defects', 'imputed')), c.manifold)
+    return manifold(c.folder, read_results(c.folder, known_neurons(c), include_defects=False,
+        names=('map', 'defects', 'imputed')), c.manifold)
 
 def export_stage(c: RunConfig):
     layers = {o: getattr(c.source, o) for o in ('em', 'seg', 'cleft')}
-    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.feature_set, c.embed.umap_n_neighbors, c.embed.layer, known_neurons(c), c.export)
+    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.feature_set,
+        c.embed.umap_n_neighbors, c.embed.layer, known_neurons(c), c.export)
 
 def evaluate_stage(c: RunConfig):
     if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
@@ -212,13 +243,16 @@ def evaluate_stage(c: RunConfig):
     if c.embed.features in networks: networks[c.embed.feature_set] = networks[c.embed.features]
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
 
-stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage, extract=extract_stage,
-    embed=embed_stage, qc=qc_stage, query=query_stage, impute=impute_stage, consensus=consensus_stage, manifold=manifold_stage, export=export_stage,
+stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage,
+    extract=extract_stage,
+    embed=embed_stage, qc=qc_stage, query=query_stage, impute=impute_stage, consensus=consensus_stage,
+    manifold=manifold_stage, export=export_stage,
     evaluate=evaluate_stage)
 for _name,_stage in stages.items(): _stage.__doc__ = STAGES[_name].help
 
 def stages_of(c: RunConfig) -> list[str]:
-    "The stages that a run has: phantom and evaluation only with a phantom, quality control only if defects are marked, imputation and consensus only with a table of neurons"
+    """The stages that a run has: phantom and evaluation only with a phantom, quality control only if defects are
+    marked, imputation and consensus only with a table of neurons"""
     marked = c.qc.prompts or c.qc.simulate_prompts or (c.folder/'labels.csv').exists()
     has = dict(phantom=c.phantom, evaluate=c.phantom, qc=marked, impute=c.source.neurons, consensus=c.source.neurons)
     return [s for s in stages if has.get(s, True)]

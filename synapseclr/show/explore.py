@@ -57,9 +57,12 @@ def draw_slices(
     image.save(out, 'png')
     return out.getvalue()
 
-_greys,_parts = 48,(PRE, POST, CLEFT)
-_dark,_white = _greys+len(_parts),_greys+len(_parts)+1
-_palette = [round(i*255/(_greys-1)) for i in range(_greys) for _ in range(3)] + [int(COLOURS[p][i:i+2], 16) for p in _parts for i in (1, 3, 5)] + [0]*3 + [255]*3
+_greys = 48
+_parts = (PRE, POST, CLEFT)
+_dark = _greys+len(_parts)
+_white = _greys+len(_parts)+1
+_palette = [round(i*255/(_greys-1)) for i in range(_greys) for _ in range(3)] + [int(COLOURS[p][i:i+2], 16)
+    for p in _parts for i in (1, 3, 5)] + [0]*3 + [255]*3
 
 def _section(em, mask, height: int, width: int) -> np.ndarray:
     "One section, as indices into the palette"
@@ -74,23 +77,28 @@ def _section(em, mask, height: int, width: int) -> np.ndarray:
 
 # %% ../../nbs/show/02_explore.ipynb #e97b8939
 _shown = 15
-_other,_missing = _shown,_shown+1
+_other = _shown
+_missing = _shown+1
 
 def encode_column(
     values: pd.Series, # One for each synapse
 ) -> tuple[dict, bytes]: # `kind`, with `values`, `counts`, `n_values` or `lo`, `hi`; uint8 code or float32 of each synapse
     "A column as the page wants it"
     number = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
-    named = not number or values.name == 'cluster' or (pd.api.types.is_integer_dtype(values) and (values.nunique() <= _shown or str(values.name).endswith('_id')))
+    named = not number or values.name == 'cluster' or (pd.api.types.is_integer_dtype(values)
+        and (values.nunique() <= _shown or str(values.name).endswith('_id')))
     if not named:
         v = values.to_numpy(np.float32, na_value=np.nan)
         finite = v[np.isfinite(v)]
         lo,hi = (float(o) for o in np.quantile(finite, [.01, .99])) if len(finite) else (0., 1.)
-        return dict(kind='number', lo=lo, hi=hi, n_missing=int(len(v)-len(finite))),np.where(np.isfinite(v), v, np.nan).astype('<f4').tobytes()
+        return dict(kind='number', lo=lo, hi=hi, n_missing=int(len(v)-len(finite))),np.where(np.isfinite(v), v,
+            np.nan).astype('<f4').tobytes()
     codes,found = pd.factorize(values)
     counts = np.bincount(codes[codes >= 0], minlength=len(found))
     order = np.argsort(-counts, kind='stable')
-    if values.name == 'cluster' and len(found) <= _shown: order = np.array(sorted(range(len(found)), key=lambda i: (len(str(found[i])), str(found[i]))), int) # clusters in their own order
+    if values.name == 'cluster' and len(found) <= _shown:
+        # clusters in their own order
+        order = np.array(sorted(range(len(found)), key=lambda i: (len(str(found[i])), str(found[i]))), int)
     code = np.full(len(found)+1, _other, np.uint8)
     code[order[:_shown]],code[-1] = np.arange(min(_shown, len(found))),_missing
     said = dict(kind='category', values=[str(found[i]) for i in order[:_shown]], n_values=len(found))
@@ -104,29 +112,41 @@ def _words(v) -> str:
     return f'{v:.1f}' if abs(v) >= 1000 else f'{v:.4g}'
 
 class ExplorerData:
-    "The synapses of a table, as the files that the page asks for. Raises `ExploreError` if the table has no map or no such column"
+    """The synapses of a table, as the files that the page asks for. Raises `ExploreError` if the table has no map or no
+    such column"""
     rows_in_page = 100
 
     def __init__(self,
-        table: pd.DataFrame, # `id`, `umap_1`, `umap_2`, and anything else to colour by; `neuroglancer` is shown as a link
+        # `id`, `umap_1`, `umap_2`, and anything else to colour by; `neuroglancer` is shown as a link
+        table: pd.DataFrame,
         store: ChunkStore, # Where the slices are
         name: str = 'synapses', # Title of the page
         colour: str|None = None, # Column to begin with; `cluster` if there is one
         pictured: np.ndarray|None = None, # Synapses that have slices, if not all have
     ):
-        if lost := [o for o in ('id', 'umap_1', 'umap_2') if o not in table]: raise ExploreError(f"the table has no column {', '.join(lost)}: there is no map of this run; make it with `synapseclr embed`")
-        if not pd.api.types.is_integer_dtype(table.id) or table.id.duplicated().any(): raise ExploreError("column id has to be whole numbers, each once")
+        if lost := [o for o in ('id', 'umap_1', 'umap_2') if o not in table]:
+            raise ExploreError(f"the table has no column {', '.join(lost)}: there is no map of this run; make it with "
+                "`synapseclr embed`")
+        if not pd.api.types.is_integer_dtype(table.id) or table.id.duplicated().any():
+            raise ExploreError("column id has to be whole numbers, each once")
         on_map = np.isfinite(table[['umap_1', 'umap_2']].to_numpy(float)).all(1)
         if not on_map.any(): raise ExploreError("no synapse has a place on the map; make it with `synapseclr embed`")
-        self.table,self.store,self.pictured = table[on_map].reset_index(drop=True),store,pictured
-        self.columns = [c for c in ('cluster', *self.table) if c in self.table and c not in ('id', 'umap_1', 'umap_2', 'neuroglancer')]
+        self.table = table[on_map].reset_index(drop=True)
+        self.store = store
+        self.pictured = pictured
+        self.columns = [c for c in ('cluster', *self.table) if c in self.table
+            and c not in ('id', 'umap_1', 'umap_2', 'neuroglancer')]
         self.columns = list(dict.fromkeys(map(str, self.columns)))
         if colour and colour not in self.columns:
             near = difflib.get_close_matches(colour, self.columns, n=1)
-            raise ExploreError(f"there is no column '{colour}'" + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(self.columns)}"))
-        self.about = dict(name=name, columns=self.columns, colour=colour or next(iter(self.columns), None), rows_in_page=self.rows_in_page, static=False,
-            key=hashlib.sha256(self.table.id.to_numpy('<i8').tobytes()).hexdigest()[:16], other=_other, missing=_missing,
-            parts={'pre': COLOURS[PRE], 'post': COLOURS[POST], 'cleft': COLOURS[CLEFT]}, ramp=[matplotlib.colors.to_hex(matplotlib.colormaps['viridis_r'](o)) for o in np.linspace(.08, 1, 64)])
+            raise ExploreError(f"there is no column '{colour}'"
+                + (f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(self.columns)}"))
+        self.about = dict(name=name, columns=self.columns, colour=colour or next(iter(self.columns), None),
+            rows_in_page=self.rows_in_page, static=False,
+            key=hashlib.sha256(self.table.id.to_numpy('<i8').tobytes()).hexdigest()[:16], other=_other,
+            missing=_missing,
+            parts={'pre': COLOURS[PRE], 'post': COLOURS[POST], 'cleft': COLOURS[CLEFT]},
+            ramp=[matplotlib.colors.to_hex(matplotlib.colormaps['viridis_r'](o)) for o in np.linspace(.08, 1, 64)])
         self.row_of = {int(i): k for k,i in enumerate(store.ids)}
         self.column = lru_cache(8)(lambda k: encode_column(self.table[self.columns[k]]))
 
@@ -144,7 +164,8 @@ class ExplorerData:
 
     def slices(self, id: int) -> bytes:
         "PNG of a synapse"
-        if id not in self.row_of or (self.pictured is not None and id not in self.pictured): raise NotFound(f'there is no picture of synapse {id}')
+        if id not in self.row_of or (self.pictured is not None and id not in self.pictured):
+            raise NotFound(f'there is no picture of synapse {id}')
         return draw_slices(self.store[self.row_of[id]], self.store.voxel_nm)
 
     def file(self,
@@ -163,11 +184,14 @@ class ExplorerData:
         if path == 'map.json': return json.dumps(self.about).encode()
         if path == 'ids.bin': return self.table.id.to_numpy('<i8').tobytes()
         if path == 'points.bin': return self.points()
-        if path.startswith('lib/') and path[4:] in _libraries: return asset(f'explorer/scatterplot/{path[4:]}').read_bytes()
+        if path.startswith('lib/') and path[4:] in _libraries:
+            return asset(f'explorer/scatterplot/{path[4:]}').read_bytes()
         raise NotFound('there is no such page')
 
 # %% ../../nbs/show/02_explore.ipynb #b3c42c11
-_types = {'': 'text/html; charset=utf-8', 'html': 'text/html; charset=utf-8', 'js': 'text/javascript; charset=utf-8', 'json': 'application/json', 'png': 'image/png', 'bin': 'application/octet-stream', 'LICENSE': 'text/plain; charset=utf-8'}
+_types = {'': 'text/html; charset=utf-8', 'html': 'text/html; charset=utf-8', 'js': 'text/javascript; charset=utf-8',
+    'json': 'application/json', 'png': 'image/png', 'bin': 'application/octet-stream',
+    'LICENSE': 'text/plain; charset=utf-8'}
 _most = 64*2**20 # Bytes of a POST
 
 def make_server(
@@ -186,7 +210,9 @@ def make_server(
         def answer(self, code: int, content: bytes|str, kind: str = 'text/plain; charset=utf-8'):
             content = content.encode() if isinstance(content, str) else content
             self.send_response(code)
-            for k,v in {'Content-Type': kind, 'Content-Length': len(content), 'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff', 'Cross-Origin-Resource-Policy': 'same-origin'}.items(): self.send_header(k, str(v))
+            for k,v in {'Content-Type': kind, 'Content-Length': len(content), 'Cache-Control': 'no-store',
+                'X-Content-Type-Options': 'nosniff', 'Cross-Origin-Resource-Policy': 'same-origin'}.items():
+                self.send_header(k, str(v))
             with suppress(ConnectionError): # the reader may have gone on to another page
                 self.end_headers()
                 self.wfile.write(content)
@@ -201,33 +227,45 @@ def make_server(
             if not self.is_ours(): return self.answer(403, 'ask for 127.0.0.1')
             path = urlsplit(self.path).path[1:]
             try:
-                content = json.dumps({str(i): o for i,o in read_labels(labels).items()}).encode() if path == 'labels.json' else m.file(path)
+                content = json.dumps({str(i): o for i,o in read_labels(labels).items()}).encode(
+                    ) if path == 'labels.json' else m.file(path)
                 self.answer(200, content, _types[re.split(r'[./]', path)[-1]])
             except NotFound as e: self.answer(404, str(e))
             except StoreError as e: self.answer(500, str(e))
 
         def do_POST(self):
-            if not self.is_ours() or self.headers.get('Origin') not in [f'http://{o}' for o in self.names()]: return self.answer(403, 'labels are taken from the page itself only')
+            if not self.is_ours() or self.headers.get('Origin') not in [f'http://{o}' for o in self.names()]:
+                return self.answer(403, 'labels are taken from the page itself only')
             if self.path != '/labels': return self.answer(404, 'there is no such page')
-            if self.headers.get_content_type() != 'application/json': return self.answer(400, 'labels come as application/json')
+            if self.headers.get_content_type() != 'application/json':
+                return self.answer(400, 'labels come as application/json')
             length = self.headers.get('Content-Length', '')
-            if not length.isascii() or not length.isdigit() or int(length) > _most: return self.answer(400, 'say how long it is, at most 64 MB')
+            if not length.isascii() or not length.isdigit() or int(length) > _most:
+                return self.answer(400, 'say how long it is, at most 64 MB')
             try: ids,label = _checked(json.loads(self.rfile.read(int(length))))
-            except (ValueError, ExploreError) as e: return self.answer(400, str(e) if isinstance(e, ExploreError) else 'this is not JSON')
-            if unknown := [i for i in ids if i not in known]: return self.answer(404, f'synapse {unknown[0]} is not on the map')
+            except (ValueError, ExploreError) as e:
+                return self.answer(400, str(e) if isinstance(e, ExploreError) else 'this is not JSON')
+            if unknown := [i for i in ids if i not in known]:
+                return self.answer(404, f'synapse {unknown[0]} is not on the map')
             try: append_labels(labels, ids, label)
             except OSError as e: return self.answer(500, f'the labels could not be written: {e.strerror}')
             self.answer(200, str(len(ids)))
 
     try: return ThreadingHTTPServer(('127.0.0.1', port), Handler)
-    except (OSError, OverflowError) as e: raise ExploreError(f"port {port} cannot be had ({getattr(e, 'strerror', e)}); choose another with --port") from None
+    except (OSError, OverflowError) as e:
+        raise ExploreError(f"port {port} cannot be had ({getattr(e, 'strerror', e)}); choose another with --port") from None
 
 def _checked(said) -> tuple[list[int], str]:
     "Ids and label of a POST. Raises `ExploreError` with what is wrong with it"
-    if not isinstance(said, dict) or set(said) != {'ids', 'label'}: raise ExploreError('labels come as {"ids": [...], "label": "..."}')
-    ids,label = said['ids'],said['label']
-    if not isinstance(label, str) or len(label) > 100 or not label.isprintable(): raise ExploreError('a label is a text of one line and at most 100 characters')
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, str) and re.fullmatch('[0-9]{1,19}', i) for i in ids): raise ExploreError('ids are a list of whole numbers, as text')
+    if not isinstance(said, dict) or set(said) != {'ids', 'label'}:
+        raise ExploreError('labels come as {"ids": [...], "label": "..."}')
+    ids = said['ids']
+    label = said['label']
+    if not isinstance(label, str) or len(label) > 100 or not label.isprintable():
+        raise ExploreError('a label is a text of one line and at most 100 characters')
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, str) and re.fullmatch('[0-9]{1,19}', i)
+        for i in ids):
+        raise ExploreError('ids are a list of whole numbers, as text')
     return [int(i) for i in ids],label.strip()
 
 # %% ../../nbs/show/02_explore.ipynb #d1bbb296
@@ -249,8 +287,10 @@ def open_map(
     pictured: np.ndarray|None = None, # Synapses that have slices, if not all have
 ) -> ExplorerData:
     "The map of a run, with the links of `synapseclr export` if it has been done"
-    table,links = read_results(run),Path(run)/'results.parquet'
-    if links.exists() and 'neuroglancer' in (found := read_table(links, 'results')): table = table.merge(found[['id', 'neuroglancer']], on='id', how='left', validate='1:1')
+    table = read_results(run)
+    links = Path(run)/'results.parquet'
+    if links.exists() and 'neuroglancer' in (found := read_table(links, 'results')):
+        table = table.merge(found[['id', 'neuroglancer']], on='id', how='left', validate='1:1')
     return ExplorerData(table, ChunkStore.open(Path(run)/'chunks.zarr'), Path(run).resolve().name, colour, pictured)
 
 # %% ../../nbs/show/02_explore.ipynb #30f1de43
@@ -270,13 +310,17 @@ def write_map(
 ):
     "Write a map as files. Raises `ExploreError` if there is something in the folder already"
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ExploreError(f"{out}: there is something already; choose a folder that is new or empty")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExploreError(f"{out}: there is something already; choose a folder that is new or empty")
     with_chunk = m.table.id[m.table.id.isin(m.store.ids)].to_numpy()
     some = with_chunk[np.unique(np.linspace(0, len(with_chunk)-1, min(slices, len(with_chunk))).astype(int))]
-    table = m.table if len(some) == len(m.table) else m.table.assign(slices=np.where(m.table.id.isin(some), 'yes', 'no'))
+    table = m.table if len(some) == len(m.table) else m.table.assign(
+        slices=np.where(m.table.id.isin(some), 'yes', 'no'))
     m = ExplorerData(table, m.store, m.about['name'], m.about['colour'], some)
     m.about['static'] = True
-    paths = ['index.html', *(f'lib/{o}' for o in _libraries), 'ids.bin', 'points.bin', *(f'column/{k}.{o}' for k in range(len(m.columns)) for o in ('json', 'bin')),
-        *(f'rows/{k}.json' for k in range(-(-len(m.table)//m.rows_in_page))), *(f'slices/{i}.png' for i in some), 'map.json']
+    paths = ['index.html', *(f'lib/{o}' for o in _libraries), 'ids.bin', 'points.bin',
+        *(f'column/{k}.{o}' for k in range(len(m.columns)) for o in ('json', 'bin')),
+        *(f'rows/{k}.json' for k in range(-(-len(m.table)//m.rows_in_page))), *(f'slices/{i}.png' for i in some),
+        'map.json']
     for path in progress(paths, desc='explore', unit='file'):
         with atomic(out/path) as f: f.write_bytes(m.file(path))

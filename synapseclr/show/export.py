@@ -30,12 +30,16 @@ def to_anndata(
     "All synapses of a run with all that is known. Raises `ExportError` if the map is of other synapses than the table"
     run,table = Path(run),read_results(run, neurons)
     ids,near = read_neighbours(run)
-    if not np.array_equal(ids, table.id): raise ExportError(f"{run/'neighbours.parquet'}: of other synapses than the table; run `synapseclr embed` again")
+    if not np.array_equal(ids, table.id):
+        raise ExportError(f"{run/'neighbours.parquet'}: of other synapses than the table; run `synapseclr embed` again")
     names = ['backbone'] if features == 'morphometrics' else ['backbone', 'hidden', 'projection']
-    layers = {name: read_feature_sets(run, name, [features], include_defects=True)[1][features].astype(np.float32) for name in names}
+    layers = {name: read_feature_sets(run, name, [features], include_defects=True)[1][features].astype(np.float32)
+        for name in names}
     obs = table.set_index(table.id.astype(str).to_numpy()).rename_axis(None)
-    for c in obs.columns[obs.dtypes.map(lambda t: pd.api.types.is_object_dtype(t) or isinstance(t, pd.StringDtype))]: obs[c] = obs[c].astype('category')
-    obs['leiden'] = pd.Categorical(obs.cluster.astype(str), [str(i) for i in sorted(obs.cluster.unique())]) # 10 after 9, as scanpy has it
+    for c in obs.columns[obs.dtypes.map(lambda t: pd.api.types.is_object_dtype(t) or isinstance(t, pd.StringDtype))]:
+        obs[c] = obs[c].astype('category')
+    # 10 after 9, as scanpy has it
+    obs['leiden'] = pd.Categorical(obs.cluster.astype(str), [str(i) for i in sorted(obs.cluster.unique())])
     maps = {re.match(r'umap\d*', c)[0]: None for c in obs if re.fullmatch(r'umap\d*_\d+', c)}
     obsm = {f'X_{m}': obs[[c for c in obs if re.fullmatch(rf'{m}_\d+', c)]].to_numpy(np.float32) for m in maps}
     obs = obs.drop(columns=[c for c in obs if re.fullmatch(r'umap\d*_\d+', c)])
@@ -43,10 +47,16 @@ def to_anndata(
     distances = sp.csr_matrix((near.distances.flatten(), near.indices.flatten(), np.arange(0, n*k+1, k)), (n, n))
     distances.sort_indices()
     origin = read_metadata(run/'map.parquet')['provenance']
-    uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap', metric=read_metadata(run/'neighbours.parquet')['provenance']['metric'], use_rep='X' if layer == 'backbone' else f'X_{layer}', random_state=0)),
-        umap=dict(params=dict(a=0., b=0.)), leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)), synapseclr=json.dumps(dict(format='synapses', version=FORMAT_VERSION, provenance=origin)))
-    return anndata.AnnData(X=layers['backbone'], obs=obs, var=pd.DataFrame(index=[f'{features}_{i}' for i in range(layers['backbone'].shape[1])]),
-        obsm=obsm | {f'X_{name}': layers[name] for name in names[1:]}, obsp=dict(distances=distances, connectivities=connectivities(near, umap_neighbours)), uns=uns)
+    uns = dict(neighbors=dict(connectivities_key='connectivities', distances_key='distances',
+        params=dict(n_neighbors=min(umap_neighbours, k+1), method='umap',
+        metric=read_metadata(run/'neighbours.parquet')['provenance']['metric'],
+        use_rep='X' if layer == 'backbone' else f'X_{layer}', random_state=0)),
+        umap=dict(params=dict(a=0., b=0.)), leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)),
+        synapseclr=json.dumps(dict(format='synapses', version=FORMAT_VERSION, provenance=origin)))
+    return anndata.AnnData(X=layers['backbone'], obs=obs,
+        var=pd.DataFrame(index=[f'{features}_{i}' for i in range(layers['backbone'].shape[1])]),
+        obsm=obsm | {f'X_{name}': layers[name] for name in names[1:]},
+        obsp=dict(distances=distances, connectivities=connectivities(near, umap_neighbours)), uns=uns)
 
 def read_anndata(
     path: str|Path, # `synapses.h5ad`
@@ -83,14 +93,77 @@ def export(
     config: ExportConfig|None = None,
 ) -> pd.DataFrame: # The table
     "Write `results.parquet`, `synapses.h5ad` and `annotations/` into the run folder"
-    run,config = Path(run),config or ExportConfig()
-    if not (run/'map.parquet').exists(): raise ExportError(f"{run/'map.parquet'}: there is no map; run `synapseclr embed` first")
-    table,origin = read_results(run, neurons),provenance(config, map=read_metadata(run/'map.parquet')['provenance'])
-    found = to_anndata(run, features, umap_neighbours, neurons, layer) # first, as it also checks that the parts fit together
+    run = Path(run)
+    config = config or ExportConfig()
+    if not (run/'map.parquet').exists():
+        raise ExportError(f"{run/'map.parquet'}: there is no map; run `synapseclr embed` first")
+    table = read_results(run, neurons)
+    origin = provenance(config, map=read_metadata(run/'map.parquet')['provenance'])
+    # first, as it also checks that the parts fit together
+    found = to_anndata(run, features, umap_neighbours, neurons, layer)
     if config.annotations: write_annotations(run/'annotations', table, annotation_properties(table))
     if config.links:
         urls,root = layer_urls(layers, config.local_url, (run,))
-        shown = f"precomputed://{config.local_url.rstrip('/')}/{quote((run.absolute()/'annotations').relative_to(root).as_posix())}" if config.annotations and root else None
+        shown = (
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+            f"precomputed://{config.local_url.rstrip('/')}/{quote((run.absolute()/'annotations').relative_to(root).as_posix())}" if config.annotations and root else None)
         table = table.assign(neuroglancer=links(table, urls, voxel_nm, shown, config.viewer))
     write_table(table, run/'results.parquet', 'results', origin)
     with atomic(run/'synapses.h5ad') as f: found.write_h5ad(f, compression='lzf')

@@ -32,14 +32,18 @@ class ExportConfig(Strict):
 def layer_urls(
     layers: dict[str, LayerSource], # By name
     local_url: str, # Where the folder that holds all local ones is served
-    more: tuple[str|Path, ...] = (), # Further local folders that it has to hold
+    extra_folders: tuple[str|Path, ...] = (), # Further local folders that it has to hold
 ) -> tuple[dict[str, str], Path|None]: # Address of each, as neuroglancer takes it; and that folder, if there is one
     "Addresses of layers for a browser, which cannot read files"
-    local = {n: Path(o.path.removeprefix('precomputed://').removeprefix('file://')).absolute() for n,o in layers.items() if '://' not in o.path or 'file://' in o.path}
-    root = Path(os.path.commonpath([str(p) for p in [*local.values(), *(Path(o).absolute() for o in more)]])) if local else None
+    local = {n: Path(o.path.removeprefix('precomputed://').removeprefix('file://')).absolute() for n,
+        o in layers.items() if '://' not in o.path or 'file://' in o.path}
+    root = Path(os.path.commonpath([str(p) for p in [*local.values(),
+        *(Path(o).absolute() for o in extra_folders)]])) if local else None
     def url(name, source):
-        if name in local: return f"precomputed://{local_url.rstrip('/')}/{quote(local[name].relative_to(root).as_posix())}"
-        return source.path if re.match(r'(precomputed|graphene|zarr|n5)://', source.path) else f'precomputed://{source.path}'
+        if name in local:
+            return f"precomputed://{local_url.rstrip('/')}/{quote(local[name].relative_to(root).as_posix())}"
+        return source.path if re.match(r'(precomputed|graphene|zarr|n5)://',
+            source.path) else f'precomputed://{source.path}'
     return {n: url(n, o) for n,o in layers.items()},root
 
 def viewer_state(
@@ -53,11 +57,17 @@ def viewer_state(
     "What neuroglancer shows of a synapse"
     z,y,x = voxel_nm
     layers = [dict(type='image', source=urls['em'], name='em')]
-    layers.append(dict(type='segmentation', source=urls['seg'], name='seg', segments=[str(pre), str(post)], segmentColors={str(pre): '#0072b2', str(post): '#e69f00'}))
-    if 'cleft' in urls and cleft is not None: layers.append(dict(type='segmentation', source=urls['cleft'], name='cleft', segments=[str(cleft)], segmentColors={str(cleft): '#009e73'}))
-    if annotations: layers.append(dict(type='annotation', source=annotations, name='synapses', linkedSegmentationLayer=dict(pre='seg', post='seg')))
+    layers.append(dict(type='segmentation', source=urls['seg'], name='seg', segments=[str(pre), str(post)],
+        segmentColors={str(pre): '#0072b2', str(post): '#e69f00'}))
+    if 'cleft' in urls and cleft is not None:
+        layers.append(dict(type='segmentation', source=urls['cleft'], name='cleft', segments=[str(cleft)],
+            segmentColors={str(cleft): '#009e73'}))
+    if annotations:
+        layers.append(dict(type='annotation', source=annotations, name='synapses',
+            linkedSegmentationLayer=dict(pre='seg', post='seg')))
     at = [float(round(c/v, 2)) for c,v in zip(centre_nm, (x, y, z))]
-    return dict(dimensions={a: [v/1e9, 'm'] for a,v in zip('xyz', (x, y, z))}, position=at, crossSectionScale=.4, projectionScale=300., layers=layers, layout='xy-3d')
+    return dict(dimensions={a: [v/1e9, 'm'] for a,v in zip('xyz', (x, y, z))}, position=at, crossSectionScale=.4,
+        projectionScale=300., layers=layers, layout='xy-3d')
 
 def links(
     table: pd.DataFrame, # Synapses
@@ -69,9 +79,11 @@ def links(
     state = viewer_state(urls, voxel_nm, (0, 0, 0), *gaps[3:], annotations)
     text = quote(json.dumps(state | dict(position=gaps[:3]), separators=(',', ':')))
     at = '|'.join(map(str, gaps))
-    pieces,order = re.split(at, text),[int(g)-gaps[0] for g in re.findall(at, text)]
+    pieces = re.split(at, text)
+    order = [int(g)-gaps[0] for g in re.findall(at, text)]
     z,y,x = voxel_nm
-    columns = [(table[f'ctr_{a}_nm']/v).round(2).astype(str) for a,v in zip('xyz', (x, y, z))] + [table[c].astype(str) for c in ('pre_root_id', 'post_root_id', 'cleft_id')]
+    columns = [(table[f'ctr_{a}_nm']/v).round(2).astype(str) for a,
+        v in zip('xyz', (x, y, z))] + [table[c].astype(str) for c in ('pre_root_id', 'post_root_id', 'cleft_id')]
     filled = zip(*(columns[i] for i in order))
     return [f'{viewer}/#!' + pieces[0] + ''.join(v+p for v,p in zip(values, pieces[1:])) for values in filled]
 
@@ -81,14 +93,20 @@ def record_type(
 ) -> tuple[np.dtype, list[dict]]: # Of a point with its properties, and how the layer's `info` describes these
     "Layout of a record: the position, then properties by falling size, padded to four bytes"
     names = {'f4': 'float32', 'u4': 'uint32', 'i4': 'int32', 'u2': 'uint16', 'i2': 'int16', 'u1': 'uint8', 'i1': 'int8'}
-    fields,about = [('at', '<f4', 3)],[]
-    kind = {c: 'u1' if isinstance(t, pd.CategoricalDtype) or pd.api.types.is_bool_dtype(t) else t.str[1:] for c,t in properties.dtypes.items()}
+    fields = [('at', '<f4', 3)]
+    about = []
+    kind = {c: 'u1' if isinstance(t, pd.CategoricalDtype) or pd.api.types.is_bool_dtype(t) else t.str[1:] for c,
+        t in properties.dtypes.items()}
     for c,k in kind.items():
-        if k not in names or not re.fullmatch('[a-z][a-zA-Z0-9_]*', c): raise ExportError(f"property {c} of type {properties[c].dtype} cannot be an annotation property: it takes numbers of up to 4 bytes and names of letters, digits and _")
+        if k not in names or not re.fullmatch('[a-z][a-zA-Z0-9_]*', c):
+            raise ExportError(f"property {c} of type {properties[c].dtype} cannot be an annotation property: it takes "
+                "numbers of up to 4 bytes and names of letters, digits and _")
     for c,k in sorted(kind.items(), key=lambda o: -int(o[1][1])):
         fields.append((c, f'<{k}'))
         spec = dict(id=c, type=names[k])
-        if isinstance(properties[c].dtype, pd.CategoricalDtype): spec |= dict(enum_values=list(range(len(properties[c].cat.categories)+1)), enum_labels=['unknown', *map(str, properties[c].cat.categories)])
+        if isinstance(properties[c].dtype, pd.CategoricalDtype):
+            spec |= dict(enum_values=list(range(len(properties[c].cat.categories)+1)),
+                enum_labels=['unknown', *map(str, properties[c].cat.categories)])
         about.append(spec)
     if short := -np.dtype(fields).itemsize % 4: fields.append(('padding', 'u1', short))
     return np.dtype(fields),about
@@ -98,7 +116,8 @@ def _records(at_nm: np.ndarray, properties: pd.DataFrame) -> tuple[np.ndarray, l
     dtype,about = record_type(properties)
     records = np.zeros(len(at_nm), dtype)
     records['at'] = at_nm
-    for c,values in properties.items(): records[c] = values.cat.codes+1 if isinstance(values.dtype, pd.CategoricalDtype) else values
+    for c,values in properties.items():
+        records[c] = values.cat.codes+1 if isinstance(values.dtype, pd.CategoricalDtype) else values
     return records,about
 
 def _groups(key: np.ndarray, records: np.ndarray, ids: np.ndarray) -> Iterable[tuple[int, bytes]]:
@@ -116,7 +135,10 @@ def levels(
     seed: int = 0,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]: # For each level, coarse to fine: grid `(3,)`, size of a cell `(3,)`, which synapses, and the cell of each `(n, 3)`
     "Who is shown from how far: each synapse in one level"
-    rng,left,grid,found = np.random.default_rng(seed),np.arange(len(at_nm)),np.ones(3, int),[]
+    rng = np.random.default_rng(seed)
+    left = np.arange(len(at_nm))
+    grid = np.ones(3, int)
+    found = []
     while True:
         size = (hi-lo)/grid
         cell = np.minimum(((at_nm[left]-lo)/size).astype(int), grid-1)
@@ -130,12 +152,15 @@ def levels(
 def _sharding(n: int) -> dict:
     "How so many keys are spread: about 128 to a minishard, at most 64 of these to a file"
     bits = max(0, int(np.ceil(np.log2(max(n, 1)/128))))
-    return {'@type': 'neuroglancer_uint64_sharded_v1', 'hash': 'murmurhash3_x86_128', 'preshift_bits': 0, 'minishard_bits': min(6, bits), 'shard_bits': bits-min(6, bits), 'minishard_index_encoding': 'gzip', 'data_encoding': 'gzip'}
+    return {'@type': 'neuroglancer_uint64_sharded_v1', 'hash': 'murmurhash3_x86_128', 'preshift_bits': 0,
+        'minishard_bits': min(6, bits), 'shard_bits': bits-min(6, bits), 'minishard_index_encoding': 'gzip',
+        'data_encoding': 'gzip'}
 
 def _write_shards(folder: Path, sharding: dict, items: Iterable[tuple[int, bytes]]):
     "Write keys and values; all or nothing"
     folder.mkdir(parents=True)
-    store = ts.KvStore.open(dict(driver='neuroglancer_uint64_sharded', metadata=sharding, base=f'file://{folder.absolute()}/')).result()
+    store = ts.KvStore.open(dict(driver='neuroglancer_uint64_sharded', metadata=sharding,
+        base=f'file://{folder.absolute()}/')).result()
     with ts.Transaction() as transaction:
         inside = store.with_transaction(transaction)
         for key,value in items: inside.write(key.to_bytes(8, 'big'), value)
@@ -147,15 +172,18 @@ def write_annotations(
     limit: int = 1000, # Synapses that a cell of the spatial index has, at most about
 ) -> Path:
     "Write a precomputed annotation layer of points"
-    path,ids = Path(path),table.id.to_numpy(np.uint64)
+    path = Path(path)
+    ids = table.id.to_numpy(np.uint64)
     at = table[['ctr_x_nm', 'ctr_y_nm', 'ctr_z_nm']].to_numpy()
     records,about = _records(at, properties)
     lo,hi = np.floor(at.min(0)),np.ceil(at.max(0))+1
     related = {r: table[f'{r}_root_id'].to_numpy(np.uint64) for r in ('pre', 'post')}
     aside = path.with_name(f'.{path.name}.tmp')
     shutil.rmtree(aside, ignore_errors=True)
-    one,by_id = np.uint32(1).tobytes(),_sharding(len(ids))
-    _write_shards(aside/'by_id', by_id, ((int(i), r.tobytes() + one + a.tobytes() + one + b.tobytes()) for i,r,a,b in zip(ids, records, *related.values())))
+    one = np.uint32(1).tobytes()
+    by_id = _sharding(len(ids))
+    _write_shards(aside/'by_id', by_id, ((int(i), r.tobytes() + one + a.tobytes() + one + b.tobytes()) for i,r,a,
+        b in zip(ids, records, *related.values())))
     relationships = []
     for name,cell in related.items():
         relationships.append(dict(id=name, key=f'by_{name}', sharding=_sharding(len(np.unique(cell)))))
@@ -163,10 +191,13 @@ def write_annotations(
     spatial = []
     for k,(grid,size,some,cell) in enumerate(levels(at, lo, hi, limit)):
         code = np.asarray(compressed_morton_code(cell, grid), np.uint64)
-        spatial.append(dict(key=f'spatial{k}', grid_shape=grid.tolist(), chunk_size=size.tolist(), limit=limit, sharding=_sharding(len(np.unique(code)))))
+        spatial.append(dict(key=f'spatial{k}', grid_shape=grid.tolist(), chunk_size=size.tolist(), limit=limit,
+            sharding=_sharding(len(np.unique(code)))))
         _write_shards(aside/f'spatial{k}', spatial[-1]['sharding'], _groups(code, records[some], ids[some]))
-    info = {'@type': 'neuroglancer_annotations_v1', 'dimensions': {a: [1e-9, 'm'] for a in 'xyz'}, 'lower_bound': lo.tolist(), 'upper_bound': hi.tolist(), 'annotation_type': 'POINT',
-        'properties': about, 'relationships': relationships, 'by_id': dict(key='by_id', sharding=by_id), 'spatial': spatial}
+    info = {'@type': 'neuroglancer_annotations_v1', 'dimensions': {a: [1e-9, 'm'] for a in 'xyz'},
+        'lower_bound': lo.tolist(), 'upper_bound': hi.tolist(), 'annotation_type': 'POINT',
+        'properties': about, 'relationships': relationships, 'by_id': dict(key='by_id', sharding=by_id),
+        'spatial': spatial}
     (aside/'info').write_text(json.dumps(info))
     shutil.rmtree(path, ignore_errors=True)
     aside.rename(path)
@@ -183,26 +214,37 @@ class _Layers(http.server.SimpleHTTPRequestHandler):
 
     def send_head(self):
         path = Path(self.translate_path(self.path))
-        if path.is_dir() or not path.exists() and not path.with_name(path.name + '.gz').exists(): return self.send_error(404)
+        if path.is_dir() or not path.exists() and not path.with_name(path.name + '.gz').exists():
+            return self.send_error(404)
         zipped = not path.exists() # CloudVolume adds .gz to what it compresses
         path = path.with_name(path.name + '.gz') if zipped else path
-        size,f = path.stat().st_size,open(path, 'rb')
+        size = path.stat().st_size
+        f = open(path, 'rb')
         part = re.fullmatch(r'bytes=(\d*)-(\d*)', self.headers.get('Range', ''))
         if part and part[0] != 'bytes=-' and not zipped:
             a,b = part.groups()
             first,last = (int(a), min(int(b or size-1), size-1)) if a else (max(0, size-int(b)), size-1)
-            if first > last: f.close(); return self.send_error(416)
+            if first > last:
+                f.close()
+                return self.send_error(416)
             f.seek(first)
-            self.send_response(206); self.send_header('Content-Range', f'bytes {first}-{last}/{size}'); self.send_header('Content-Length', str(last-first+1)); self.end_headers()
+            self.send_response(206)
+            self.send_header('Content-Range', f'bytes {first}-{last}/{size}')
+            self.send_header('Content-Length', str(last-first+1))
+            self.end_headers()
             return _Part(f, last-first+1)
-        self.send_response(200); self.send_header('Content-Length', str(size)); self.send_header('Content-Type', 'application/octet-stream')
+        self.send_response(200)
+        self.send_header('Content-Length', str(size))
+        self.send_header('Content-Type', 'application/octet-stream')
         if zipped: self.send_header('Content-Encoding', 'gzip')
         self.end_headers()
         return f
 
 class _Part:
     "The next bytes of a file"
-    def __init__(self, f, n: int): self.f,self.n = f,n
+    def __init__(self, f, n: int):
+        self.f = f
+        self.n = n
     def read(self, n: int = -1) -> bytes:
         got = self.f.read(self.n if n < 0 else min(n, self.n))
         self.n -= len(got)

@@ -18,7 +18,8 @@ __all__ = ['COLOURS', 'model_colours', 'type_colours', 'category_colours', 'draw
 
 # %% ../../nbs/show/01_plot.ipynb #640dc07d
 COLOURS = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
-model_colours = {'trained': '#0072B2', 'pretrained': '#56B4E9', 'untrained': '#999999', 'morphometrics': '#D55E00'} # Of features; others take what is left
+# Of features; others take what is left
+model_colours = {'trained': '#0072B2', 'pretrained': '#56B4E9', 'untrained': '#999999', 'morphometrics': '#D55E00'}
 type_colours = {'excitatory': '#0072B2', 'inhibitory': '#E69F00'} # One dark and one light, also in print without colour
 category_colours = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000']
 
@@ -30,17 +31,20 @@ def draw_chunk(
     title: str = '',
     masked: bool = False, # Only the EM of the synapse itself
 ):
-    "Draw the middle section of a chunk, or the nearest one that is not blank, with outlines of its parts and, at its left, a bar of 250 nm"
+    """Draw the middle section of a chunk, or the nearest one that is not blank, with outlines of its parts and, at its
+    left, a bar of 250 nm"""
     there = np.flatnonzero(chunk.em.any((1, 2)))
     middle = min(there, key=lambda z: abs(z-chunk.em.shape[0]//2), default=0)
-    em,mask = chunk.em[middle],chunk.mask[middle]
+    em = chunk.em[middle]
+    mask = chunk.mask[middle]
     if masked: em = np.where(mask & (PRE|POST|CLEFT), em, 0)
     ax.imshow(em, cmap='gray', vmin=0, vmax=255, rasterized=True)
     for bit in (PRE, POST, CLEFT):
         part = (mask & bit) > 0
         if part.any() and not part.all(): ax.contour(part, [.5], colors=COLOURS[bit], linewidths=.6 if masked else 1)
     ax.plot([3, 3+250/voxel_nm[2]], [em.shape[0]-4]*2, c='w', lw=2)
-    ax.set_title(title, fontsize=7, pad=2); ax.axis('off')
+    ax.set_title(title, fontsize=7, pad=2)
+    ax.axis('off')
 
 def contact_sheet(
     chunks: list[Chunk], # What to draw
@@ -66,7 +70,8 @@ def neighbour_sheet(
 ) -> plt.Figure:
     "Prompts at the left, their nearest neighbours beside them"
     row_of = {int(s): i for i,s in enumerate(store.ids)}
-    chunks,titles = [],[]
+    chunks = []
+    titles = []
     for prompt in prompts:
         near = index.query(int(prompt), k, (skip or {}).get(prompt, ()))
         chunks += [store[row_of[int(o)]] for o in (prompt, *near.id)]
@@ -76,17 +81,19 @@ def neighbour_sheet(
 def distance_histogram(
     index: SimilarityIndex, # Where the features are
     k: int = 7, # Neighbours
-    most: int = 2000, # Synapses of which all pairs are drawn
+    max_synapses: int = 2000, # Synapses of which all pairs are drawn
 ) -> plt.Figure:
     "Distances of nearest neighbours against those of all pairs (Fig. 2F)"
-    some = index.features[:: max(1, len(index.ids)//most)]
+    some = index.features[:: max(1, len(index.ids)//max_synapses)]
     pairs = pdist(some, 'cosine' if index.metric == 'cosine' else 'euclidean')
-    near = np.concatenate([index.query(int(i), k).distance for i in index.ids[:: max(1, len(index.ids)//most)]])
+    near = np.concatenate([index.query(int(i), k).distance for i in index.ids[:: max(1, len(index.ids)//max_synapses)]])
     fig,ax = plt.subplots(figsize=(4, 2.5))
     bins = np.linspace(0, np.quantile(pairs, .999), 60)
     ax.hist(pairs, bins, density=True, color='#999999', label='all pairs')
     ax.hist(near, bins, density=True, color='#0072B2', alpha=.8, label=f'{k} nearest neighbours')
-    ax.set_xlabel(f'{index.metric} distance'); ax.set_ylabel('density'); ax.legend(fontsize=8)
+    ax.set_xlabel(f'{index.metric} distance')
+    ax.set_ylabel('density')
+    ax.legend(fontsize=8)
     return fig
 
 # %% ../../nbs/show/01_plot.ipynb #5245bb04
@@ -104,35 +111,46 @@ def draw_map(
     known = values.notna().to_numpy()
     ax.scatter(*xy[~known].T, s=size/2, c='#dddddd', lw=0, rasterized=True)
     if 0 < len(kinds) <= len(category_colours):
-        for kind,colour in zip(kinds, category_colours): ax.scatter(*xy[(values == kind).to_numpy()].T, s=size, c=colour, lw=0, label=str(kind), rasterized=True)
+        for kind,colour in zip(kinds, category_colours):
+            ax.scatter(*xy[(values == kind).to_numpy()].T, s=size, c=colour, lw=0, label=str(kind), rasterized=True)
         ax.legend(fontsize=5, markerscale=2.5/size**.5, handletextpad=.1, borderpad=.2, labelspacing=.2, framealpha=.7)
     elif known.any():
-        number = values[known].astype('category').cat.codes if kinds and not pd.api.types.is_numeric_dtype(values) else values[known].astype(float)
+        number = values[known].astype('category').cat.codes if kinds and not pd.api.types.is_numeric_dtype(
+            values) else values[known].astype(float)
         lo,hi = number.quantile([.02, .98])
-        drawn = ax.scatter(*xy[known].T, s=size, c=number, vmin=lo, vmax=hi, cmap='tab20' if kinds else 'cividis', lw=0, rasterized=True)
+        drawn = ax.scatter(*xy[known].T, s=size, c=number, vmin=lo, vmax=hi, cmap='tab20' if kinds else 'cividis', lw=0,
+            rasterized=True)
         if not kinds: ax.figure.colorbar(drawn, ax=ax, fraction=.04, pad=.02).ax.tick_params(labelsize=5)
-    ax.set_title(title, fontsize=7); ax.set(xticks=[], yticks=[], frame_on=False); ax.set_aspect('equal', 'datalim')
+    ax.set_title(title, fontsize=7)
+    ax.set(xticks=[], yticks=[], frame_on=False)
+    ax.set_aspect('equal', 'datalim')
 
 # %% ../../nbs/show/01_plot.ipynb #9c970d7e
 def plot_probe_scores(
-    told: pd.DataFrame, # From `probe_run`
+    scores: pd.DataFrame, # From `probe_run`
 ) -> plt.Figure:
     "How much of biology and of imaging each kind of features tells"
     order = dict(biology='biology', both='biology', nuisance='nuisance')
-    fig,axes = plt.subplots(1, 2, figsize=(6, .32*told.groupby(told.group.map(order)).target.nunique().max()+1.2), layout='constrained')
+    fig,axes = plt.subplots(1, 2, figsize=(6, .32*scores.groupby(scores.group.map(order)).target.nunique().max()+1.2),
+        layout='constrained')
     left = iter(category_colours)
-    colour = {f: model_colours.get(f) or next(c for c in left if c not in model_colours.values()) for f in told.features.unique()}
+    colour = {f: model_colours.get(f) or next(c for c in left if c not in model_colours.values())
+        for f in scores.features.unique()}
     for ax,about in zip(axes, ('biology', 'nuisance')):
-        some = told[told.group.map(order) == about]
+        some = scores[scores.group.map(order) == about]
         asked = list(some.target.unique())
         for k,(name,f) in enumerate(some.groupby('features', sort=False)):
             y = -np.array([asked.index(q) for q in f.target]) + .12*(k-1)
-            ax.errorbar(f.value, y, xerr=np.stack([f.value-f.lo95, f.hi95-f.value]).clip(0), fmt='o', ms=3, lw=1, c=colour[name], label=name)
+            ax.errorbar(f.value, y, xerr=np.stack([f.value-f.lo95, f.hi95-f.value]).clip(0), fmt='o', ms=3, lw=1,
+                c=colour[name], label=name)
         ax.axvline(0, c='k', lw=.5)
         if about == 'biology': ax.axvline(.5, c='k', lw=.5, ls=':')
         first = some.drop_duplicates('target')
         ax.set_yticks(-np.arange(len(asked)), [f'{q} ({s})' for q,s in zip(first.target, first.metric)], fontsize=6)
-        ax.set_title(f'{about}: ' + ('the more the better' if about == 'biology' else 'the less the better'), fontsize=7); ax.tick_params(axis='x', labelsize=6); ax.set_xlim(-.15, 1.02)
+        ax.set_title(f'{about}: ' + ('the more the better' if about == 'biology' else 'the less the better'),
+            fontsize=7)
+        ax.tick_params(axis='x', labelsize=6)
+        ax.set_xlim(-.15, 1.02)
     fig.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc='outside lower center', ncols=len(colour))
     return fig
 
@@ -141,7 +159,8 @@ def axis_figure(
     found: pd.DataFrame, # From `axes_of`, one island and number of dimensions
 ) -> plt.Figure:
     "Spearman correlation of each annotation with each axis, with its interval; hollow where the interval holds 0"
-    names,axes_ = list(found.annotation.unique()),sorted(found.axis.unique())
+    names = list(found.annotation.unique())
+    axes_ = sorted(found.axis.unique())
     fig,ax = plt.subplots(figsize=(5, .22*len(names)+.8), layout='constrained')
     for k,axis in enumerate(axes_):
         f = found[(found.axis == axis) & found.rho.notna()]
@@ -149,9 +168,14 @@ def axis_figure(
         colour = category_colours[k]
         ax.hlines(y, f.lo95, f.hi95, color=colour, lw=1)
         clear = (f.lo95 > 0) | (f.hi95 < 0)
-        ax.scatter(f.rho, y, s=12, color=np.where(clear, colour, 'w'), edgecolor=colour, lw=.8, zorder=3, label=f'axis {axis} ({100*f.variance.iloc[0]:.1f} % of the variance)' if len(f) else None)
-    ax.axvline(0, c='k', lw=.5); ax.set_xlim(-1, 1); ax.set_yticks(-np.arange(len(names)), names, fontsize=6); ax.tick_params(axis='x', labelsize=6)
-    ax.set_xlabel("Spearman's correlation", fontsize=7); ax.legend(fontsize=6)
+        ax.scatter(f.rho, y, s=12, color=np.where(clear, colour, 'w'), edgecolor=colour, lw=.8, zorder=3, label=
+            f'axis {axis} ({100*f.variance.iloc[0]:.1f} % of the variance)' if len(f) else None)
+    ax.axvline(0, c='k', lw=.5)
+    ax.set_xlim(-1, 1)
+    ax.set_yticks(-np.arange(len(names)), names, fontsize=6)
+    ax.tick_params(axis='x', labelsize=6)
+    ax.set_xlabel("Spearman's correlation", fontsize=7)
+    ax.legend(fontsize=6)
     return fig
 
 def grid_sheet(
@@ -166,27 +190,41 @@ def grid_sheet(
         ax.axis('off')
         if k >= 0: draw_chunk(ax, store[row_of[int(ids[k])]], store.voxel_nm)
     fig.subplots_adjust(left=.04, right=1, bottom=.05, top=1, wspace=.04, hspace=.04)
-    fig.text(.52, .01, 'axis 1 →', ha='center', fontsize=7); fig.text(.005, .52, 'axis 2 →', va='center', rotation=90, fontsize=7)
+    fig.text(.52, .01, 'axis 1 →', ha='center', fontsize=7)
+    fig.text(.005, .52, 'axis 2 →', va='center', rotation=90, fontsize=7)
     return fig
 
 # %% ../../nbs/show/01_plot.ipynb #50df2242
 def training_curve(
     steps: list[dict], epochs: list[dict], # From `train.read_log`
 ) -> plt.Figure:
-    "Loss per step, its mean per epoch, that of held-out synapses, start and floor (Fig. S1B); effective rank, and what probes read, below"
+    """Loss per step, its mean per epoch, that of held-out synapses, start and floor (Fig. S1B); effective rank, and
+    what probes read, below"""
     probes = [o for o in ('type_auc', 'orientation_r2', 'blank_sections_r2') if o in epochs[-1]]
-    fig,axes = plt.subplots(2+bool(probes), 1, figsize=(6, 3.4+bool(probes)), sharex=True, height_ratios=[2, 1, 1][:2+bool(probes)], layout='constrained')
+    fig,axes = plt.subplots(2+bool(probes), 1, figsize=(6, 3.4+bool(probes)), sharex=True,
+        height_ratios=[2, 1, 1][:2+bool(probes)], layout='constrained')
     beside = dict(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     def line(ax, name, **kwargs): ax.plot([r['step'] for r in epochs], [r.get(name, np.nan) for r in epochs], **kwargs)
     axes[0].plot([r['step'] for r in steps], [r['loss'] for r in steps], c='#999999', lw=.5)
-    line(axes[0], 'mean_loss', c='k', label='mean of an epoch'); line(axes[0], 'held_out_loss', c='#009E73', label='held-out synapses')
+    line(axes[0], 'mean_loss', c='k', label='mean of an epoch')
+    line(axes[0], 'held_out_loss', c='#009E73', label='held-out synapses')
     for name,style in (('loss_at_uniform', ':'), ('loss_lower_bound', '--')):
-        if name in epochs[0]: axes[0].axhline(epochs[0][name], ls=style, c='k', label=dict(loss_at_uniform=r'$\log(2N-1)$', loss_lower_bound='lower bound')[name])
-    axes[0].set_ylabel('loss'); axes[0].legend(**beside)
-    for name,colour in (('rank_backbone', '#0072B2'), ('rank_projection', '#E69F00')): line(axes[1], name, c=colour, label=name.removeprefix('rank_'))
-    axes[1].set_ylabel('effective rank'); axes[1].legend(**beside); axes[1].set_ylim(0)
-    for name,colour in zip(probes, ('#CC79A7', '#D55E00', '#56B4E9')): line(axes[-1], name, c=colour, label=name.replace('_', ' '))
-    if probes: axes[-1].set_ylabel('probes'); axes[-1].set_ylim(-.3, 1); axes[-1].legend(**beside)
+        if name in epochs[0]:
+            axes[0].axhline(epochs[0][name], ls=style, c='k', label=dict(loss_at_uniform=r'$\log(2N-1)$',
+                loss_lower_bound='lower bound')[name])
+    axes[0].set_ylabel('loss')
+    axes[0].legend(**beside)
+    for name,colour in (('rank_backbone', '#0072B2'), ('rank_projection', '#E69F00')):
+        line(axes[1], name, c=colour, label=name.removeprefix('rank_'))
+    axes[1].set_ylabel('effective rank')
+    axes[1].legend(**beside)
+    axes[1].set_ylim(0)
+    for name,colour in zip(probes, ('#CC79A7', '#D55E00', '#56B4E9')):
+        line(axes[-1], name, c=colour, label=name.replace('_', ' '))
+    if probes:
+        axes[-1].set_ylabel('probes')
+        axes[-1].set_ylim(-.3, 1)
+        axes[-1].legend(**beside)
     axes[-1].set_xlabel('step')
     fig.align_ylabels()
     return fig
@@ -201,11 +239,14 @@ def reliability_diagram(
     "Share of positives against probability, in bins with as many predictions each"
     parts = [i for i in np.array_split(np.argsort(p, kind='stable'), n_bins) if len(i)]
     said,share = (np.array([v[i].mean() for i in parts]) for v in (p, y))
-    n,yes = np.array([len(i) for i in parts]),np.array([y[i].sum() for i in parts])
-    lo,hi = beta.ppf(.025, yes+.5, n-yes+.5),beta.ppf(.975, yes+.5, n-yes+.5)
+    n = np.array([len(i) for i in parts])
+    yes = np.array([y[i].sum() for i in parts])
+    lo = beta.ppf(.025, yes+.5, n-yes+.5)
+    hi = beta.ppf(.975, yes+.5, n-yes+.5)
     ax.plot([0, 1], [0, 1], c='#999999', lw=.8, zorder=0)
     ax.errorbar(said, share, [(share-lo).clip(0), (hi-share).clip(0)], marker='o', ms=3, lw=1, **style)
-    ax.set_xlabel('P(inhibitory) said'); ax.set_ylabel('share inhibitory')
+    ax.set_xlabel('P(inhibitory) said')
+    ax.set_ylabel('share inhibitory')
 
 def risk_coverage_curve(
     ax: plt.Axes,
@@ -217,5 +258,6 @@ def risk_coverage_curve(
     order = np.argsort(-confidence, kind='stable')
     risk = np.cumsum(~right[order])/np.arange(1, len(order)+1)
     ax.plot(np.arange(1, len(order)+1)/len(order), risk, lw=1, **style)
-    ax.set_xlabel('share that is called'); ax.set_ylabel('wrong calls')
+    ax.set_xlabel('share that is called')
+    ax.set_ylabel('wrong calls')
     return risk

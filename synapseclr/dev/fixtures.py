@@ -117,7 +117,7 @@ def tiny_phantom(
     folder = Path(tempfile.mkdtemp())
     (folder/'tiny.toml').write_text(_tiny_config[_tiny_config.index('[fetch]'):].replace('batch_size = 5',
         'batch_size = 24').replace('epochs = 4', 'epochs = 1') +
-        '[phantom]\nseed = 2\nshape = [96, 384, 384]\ndefects = 0.3\n[qc]\nplay = 3\n')
+        '[phantom]\nseed = 2\nshape = [96, 384, 384]\ndefects = 0.3\n[qc]\nsimulate_prompts = 3\n')
     return _run_until(stage, str(folder/'tiny.toml'), folder)
 
 def _run_until(stage, config, folder):

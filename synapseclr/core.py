@@ -23,10 +23,10 @@ if 'rfc3987_syntax' not in sys.modules: sys.modules['rfc3987_syntax'] = None
 
 # %% ../nbs/00_core.ipynb #94d3955a
 class SynapseCLRError(Exception):
-    "Something is wrong that the message explains"
+    "An error with a known cause, which the message explains"
 
 class ConfigError(SynapseCLRError):
-    "A configuration cannot be read, or says something that cannot be"
+    "A configuration cannot be read, or an option in it is unknown, missing or wrong"
 
 # %% ../nbs/00_core.ipynb #52f0ea62
 @dataclass(frozen=True)
@@ -38,50 +38,51 @@ class Box:
     @classmethod
     def around(cls, centre, shape) -> Box:
         "The box of `shape` in which the voxel `centre` has index `shape // 2`"
-        lo = tuple(int(c) - s//2 for c,s in zip(centre, shape))
-        return cls(lo, tuple(a+int(s) for a,s in zip(lo, shape)))
+        lo = tuple(int(index) - size//2 for index,size in zip(centre, shape))
+        hi = tuple(first + int(size) for first,size in zip(lo, shape))
+        return cls(lo, hi)
 
     @property
-    def shape(self) -> tuple[int, int, int]: return tuple(max(0, b-a) for a,b in zip(self.lo, self.hi))
+    def shape(self) -> tuple[int, int, int]: return tuple(max(0, hi-lo) for lo,hi in zip(self.lo, self.hi))
 
     @property
     def n_vx(self) -> int:
-        "How many voxels it holds; 0 if it is empty"
+        "Number of voxels in it; 0 if it is empty"
         z,y,x = self.shape
         return z*y*x
 
     def __and__(self, other: Box) -> Box:
-        "The part in both"
+        "The intersection of two boxes"
         return Box(tuple(map(max, self.lo, other.lo)), tuple(map(min, self.hi, other.hi)))
 
     def slices(self, origin=(0, 0, 0)) -> tuple[slice, slice, slice]:
         "Index of this box in an array whose first voxel is `origin`"
-        return tuple(slice(a-o, b-o) for a,b,o in zip(self.lo, self.hi, origin))
+        return tuple(slice(lo-start, hi-start) for lo,hi,start in zip(self.lo, self.hi, origin))
 
 # %% ../nbs/00_core.ipynb #3c317dcc
 def key(
-    seed: int, # The run's seed
-    *counters: int, # Which draw it is: epoch, step, view, sample ...
+    seed: int, # Seed of the run
+    *counters: int, # What identifies the draw: epoch, step, view, sample ...
 ) -> int: # In `[0, 2**63)`, for `np.random.default_rng` or `torch.Generator.manual_seed`
-    "A number that is a function of `seed` and `counters` alone, and looks random in each of them"
+    "A pseudorandom number that depends on `seed` and `counters` alone"
     words = struct.pack(f'<{1+len(counters)}q', seed, *counters)
     return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), 'little') >> 1
 
 # %% ../nbs/00_core.ipynb #7efd8c8c
 class Strict(pydantic.BaseModel):
-    "A frozen set of options in which an unknown one is an error"
+    "A frozen set of options; an unknown option is an error"
     model_config = pydantic.ConfigDict(frozen=True, extra='forbid')
 
     def model_copy(self, *, update: dict|None = None, deep: bool = False):
-        """A copy with some options changed, as of pydantic. Raises `ConfigError` for an option that does not exist; the
-        values are not checked"""
+        """A copy with some options changed, as in pydantic. Raises `ConfigError` for an unknown option; the values are
+        not checked"""
         unknown = set(update or ()) - set(type(self).model_fields)
         if unknown: raise ConfigError(f"{type(self).__name__}: no such option: {', '.join(sorted(unknown))}")
         return super().model_copy(update=update, deep=deep)
 
 # %% ../nbs/00_core.ipynb #7f411bf3
 def _from_config(source: str, info: pydantic.ValidationInfo) -> str:
-    "`source` with a relative local path made absolute, as seen from the configuration's folder"
+    "`source` with a local path made absolute; a relative path starts at the configuration's folder"
     scheme,sep,path = source.rpartition('file://')
     if '://' in source and not sep: return source
     folder = (info.context or {}).get('folder', '.')
@@ -98,38 +99,45 @@ def _override(options: dict, assignment: str):
     try: value = tomllib.loads(f'v = {value}')['v']
     except tomllib.TOMLDecodeError: pass
     *sections,last = name.strip().split('.')
-    for s in sections:
-        options = options.setdefault(s, {})
-        if not isinstance(options, dict): raise ConfigError(f"--set {assignment}: '{s}' is a value, not a section")
+    for section in sections:
+        options = options.setdefault(section, {})
+        if not isinstance(options, dict):
+            raise ConfigError(f"--set {assignment}: '{section}' is a value, not a section")
     options[last] = value
 
+def _section_model(model, section: str):
+    "The model of one section of `model`, which may be optional (`Model|None`); None if there is no such section"
+    if not hasattr(model, 'model_fields'): return None
+    annotation = getattr(model.model_fields.get(section), 'annotation', None)
+    return next((member for member in get_args(annotation) if hasattr(member, 'model_fields')), annotation)
+
 def _problem(model, error: dict) -> str:
-    "One problem that pydantic found, as a line"
-    where = '.'.join(str(o) for o in error['loc'])
-    if error['type'] != 'extra_forbidden': return f"{where}: {error['msg'].removeprefix('Value error, ')}"
-    for part in error['loc'][:-1]:
-        model = getattr(model.model_fields.get(part), 'annotation', None) if hasattr(model, 'model_fields') else None
-        model = next((o for o in get_args(model) if hasattr(o, 'model_fields')), model) # of one that may be None
-    known = list(getattr(model, 'model_fields', {}))
-    near = difflib.get_close_matches(str(error['loc'][-1]), known, n=1)
-    return f"{where}: no such option" + (f"; did you mean '{near[0]}'?" if near
-        else f"; known here: {', '.join(known)}")
+    "One problem that pydantic found, as a line of text"
+    location = '.'.join(map(str, error['loc']))
+    if error['type'] != 'extra_forbidden': return f"{location}: {error['msg'].removeprefix('Value error, ')}"
+    *sections,name = error['loc']
+    for section in sections: model = _section_model(model, section)
+    options = list(getattr(model, 'model_fields', {}))
+    similar = difflib.get_close_matches(str(name), options, n=1)
+    hint = f"did you mean '{similar[0]}'?" if similar else f"known here: {', '.join(options)}"
+    return f"{location}: no such option; {hint}"
 
 # %% ../nbs/00_core.ipynb #1cafaada
 def read_config(
-    model: type[Strict], # What may be in it
+    model: type[Strict], # Its sections and options
     path: str|Path, # TOML file
-    overrides: list[str]|tuple = (), # `section.key=value`, on top of the file
-) -> Strict:
-    "Read a configuration. Raises `ConfigError` naming every option that is unknown, missing or wrong"
+    overrides: list[str]|tuple = (), # Each `section.key=value`; they override the file
+) -> Strict: # An instance of `model`
+    "Read a configuration. Raises `ConfigError`, which names every option that is unknown, missing or wrong"
     path = Path(path)
     try: options = tomllib.loads(path.read_text())
     except FileNotFoundError: raise ConfigError(f"{path}: there is no such file") from None
     except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as e: raise ConfigError(f"{path}: {e}") from None
-    for o in overrides: _override(options, o)
+    for assignment in overrides: _override(options, assignment)
     try: return model.model_validate(options, context=dict(folder=path.parent))
     except pydantic.ValidationError as e:
-        raise ConfigError('\n  '.join([f"{path}:"] + [_problem(model, o) for o in e.errors()])) from None
+        problems = [_problem(model, error) for error in e.errors()]
+        raise ConfigError('\n  '.join([f"{path}:", *problems])) from None
 
 # %% ../nbs/00_core.ipynb #875c0918
 _umask = os.umask(0)
@@ -137,33 +145,34 @@ os.umask(_umask)
 
 @contextmanager
 def atomic(path: str|Path):
-    "Give a name to write to; at the end of the block the file takes the name `path`, or vanishes if the block failed"
+    """Yield the path of a temporary file to write to. At the end of the block the file is renamed to `path`, or deleted
+    if the block failed"""
     path = Path(path)
-    # others may be writing the same file, on this machine or elsewhere
-    aside = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
+    # unique, because another process may be writing the same file, on this machine or elsewhere
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield aside
-        with open(aside, 'rb+') as f: os.fsync(f.fileno())
-        os.chmod(aside, 0o666 & ~_umask) # some libraries write for the owner alone
-        os.replace(aside, path)
-    finally: aside.unlink(missing_ok=True)
+        yield temporary
+        with open(temporary, 'rb+') as f: os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask) # some libraries make files that only their owner can read
+        os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #173dcd90
 def write_once(
-    path: str|Path, # File; a file that is there stays as it is
+    path: str|Path, # File; an existing file stays as it is
     text: str, # What to write
-) -> str: # What the file says now
-    "Write a small file unless another process has"
+) -> str: # What the file contains now
+    "Write a small file, unless another process has written it already"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
+    temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
     try:
-        aside.write_text(text)
-        os.link(aside, path)
-    except OSError: # another was first, or the file system has no hard links
-        if not path.exists(): os.replace(aside, path)
-    finally: aside.unlink(missing_ok=True)
+        temporary.write_text(text)
+        os.link(temporary, path)
+    except OSError: # another process was first, or the file system has no hard links
+        if not path.exists(): os.replace(temporary, path)
+    finally: temporary.unlink(missing_ok=True)
     return path.read_text()
 
 # %% ../nbs/00_core.ipynb #a81d453d
@@ -171,34 +180,34 @@ def asset(
     # Relative to the folder `assets`: `configs/demo.toml`, `weights/demo.safetensors`, `runs/train.ipynb`
     path: str = '',
 ) -> Path: # On this machine
-    "A file or folder that is installed with the package"
+    "The path of a file or folder that is installed with the package"
     return Path(str(importlib.resources.files('synapseclr')))/'assets'/path
 
 # %% ../nbs/00_core.ipynb #6ed5695e
 def content_hash(
-    value, # A configuration, or anything JSON can hold
+    value, # A configuration, or anything that JSON can hold
 ) -> str: # 16 hexadecimal digits
-    "A short name for `value` that changes when it does"
+    "A short hash of the content of `value`"
     if isinstance(value, Strict): value = value.model_dump(mode='json')
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 def provenance(
     config: Strict|None = None, # The configuration of the stage
-    **inputs, # What else it was made from: seed, digests of inputs
-) -> dict:
-    "The record of origin that goes into an output"
+    **inputs, # What else the output was made from: seed, hashes of inputs
+) -> dict: # What JSON can hold
+    "The record of provenance that is stored in an output"
     origin = dict(package='synapseclr', version=importlib.metadata.version('synapseclr'))
     if config is not None: origin['config'] = content_hash(config)
     return origin | inputs
 
-FORMAT_VERSION = 2 # Of all files that we write; 1 was written by synapseclr 0.0
+FORMAT_VERSION = 2 # Of all files that this package writes; synapseclr 0.0 wrote version 1
 
 def version_problem(
-    version: int, # That a file states
-) -> str: # Why it cannot be read, and what to do; empty if it can
+    version: int, # The version that a file states
+) -> str: # Why the file cannot be read, and what to do; empty if it can be read
     "Compare the version of a file with the one that this package reads and writes"
     if version > FORMAT_VERSION:
-        return f'version {version} is newer than this package knows ({FORMAT_VERSION}); update synapseclr'
+        return f'version {version} is newer than this package can read ({FORMAT_VERSION}); update synapseclr'
     if version < FORMAT_VERSION:
         return (f'version {version} was written by an older synapseclr; run the stages again in a new run folder, or '
             'read it with synapseclr 0.0.1')
@@ -209,58 +218,58 @@ def write_toml(
     config: Strict, # Options
     path: str|Path, # TOML file to write
 ):
-    "Write all options of `config`, defaults included, so that the file alone says what was done"
+    "Write all options of `config`, including defaults, so that the file alone documents what was done"
     text = tomli_w.dumps(config.model_dump(mode='json', exclude_none=True))
     with atomic(path) as f: f.write_text(text)
 
 # %% ../nbs/00_core.ipynb #1e6de048
 def n_cores() -> int:
-    """How many processor cores this process may use: `OMP_NUM_THREADS` if it is set, else the physical cores that the
-    system grants"""
+    """Number of processor cores that this process may use: `OMP_NUM_THREADS` if it is set, else the physical cores that
+    the system grants"""
     if limit := os.environ.get('OMP_NUM_THREADS'): return max(1, int(limit.split(',')[0]))
-    from joblib import cpu_count # knows affinity and the limits of containers
+    from joblib import cpu_count # respects CPU affinity and the limits of containers
     return cpu_count(only_physical_cores=True)
 
 @contextmanager
 def threads(
     n: int, # Threads of each operation
 ):
-    "Inside, or as a decorator: torch, BLAS and OpenMP compute with `n` threads"
+    "A context or decorator in which torch, BLAS and OpenMP compute with `n` threads"
     import torch
     from threadpoolctl import threadpool_limits
     before = torch.get_num_threads()
     try:
         with threadpool_limits(n):
-            torch.set_num_threads(n) # torch brings a BLAS of its own, which `threadpool_limits` does not see
+            torch.set_num_threads(n) # torch has its own BLAS, which `threadpool_limits` does not see
             yield
     finally: torch.set_num_threads(before)
 
 @contextmanager
 def worker_pool(
-    n: int, # Tasks at once
+    n: int, # Tasks that run at the same time
 ):
-    "A pool of `n` workers; each computes its task with one thread, so that results do not depend on `n`"
+    "A pool of `n` workers. Each computes its task with one thread, so that results do not depend on `n`"
     import torch
     from threadpoolctl import threadpool_limits
     all_started = threading.Barrier(n)
     def start():
         torch.set_num_threads(1)
-        threadpool_limits(1, 'openmp') # OpenMP counts for each thread that calls it
+        threadpool_limits(1, 'openmp') # OpenMP has a separate limit for each thread that calls it
     with threads(1), ThreadPoolExecutor(n, initializer=start) as pool:
         try:
-            for _ in pool.map(lambda _: all_started.wait(), range(n)):
-                pass # so that no worker starts later, and changes what the caller sets
-        except BaseException: # no more threads to be had, or Ctrl-C
+            # a worker that started later would change the number of threads that the caller has set
+            for _ in pool.map(lambda _: all_started.wait(), range(n)): pass
+        except BaseException: # the system has no more threads, or Ctrl-C
             all_started.abort()
             raise
         yield pool
 
 # %% ../nbs/00_core.ipynb #e06ac2df
 def progress(
-    items=None, # What to go through, if it is an iterable
-    **kwargs, # As of `tqdm`: `total`, `desc`, `unit`
+    items=None, # What to iterate over; without it, call `update`
+    **kwargs, # For `tqdm`: `total`, `desc`, `unit`
 ):
-    "A `tqdm` bar that fits where it is shown"
+    "A `tqdm` progress bar, in the form that suits Jupyter, a terminal or papermill"
     if os.environ.get('SYNAPSECLR_HEADLESS'):
         from tqdm.std import tqdm as text_bar
         return text_bar(items, file=sys.stdout, mininterval=5, ascii=True, ncols=90, nrows=20, **kwargs)

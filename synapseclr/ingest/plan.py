@@ -16,147 +16,181 @@ __all__ = ['LayerWindow', 'decoded_bytes', 'held_bytes', 'halve', 'split', 'plan
 # %% ../../nbs/ingest/01_plan.ipynb #6122607a
 @dataclass(frozen=True)
 class LayerWindow:
-    "What every synapse needs of one layer"
+    "The window that every synapse needs of one layer"
     window: tuple[int, int, int] # Voxels around the centre, `(z, y, x)`
     chunk: tuple[int, int, int] # Voxels of a storage chunk
-    bounds: Box # Voxels of the layer; its first one is a corner of the chunk grid
+    bounds: Box # Voxels of the layer; its first voxel is a corner of the chunk grid
     voxel_bytes: int
 
     def box(self,
         centres: np.ndarray, # `(n, 3)` voxels
-    ) -> Box: # Also outside of the layer
-        "The smallest box with the windows around all centres"
+    ) -> Box: # May reach outside the layer
+        "The smallest box that holds the windows around all centres"
         lo = centres.min(0) - np.array(self.window)//2
         hi = centres.max(0) - np.array(self.window)//2 + self.window
         return Box(tuple(lo.tolist()), tuple(hi.tolist()))
+
+    def _inside(self, lowest: np.ndarray, highest: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "Corners of the part of `box` that lies in the layer, counted from the layer's first voxel"
+        lo = lowest - np.array(self.window)//2
+        hi = highest - np.array(self.window)//2 + self.window
+        lo,hi = (np.clip(corner, self.bounds.lo, self.bounds.hi) - self.bounds.lo for corner in (lo, hi))
+        return lo,hi
 
     def n_chunks(self,
         lowest: np.ndarray, highest: np.ndarray, # `(..., 3)` corners of a box of centres
     ) -> np.ndarray: # `(...)`
         "How many storage chunks are decoded to read the windows around all centres between two corners"
-        lo,hi = (np.clip(c - np.array(self.window)//2 + add, self.bounds.lo, self.bounds.hi) - self.bounds.lo for c,
-            add in ((lowest, 0), (highest, self.window)))
-        return np.where(hi > lo, -(-hi//self.chunk) - lo//self.chunk, 0).prod(-1)
+        lo,hi = self._inside(lowest, highest)
+        chunks_per_axis = np.where(hi > lo, -(-hi//self.chunk) - lo//self.chunk, 0)
+        return chunks_per_axis.prod(-1)
 
     def share_inside(self,
         centres: np.ndarray, # `(n, 3)` voxels
     ) -> np.ndarray: # `(n,)`, 0 to 1
-        "How much of each window lies in the layer"
+        "The fraction of each window that lies in the layer"
         lo = centres - np.array(self.window)//2
-        return (np.minimum(lo+self.window, self.bounds.hi)
-            - np.maximum(lo, self.bounds.lo)).clip(0).prod(1)/np.prod(self.window)
+        inside = np.minimum(lo+self.window, self.bounds.hi) - np.maximum(lo, self.bounds.lo)
+        return inside.clip(0).prod(1)/np.prod(self.window)
 
     @property
     def chunk_bytes(self) -> int: return int(np.prod(self.chunk))*self.voxel_bytes
 
 # %% ../../nbs/ingest/01_plan.ipynb #fab45f40
 def decoded_bytes(
-    needs: list[LayerWindow], # EM first
+    windows: list[LayerWindow], # One of each layer, EM first
     lowest: np.ndarray, highest: np.ndarray, # `(..., 3)` corners of a box of centres
 ) -> np.ndarray: # `(...)`
     "Bytes of all storage chunks that a read decodes"
-    return sum(n.n_chunks(lowest, highest)*n.chunk_bytes for n in needs)
+    return sum(window.n_chunks(lowest, highest)*window.chunk_bytes for window in windows)
 
 def held_bytes(
-    needs: list[LayerWindow], # EM first
+    windows: list[LayerWindow], # One of each layer, EM first
     centres: np.ndarray, # `(n, 3)` voxels
 ) -> int:
-    "Bytes of what a read holds at once: the largest of its layers"
-    return max(n.box(centres).n_vx*n.voxel_bytes for n in needs)
+    "Bytes that a read holds at once: those of its largest layer"
+    return max(window.box(centres).n_vx*window.voxel_bytes for window in windows)
 
 # %% ../../nbs/ingest/01_plan.ipynb #907708c5
 def halve(
-    needs: list[LayerWindow], # EM first
+    windows: list[LayerWindow], # One of each layer, EM first
     centres: np.ndarray, # `(n, 3)` voxels, n > 1
 ) -> tuple[np.ndarray, int]: # Which of them are in the second half `(n,)`, and bytes that the two halves decode
     "The cheapest cut near the middle"
-    grid = needs[0]
+    grid = windows[0]
     cuts = []
     for axis in range(3):
-        place = int((np.median(centres[:, axis]) - grid.bounds.lo[axis])//grid.chunk[axis])
-        for border in (place, place+1):
-            second = centres[:, axis] >= border*grid.chunk[axis] + grid.bounds.lo[axis]
-            if second.any() and not second.all(): cuts.append(second)
-    if not cuts:
-        order = np.argsort(centres[:, np.ptp(centres, axis=0).argmax()], kind='stable')
-        cuts.append(np.isin(np.arange(len(centres)), order[len(centres)//2:]))
-    halves = [(centres[~c], centres[c]) for c in cuts]
-    costs = decoded_bytes(needs, *(np.array([[getattr(o, f)(0) for o in pair] for pair in halves])
-        for f in ('min', 'max'))).sum(1)
+        origin = grid.bounds.lo[axis]
+        size = grid.chunk[axis]
+        median_chunk = int((np.median(centres[:, axis]) - origin)//size)
+        for border in (median_chunk, median_chunk+1):
+            in_second = centres[:, axis] >= border*size + origin
+            if in_second.any() and not in_second.all(): cuts.append(in_second)
+    if not cuts: cuts.append(_later_half(centres))
+    halves = [(centres[~in_second], centres[in_second]) for in_second in cuts]
+    lowest = np.array([(first.min(0), second.min(0)) for first,second in halves])
+    highest = np.array([(first.max(0), second.max(0)) for first,second in halves])
+    costs = decoded_bytes(windows, lowest, highest).sum(1)
     return cuts[costs.argmin()],int(costs.min())
 
+def _later_half(centres: np.ndarray) -> np.ndarray:
+    "Which centres are in the second half of their order along the longest axis"
+    longest = np.ptp(centres, axis=0).argmax()
+    order = np.argsort(centres[:, longest], kind='stable')
+    return np.isin(np.arange(len(centres)), order[len(centres)//2:])
+
 def split(
-    needs: list[LayerWindow], # EM first
+    windows: list[LayerWindow], # One of each layer, EM first
     centres: np.ndarray, # `(n, 3)` voxels
-    enough: Callable, # Of a part's centres, and the bytes its halves would decode: is it to stay whole?
-) -> list[np.ndarray]: # Numbers of the centres in each part
-    "Cut in two until every part is `enough`"
+    # Called with the centres of a part and the bytes that its halves would decode: whether the part stays whole
+    is_small_enough: Callable,
+) -> list[np.ndarray]: # Indices of the centres in each part
+    "Cut in two until every part is small enough"
     todo = [np.arange(len(centres))]
     done = []
     while todo:
         part = todo.pop()
-        second,cost = halve(needs, centres[part]) if len(part) > 1 else (None, 0)
-        if len(part) == 1 or enough(centres[part], cost): done.append(part)
-        else: todo += [part[second], part[~second]]
+        if len(part) == 1:
+            done.append(part)
+            continue
+        in_second,halves_bytes = halve(windows, centres[part])
+        if is_small_enough(centres[part], halves_bytes): done.append(part)
+        else: todo += [part[in_second], part[~in_second]]
     return done
 
 # %% ../../nbs/ingest/01_plan.ipynb #2e274925
 def plan_blocks(
-    needs: list[LayerWindow], # EM first
+    windows: list[LayerWindow], # One of each layer, EM first
     centres: np.ndarray, # `(n, 3)` voxels
     max_synapses: int, # Synapses in a block
 ) -> np.ndarray: # `(n,)` number of each synapse's block
     "Cut a table into blocks"
     block = np.empty(len(centres), int)
-    for k,part in enumerate(split(needs, centres, lambda c, _: len(c) <= max_synapses)): block[part] = k
+    parts = split(windows, centres, lambda part_centres, _: len(part_centres) <= max_synapses)
+    for number,part in enumerate(parts): block[part] = number
     return block
 
 def plan_reads(
-    needs: list[LayerWindow], # EM first
+    windows: list[LayerWindow], # One of each layer, EM first
     centres: np.ndarray, # `(n, 3)` voxels of the synapses of a block
-    memory: float, # Bytes that a read may hold, if it is of more than one synapse
-) -> list[np.ndarray]: # Numbers of the synapses in each read
+    memory: float, # Bytes that a read may hold, if it has more than one synapse
+) -> list[np.ndarray]: # Indices of the synapses in each read
     "Cut a block into reads"
-    return split(needs, centres, lambda c, cost: held_bytes(needs, c) <= memory
-        and decoded_bytes(needs, c.min(0), c.max(0)) <= cost)
+    def is_small_enough(part_centres, halves_bytes):
+        if held_bytes(windows, part_centres) > memory: return False
+        return decoded_bytes(windows, part_centres.min(0), part_centres.max(0)) <= halves_bytes
+    return split(windows, centres, is_small_enough)
 
 # %% ../../nbs/ingest/01_plan.ipynb #3899e690
 def needed_chunks(
-    need: LayerWindow, # Of one layer
+    layer_window: LayerWindow, # Of one layer
     centres: np.ndarray, # `(n, 3)` voxels
 ) -> int:
-    "How many storage chunks hold something of some window"
-    lo,hi = (np.clip(centres - np.array(need.window)//2 + add, need.bounds.lo, need.bounds.hi) - need.bounds.lo
-        for add in (0, need.window))
+    "How many storage chunks hold a part of at least one window"
+    lo,hi = layer_window._inside(centres, centres)
     inside = (hi > lo).all(1)
-    first = lo[inside]//need.chunk
-    last = -(-hi[inside]//need.chunk)
-    change = np.zeros(-(-np.array(need.bounds.shape)//need.chunk) + 1, np.int32)
-    for corner in np.ndindex(2, 2, 2): np.add.at(change, tuple(np.where(corner, last, first).T), (-1)**sum(corner))
-    return int((change.cumsum(0).cumsum(1).cumsum(2) > 0).sum())
+    first = lo[inside]//layer_window.chunk
+    end = -(-hi[inside]//layer_window.chunk)
+    # how many windows cover a chunk is the cumulative sum of the changes at the corners of windows
+    change = np.zeros(-(-np.array(layer_window.bounds.shape)//layer_window.chunk) + 1, np.int32)
+    for corner in np.ndindex(2, 2, 2):
+        np.add.at(change, tuple(np.where(corner, end, first).T), (-1)**sum(corner))
+    n_windows = change.cumsum(0).cumsum(1).cumsum(2)
+    return int((n_windows > 0).sum())
 
 def plan_costs(
-    needs: list[LayerWindow], # EM first
+    windows: list[LayerWindow], # One of each layer, EM first
     centres: np.ndarray, # `(n, 3)` voxels
     block: np.ndarray, # `(n,)` from `plan_blocks`
     memory: float, # Bytes that a read may hold
     synapse_bytes: int, # Of the chunk of one synapse
 ) -> dict:
-    """Blocks, reads, storage chunks and bytes decoded, how much less that is than synapse by synapse and how much more
-    than once each, and the memory of a task"""
+    """How many blocks and reads a plan has, the storage chunks and GB that it decodes, and the GB of memory of a task.
+    `times_less` compares with reading synapse by synapse, `times_needed` with decoding every needed chunk once"""
     order = np.argsort(block, kind='stable')
-    boxes = []
-    task = 0
-    for mine in np.split(centres[order], np.flatnonzero(np.diff(block[order]))+1):
-        parts = [mine[p] for p in plan_reads(needs, mine, memory)]
-        boxes += [(p.min(0), p.max(0)) for p in parts]
-        task = max(task, len(mine)*synapse_bytes + max(held_bytes(needs, p) for p in parts))
-    lowest,highest = (np.array(o) for o in zip(*boxes))
-    decoded = int(decoded_bytes(needs, lowest, highest).sum())
-    alone = int(decoded_bytes(needs, centres, centres).sum())
-    return dict(synapses=len(centres), blocks=int(block.max())+1, reads=len(boxes),
-        chunks=int(sum(n.n_chunks(lowest, highest).sum() for n in needs)),
-        chunks_synapse_major=int(sum(n.n_chunks(centres, centres).sum() for n in needs)), gb_decoded=decoded/1e9,
-        gb_em=int(needs[0].n_chunks(lowest, highest).sum())*needs[0].chunk_bytes/1e9, gb_synapse_major=alone/1e9,
-        times_less=alone/decoded, times_needed=decoded/sum(needed_chunks(n, centres)*n.chunk_bytes for n in needs),
-        task_gb=task/1e9)
+    block_starts = np.flatnonzero(np.diff(block[order]))+1
+    corners = []
+    task_bytes = 0
+    for members in np.split(centres[order], block_starts):
+        reads = [members[rows] for rows in plan_reads(windows, members, memory)]
+        corners += [(read.min(0), read.max(0)) for read in reads]
+        largest_read = max(held_bytes(windows, read) for read in reads)
+        task_bytes = max(task_bytes, len(members)*synapse_bytes + largest_read)
+    lowest,highest = map(np.array, zip(*corners))
+    decoded = int(decoded_bytes(windows, lowest, highest).sum())
+    synapse_major = int(decoded_bytes(windows, centres, centres).sum())
+    needed = sum(needed_chunks(window, centres)*window.chunk_bytes for window in windows)
+    em = windows[0]
+    return dict(
+        synapses=len(centres),
+        blocks=int(block.max())+1,
+        reads=len(corners),
+        chunks=int(sum(window.n_chunks(lowest, highest).sum() for window in windows)),
+        chunks_synapse_major=int(sum(window.n_chunks(centres, centres).sum() for window in windows)),
+        gb_decoded=decoded/1e9,
+        gb_em=int(em.n_chunks(lowest, highest).sum())*em.chunk_bytes/1e9,
+        gb_synapse_major=synapse_major/1e9,
+        times_less=synapse_major/decoded,
+        times_needed=decoded/needed,
+        task_gb=task_bytes/1e9,
+    )

@@ -19,7 +19,7 @@ __all__ = ['LAYER_ORDER', 'DataConfig', 'FetchConfig', 'select_cleft', 'visible_
 class DataConfig(Strict):
     "Where the synapses are"
     table: Source # Synapse table: csv, tsv, parquet or feather
-    # What our columns are called in it, if it has names of its own: `{id = "syn_id", ctr_x_nm = "x"}`
+    # Names that the table gives to our columns, where they differ: `{id = "syn_id", ctr_x_nm = "x"}`
     columns: dict[str, str] = {}
     # Size of the table's voxels, `(z, y, x)`, if its positions are in voxels
     table_voxel_nm: tuple[float, float, float]|None = None
@@ -30,7 +30,7 @@ class DataConfig(Strict):
     # Neurons as trees, if there are any: a folder of SWC files, a precomputed layer or a table, see `skeleton_reader`
     skeletons: Source|None = None
     voxel_nm: tuple[float, float, float]|None = None # True voxel size, `(z, y, x)`, where the layers' metadata is wrong
-    neurons: Source|None = None # What is known of cells: csv, parquet or feather, as of `read_neurons`
+    neurons: Source|None = None # What is known of cells: csv, parquet or feather, see `read_neurons`
 
 # %% ../../nbs/ingest/02_cutout.ipynb #802222c3
 class FetchConfig(Strict):
@@ -38,7 +38,7 @@ class FetchConfig(Strict):
     window_nm: tuple[float, float, float]|None = None # Window in which blank EM is counted, `(z, y, x)` ...
     window_vx: tuple[int, int, int]|None = None # ... or in voxels
     central_sections: pydantic.PositiveInt|None = None # Central sections of the window that are kept; all if absent
-    # Reject a synapse if this share of its window is blank, or more
+    # Reject a synapse if this fraction of its window is blank, or more
     max_blank_fraction: float = pydantic.Field(.1, gt=0, le=1)
     context: Literal['full', 'masked'] = 'full' # Keep all EM, or only what a network can see through the mask
     margin_nm: float = pydantic.Field(248, ge=0) # With `masked`: how far the augmentations can look beyond the synapse
@@ -52,26 +52,30 @@ class FetchConfig(Strict):
         return self
 
     def shapes(self, voxel_nm) -> tuple[tuple, tuple]:
-        "Shape of the window and of the kept chunk in voxels of `voxel_nm`"
+        "Shape of the window and of the kept chunk, in voxels of size `voxel_nm`"
         window = self.window_vx or tuple(max(1, round(w/v)) for w,v in zip(self.window_nm, voxel_nm))
-        return window,(min(self.central_sections or window[0], window[0]), *window[1:])
+        sections = min(self.central_sections or window[0], window[0])
+        return window,(sections, *window[1:])
 
     def capacity(self, voxel_nm) -> int:
-        "Most synapses in a block: what is stated, or what fits into memory"
-        return min(self.max_per_shard, max(1, int(self.memory_gb*1e9/2/(2*np.prod(self.shapes(voxel_nm)[1])))))
+        "Most synapses in a block: `max_per_shard`, or fewer if more do not fit into memory"
+        chunk_bytes = 2*np.prod(self.shapes(voxel_nm)[1])
+        n_in_memory = int(self.memory_gb*1e9/2/chunk_bytes)
+        return min(self.max_per_shard, max(1, n_in_memory))
 
 # %% ../../nbs/ingest/02_cutout.ipynb #175845c2
 def select_cleft(
     cleft: np.ndarray, # `(z, y, x)` cleft ids of the window
     voxel_nm, # `(z, y, x)`
     wanted: int|None = None, # The id that the table gives, if it does
-) -> int: # Its id; 0 if there is none
+) -> int: # Id of the cleft; 0 if there is none
     "Which cleft of a window belongs to the synapse at its centre"
     if wanted is not None: return wanted if (cleft == wanted).any() else 0
-    at = np.stack(np.unravel_index(np.flatnonzero(cleft != 0), cleft.shape), 1)
-    if not len(at): return 0
-    nearest = (((at - np.array(cleft.shape)//2)*voxel_nm)**2).sum(1).argmin()
-    return int(cleft[tuple(at[nearest])])
+    positions = np.stack(np.unravel_index(np.flatnonzero(cleft != 0), cleft.shape), 1)
+    if not len(positions): return 0
+    offset_nm = (positions - np.array(cleft.shape)//2)*voxel_nm
+    nearest = (offset_nm**2).sum(1).argmin()
+    return int(cleft[tuple(positions[nearest])])
 
 # %% ../../nbs/ingest/02_cutout.ipynb #1ff62abb
 def visible_mask(
@@ -82,12 +86,14 @@ def visible_mask(
     "Where EM can matter to a network that sees only the inflated mask"
     limit = reach_nm + np.linalg.norm(voxel_nm)/2
     far = np.float32(4*limit**2)
-    square,(vz,vy,vx) = np.full((2, *mask.shape), far, np.float32),map(float, voxel_nm)
-    _along_rows((mask & (PRE|CLEFT|POST)) > 0, vx, far, square[0])
-    _over_rows(square[0], vy, limit, square[1])
-    sections = np.full((1, len(mask), mask[0].size), far, np.float32)
-    _over_rows(square[1].reshape(sections.shape), vz, limit, sections)
-    return (sections <= np.float32(limit**2)).reshape(mask.shape)
+    vz,vy,vx = map(float, voxel_nm)
+    along_x,in_section = np.full((2, *mask.shape), far, np.float32)
+    _along_rows((mask & (PRE|CLEFT|POST)) > 0, vx, far, along_x)
+    _over_rows(along_x, vy, limit, in_section)
+    # a section is one long row here, so that the sweep over rows is one over sections
+    in_volume = np.full((1, len(mask), mask[0].size), far, np.float32)
+    _over_rows(in_section.reshape(in_volume.shape), vz, limit, in_volume)
+    return (in_volume <= np.float32(limit**2)).reshape(mask.shape)
 
 @numba.njit(cache=True, fastmath=True)
 def _along_rows(inside, voxel_nm, far, square):
@@ -108,8 +114,8 @@ def _along_rows(inside, voxel_nm, far, square):
 
 @numba.njit(cache=True, fastmath=True)
 def _over_rows(square, voxel_nm, limit, out):
-    """The least over all rows of a plane within `limit` of the squared distance there plus that between the rows, one
-    voxel nearer than they are"""
+    """For each voxel, the minimum over the rows of a plane within `limit`: the squared distance in that row plus the
+    squared distance between the rows. Rows count as one voxel nearer than they are"""
     far = np.float32(4*limit**2)
     reach = int(limit/voxel_nm)+1
     for z in range(square.shape[0]):
@@ -118,95 +124,128 @@ def _over_rows(square, voxel_nm, limit, out):
             if row.min() >= far: continue
             for y in range(max(0, j-reach), min(square.shape[1], j+reach+1)):
                 between = np.float32((max(0, abs(j-y)-1)*voxel_nm)**2)
-                least = out[z, y]
+                nearest = out[z, y]
                 for x in range(square.shape[2]):
                     total = row[x]+between
-                    least[x] = total if total < least[x] else least[x]
+                    nearest[x] = total if total < nearest[x] else nearest[x]
 
 # %% ../../nbs/ingest/02_cutout.ipynb #7e5cc1be
 LAYER_ORDER = ['em', 'cleft', 'seg', 'mito'] # Layers, in the order in which they are read
 
 def open_layers(data: DataConfig) -> dict[str, Layer]:
-    "The layers of a configuration. Raises `VolumeError` naming the one that cannot be opened"
-    return {o: open_layer(o, getattr(data, o), data.voxel_nm) for o in LAYER_ORDER if getattr(data, o)}
+    "The layers of a configuration. Raises `VolumeError` naming the layer that cannot be opened"
+    sources = {name: getattr(data, name) for name in LAYER_ORDER}
+    return {name: open_layer(name, source, data.voxel_nm) for name,source in sources.items() if source}
 
 def layer_windows(layers: dict[str, Layer], config: FetchConfig) -> list[LayerWindow]:
-    "What a synapse needs of each layer"
-    window,shape = config.shapes(layers['em'].voxel_nm)
-    about = lambda v: (tuple(int(c) for c in v.chunk_size)[::-1], np.dtype(v.dtype).itemsize)
-    return [LayerWindow(window if o == 'em' else shape, chunk, layer.box, size) for o,layer in layers.items() for chunk,
-        size in [about(layer.volume)]]
+    "The windows that a synapse needs, one of each layer"
+    window,chunk = config.shapes(layers['em'].voxel_nm)
+    windows = []
+    for name,layer in layers.items():
+        storage_chunk = tuple(int(size) for size in layer.volume.chunk_size)[::-1]
+        voxel_bytes = np.dtype(layer.volume.dtype).itemsize
+        windows.append(LayerWindow(window if name == 'em' else chunk, storage_chunk, layer.box, voxel_bytes))
+    return windows
 
 def centres_to_voxels(rows: pd.DataFrame, voxel_nm) -> np.ndarray:
     "The voxels nearest to the centres of synapses, `(n, 3)`"
-    return np.floor(rows[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)/voxel_nm + .5).astype(np.int64)
+    centres_nm = rows[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)
+    return np.floor(centres_nm/voxel_nm + .5).astype(np.int64)
 
 # %% ../../nbs/ingest/02_cutout.ipynb #2b9ba08d
 def fetch_rows(
     layers: dict[str, Layer], # From `open_layers`
     rows: pd.DataFrame, # Synapses of a block, from `read_synapses`
     config: FetchConfig, # Window and rules
-    salvage: bool = False, # Give up single synapses that cannot be read, not all of them
-) -> tuple: # ids `(n,)`, em and mask `(n, Z, Y, X)`, a record for each row, and the grey values in the masks, `(256,)`
-    """Cut out some synapses. A rejected one has the id `EMPTY`, and its record says why. Raises `VolumeError` if layers
-    cannot be read"""
+    salvage: bool = False, # Reject single synapses that cannot be read, instead of raising for all of them
+) -> tuple: # ids `(n,)`, em and mask `(n, Z, Y, X)`, a record for each row, and the histogram of grey values `(256,)`
+    """Cut out the synapses of a block. A rejected synapse has the id `EMPTY`, and its record has the reason. The
+    histogram counts the EM inside the masks. Raises `VolumeError` if layers cannot be read"""
     n = len(rows)
     voxel_nm = layers['em'].voxel_nm
-    needs = layer_windows(layers, config)
-    em,mask = (np.zeros((n, *config.shapes(voxel_nm)[1]), np.uint8) for _ in range(2))
-    wanted = rows.cleft_id if 'cleft_id' in rows else [0]*n
-    records = [dict(id=int(i), blank_fraction=0., cleft_id=int(c), visible_fraction=0., reject_reason='') for i,
-        c in zip(rows.id, wanted)]
-    todo = plan_reads(needs, centres_to_voxels(rows, voxel_nm), config.memory_gb*1e9/2) if n else []
+    windows = layer_windows(layers, config)
+    shape = config.shapes(voxel_nm)[1]
+    em = np.zeros((n, *shape), np.uint8)
+    mask = np.zeros((n, *shape), np.uint8)
+    records = _empty_records(rows)
+    todo = plan_reads(windows, centres_to_voxels(rows, voxel_nm), config.memory_gb*1e9/2) if n else []
     while todo:
         part = todo.pop()
-        try: _fetch_read(layers, needs, rows, part, config, em, mask, records)
+        try: _fetch_read(layers, windows, rows, part, config, em, mask, records)
         except VolumeError as e:
             if not salvage: raise
-            if len(part) > 1: todo += [part[:len(part)//2], part[len(part)//2:]]
-            else: records[part[0]] |= dict(reject_reason=f'unreadable: {e}')
-    lost = np.array([bool(r['reject_reason']) for r in records], bool)
-    if n and all(r['reject_reason'].startswith('unreadable') for r in records):
+            middle = len(part)//2
+            if len(part) > 1: todo += [part[:middle], part[middle:]]
+            else: records[part[0]]['reject_reason'] = f'unreadable: {e}'
+    if n and all(record['reject_reason'].startswith('unreadable') for record in records):
         raise VolumeError(records[0]['reject_reason'])
-    em[lost],mask[lost],grey = 0,0,np.zeros(256, np.int64)
-    for i in np.flatnonzero(~lost): grey += np.bincount(em[i][(mask[i] & (PRE|CLEFT|POST)) > 0], minlength=256)
-    return np.where(lost, EMPTY, rows.id),em,mask,records,grey
+    rejected = np.array([bool(record['reject_reason']) for record in records], bool)
+    em[rejected] = 0
+    mask[rejected] = 0
+    grey = np.zeros(256, np.int64)
+    for i in np.flatnonzero(~rejected):
+        in_synapse = (mask[i] & (PRE|CLEFT|POST)) > 0
+        grey += np.bincount(em[i][in_synapse], minlength=256)
+    return np.where(rejected, EMPTY, rows.id),em,mask,records,grey
 
-def _fetch_read(layers, needs: list[LayerWindow], rows: pd.DataFrame, part: np.ndarray, config: FetchConfig,
-    em: np.ndarray, mask: np.ndarray, records: list[dict]):
+def _empty_records(rows: pd.DataFrame) -> list[dict]:
+    "A record for each row, with the cleft id that the table gives, or 0"
+    cleft_ids = rows.cleft_id if 'cleft_id' in rows else [0]*len(rows)
+    return [dict(id=int(synapse_id), blank_fraction=0., cleft_id=int(cleft_id), visible_fraction=0., reject_reason='')
+        for synapse_id,cleft_id in zip(rows.id, cleft_ids)]
+
+def _fetch_read(
+    layers: dict[str, Layer],
+    windows: list[LayerWindow],
+    rows: pd.DataFrame,
+    part: np.ndarray, # Indices of the rows of this read
+    config: FetchConfig,
+    em: np.ndarray,
+    mask: np.ndarray,
+    records: list[dict],
+):
     "Fill `em`, `mask` and `records` for the rows of one read"
     voxel_nm = layers['em'].voxel_nm
-    need = dict(zip(layers, needs))
+    window_of = dict(zip(layers, windows))
     centres = centres_to_voxels(rows, voxel_nm)
     pre = rows.pre_root_id.to_numpy()
     post = rows.post_root_id.to_numpy()
 
-    def windows(name: str):
-        "Cut the windows of all synapses that are not rejected out of one read"
-        left = [i for i in part if not records[i]['reject_reason']]
-        if not left: return
-        hull = need[name].box(centres[left])
+    def cut_windows(name: str):
+        "Read one layer once, and cut out the windows of all synapses that are not rejected so far"
+        kept = [i for i in part if not records[i]['reject_reason']]
+        if not kept: return
+        layer_window = window_of[name]
+        hull = layer_window.box(centres[kept])
         voxels = read(layers[name], hull)
-        for i in left: yield i,voxels[Box.around(centres[i].tolist(), need[name].window).slices(hull.lo)]
+        for i in kept:
+            box = Box.around(centres[i].tolist(), layer_window.window)
+            yield i,voxels[box.slices(hull.lo)]
 
-    skip = need['em'].window[0]//2 - em.shape[1]//2
-    for i,window in windows('em'):
+    first_section = window_of['em'].window[0]//2 - em.shape[1]//2
+    for i,window in cut_windows('em'):
         records[i]['blank_fraction'] = float((window == 0).mean())
         if records[i]['blank_fraction'] >= config.max_blank_fraction: records[i]['reject_reason'] = 'blank EM'
-        else: em[i] = window[skip:skip+em.shape[1]]
-    for i,window in windows('cleft'):
+        else: em[i] = window[first_section:first_section+em.shape[1]]
+    for i,window in cut_windows('cleft'):
         cleft_id = select_cleft(window, voxel_nm, records[i]['cleft_id'] or None)
-        if cleft_id: records[i]['cleft_id'],mask[i] = cleft_id,(window == cleft_id)*np.uint8(CLEFT)
-        else: records[i]['reject_reason'] = 'no cleft'
-    for i,window in windows('seg'):
-        for cell,bit,partner in ((pre[i], PRE, 'presynaptic'), (post[i], POST, 'postsynaptic')):
-            here = (window == cell) & (cell != 0) # 0 is the background
-            mask[i] |= here*np.uint8(bit)
-            if not here.any(): records[i]['reject_reason'] = records[i]['reject_reason'] or f'no {partner} cell'
-    for i,window in windows('mito') if 'mito' in layers else ():
-        mask[i] |= ((window > 0) & ((mask[i] & (PRE|POST)) > 0))*np.uint8(MITO)
+        if not cleft_id:
+            records[i]['reject_reason'] = 'no cleft'
+            continue
+        records[i]['cleft_id'] = cleft_id
+        mask[i] = (window == cleft_id)*np.uint8(CLEFT)
+    for i,window in cut_windows('seg'):
+        for root_id,bit,partner in ((pre[i], PRE, 'presynaptic'), (post[i], POST, 'postsynaptic')):
+            in_cell = (window == root_id) & (root_id != 0) # 0 is the background
+            mask[i] |= in_cell*np.uint8(bit)
+            if not in_cell.any() and not records[i]['reject_reason']:
+                records[i]['reject_reason'] = f'no {partner} cell'
+    if 'mito' in layers:
+        for i,window in cut_windows('mito'):
+            in_partner = (mask[i] & (PRE|POST)) > 0
+            mask[i] |= ((window > 0) & in_partner)*np.uint8(MITO)
     for i in part:
         if records[i]['reject_reason']: continue
-        seen = visible_mask(mask[i], voxel_nm, config.margin_nm)
-        records[i]['visible_fraction'] = float(seen.mean())
-        if config.context == 'masked': em[i] *= seen
+        visible = visible_mask(mask[i], voxel_nm, config.margin_nm)
+        records[i]['visible_fraction'] = float(visible.mean())
+        if config.context == 'masked': em[i] *= visible

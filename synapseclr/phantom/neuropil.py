@@ -11,7 +11,7 @@ import numba as nb, numpy as np
 from scipy import ndimage
 
 # %% auto #0
-__all__ = ['GLIA_NM', 'unit', 'Tissue', 'empty_tissue', 'smooth_field', 'wander', 'evenly', 'rough', 'Curve', 'grow', 'membrane',
+__all__ = ['GLIA_NM', 'Tissue', 'empty_tissue', 'smooth_field', 'unit', 'wander', 'evenly', 'rough', 'Curve', 'grow', 'membrane',
            'paint_cells', 'paint_mitochondrion', 'paint_tube', 'paint_nucleus', 'paint_synapse', 'paint_vesicles',
            'take_images']
 
@@ -19,16 +19,16 @@ __all__ = ['GLIA_NM', 'unit', 'Tissue', 'empty_tissue', 'smooth_field', 'wander'
 @dataclass
 class Tissue:
     "A block of neuropil while it is painted; arrays are `(z, y, x)`"
-    voxel_nm: tuple[float, float, float]
+    voxel_nm: tuple[float, float, float] # `(z, y, x)`
     owner: np.ndarray # uint16: the cell of each voxel; 0 is glia
     cost: np.ndarray # float32: distance to the owner's surface, nm, negative inside
-    rival: np.ndarray # uint16: the cell that came second
-    rival_cost: np.ndarray # float32
-    warp: np.ndarray # `(3, z, y, x)` int8: how far each voxel is displaced, nm
+    rival: np.ndarray # uint16: the second nearest cell
+    rival_cost: np.ndarray # float32: distance to the rival's surface, nm
+    warp: np.ndarray # `(3, z, y, x)` int8: displacement of each voxel, nm
     texture: np.ndarray # int8: grain of the cytoplasm, sd 20
-    em: np.ndarray # uint8: grey values of the tissue itself
-    mito: np.ndarray # uint16: mitochondrion of each voxel
-    cleft: np.ndarray # uint16: cleft of each voxel
+    em: np.ndarray # uint8: grey values of the tissue, before it is imaged
+    mito: np.ndarray # uint16: mitochondrion of each voxel; 0 is none
+    cleft: np.ndarray # uint16: cleft of each voxel; 0 is none
 
     @property
     def shape(self) -> tuple[int, int, int]: return self.owner.shape
@@ -38,97 +38,119 @@ class Tissue:
 GLIA_NM = 80. # A voxel farther than this from every cell is glia
 
 def empty_tissue(
-    shape, voxel_nm, # `(z, y, x)`
+    shape, # Voxels, `(z, y, x)`
+    voxel_nm, # `(z, y, x)`
     rng: np.random.Generator,
 ) -> Tissue:
-    "A block that is all glia, with its displacements and grain drawn"
+    "A block that is all glia, with random displacements and a random grain"
     voxel_nm = tuple(float(v) for v in voxel_nm)
-    jitter = (ndimage.gaussian_filter1d(rng.normal(size=(2, shape[0])), 1.5, axis=1)*25).clip(-26, 26).astype(np.int8)
+    section_shift = ndimage.gaussian_filter1d(rng.normal(size=(2, shape[0])), 1.5, axis=1)*25
+    jitter = section_shift.clip(-26, 26).astype(np.int8)
     warp = np.empty((3, *shape), np.int8)
     for axis in range(3):
         warp[axis] = smooth_field(shape, voxel_nm, 190, 24, 50, rng)
         warp[axis] += smooth_field(shape, voxel_nm, 700, 22, 50, rng)
         if axis: warp[axis] += jitter[axis-1][:, None, None]
     texture = smooth_field(shape, voxel_nm, 55, 20, 100, rng)
-    full = lambda value, dtype: np.full(shape, value, dtype)
-    return Tissue(voxel_nm, full(0, np.uint16), full(GLIA_NM, np.float32), full(0, np.uint16),
-        full(GLIA_NM+200, np.float32),
-        warp, texture, full(0, np.uint8), full(0, np.uint16), full(0, np.uint16))
+    return Tissue(
+        voxel_nm=voxel_nm,
+        owner=np.zeros(shape, np.uint16),
+        cost=np.full(shape, GLIA_NM, np.float32),
+        rival=np.zeros(shape, np.uint16),
+        rival_cost=np.full(shape, GLIA_NM+200, np.float32),
+        warp=warp,
+        texture=texture,
+        em=np.zeros(shape, np.uint8),
+        mito=np.zeros(shape, np.uint16),
+        cleft=np.zeros(shape, np.uint16))
 
 def smooth_field(
-    shape, voxel_nm, # `(z, y, x)`
-    scale_nm: float, # Size of its lumps
-    sd: float, limit: int, # Of its values, and where they are cut
+    shape, # Voxels, `(z, y, x)`
+    voxel_nm, # `(z, y, x)`
+    scale_nm: float, # Length over which the values change
+    sd: float, # Standard deviation of the values before they are clipped
+    limit: int, # Values are clipped to plus or minus this
     rng: np.random.Generator,
 ) -> np.ndarray: # `(z, y, x)` int8
-    "Random values that change over `scale_nm`"
-    coarse = [math.ceil(n*v/scale_nm)+4 for n,v in zip(shape, voxel_nm)]
-    values = ndimage.gaussian_filter(rng.standard_normal(coarse, dtype=np.float32), 1.)
+    "Smooth random values: noise on a coarse grid, interpolated linearly"
+    coarse_shape = [math.ceil(n*v/scale_nm)+4 for n,v in zip(shape, voxel_nm)]
+    values = ndimage.gaussian_filter(rng.standard_normal(coarse_shape, dtype=np.float32), 1.)
     values *= sd/values.std()
-    at = [np.arange(n)*v/scale_nm+1 for n,v in zip(shape, voxel_nm)]
+    grid_z,grid_y,grid_x = (np.arange(n)*v/scale_nm+1 for n,v in zip(shape, voxel_nm))
     out = np.empty(shape, np.int8)
     for z in range(0, shape[0], 16):
-        part = values
-        for axis,u in enumerate((at[0][z:z+16], *at[1:])):
-            low = u.astype(int)
-            share = np.expand_dims((u-low).astype(np.float32), [a for a in range(3) if a != axis])
-            part = np.take(part, low, axis)*(1-share) + np.take(part, low+1, axis)*share
-        out[z:z+16] = part.clip(-limit, limit)
+        block = values
+        for axis,position in enumerate((grid_z[z:z+16], grid_y, grid_x)):
+            low = position.astype(int)
+            other_axes = [a for a in range(3) if a != axis]
+            fraction = np.expand_dims((position-low).astype(np.float32), other_axes)
+            block = np.take(block, low, axis)*(1-fraction) + np.take(block, low+1, axis)*fraction
+        out[z:z+16] = block.clip(-limit, limit)
     return out
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #29f30a4a
-unit = lambda v: v/np.linalg.norm(v, axis=-1, keepdims=True)
+def unit(
+    v: np.ndarray, # `(..., 3)`
+) -> np.ndarray: # `(..., 3)`
+    "The same directions, as vectors of length 1"
+    return v/np.linalg.norm(v, axis=-1, keepdims=True)
 
 def wander(
     rng: np.random.Generator,
     extent_nm: np.ndarray, # Of the block, `(z, y, x)`
-    length_nm: float, step_nm: float, # Of the path
-    bend: float, # How much it turns at each step
-    start=None, direction=None, # Anywhere, in any direction, if absent
-    stay: bool = False, # Turn back at the walls
+    length_nm: float, # Of the path
+    step_nm: float, # Between its points
+    bend: float, # Standard deviation of the change of direction at each step
+    start=None, # `(3,)` nm; random if absent
+    direction=None, # `(3,)`, of length 1; random if absent
+    stay: bool = False, # Turn back at the faces of the block
 ) -> np.ndarray: # `(n, 3)`
-    "A path that keeps its direction for a while"
-    p = rng.uniform(-.03, 1.03, 3)*extent_nm if start is None else np.array(start, float)
-    d = unit(rng.normal(size=3)) if direction is None else np.array(direction, float)
-    path = [p]
-    for turn in rng.normal(size=(int(length_nm/step_nm), 3))*bend:
-        d = unit(d+turn)
-        if stay: d = np.where((p < 200) & (d < 0) | (p > extent_nm-200) & (d > 0), -d, d)
-        p = p + d*step_nm
-        path.append(p)
+    "A random walk that keeps its direction for a while"
+    position = rng.uniform(-.03, 1.03, 3)*extent_nm if start is None else np.array(start, float)
+    heading = unit(rng.normal(size=3)) if direction is None else np.array(direction, float)
+    path = [position]
+    for change in rng.normal(size=(int(length_nm/step_nm), 3))*bend:
+        heading = unit(heading+change)
+        if stay:
+            leaves_block = (position < 200) & (heading < 0) | (position > extent_nm-200) & (heading > 0)
+            heading = np.where(leaves_block, -heading, heading)
+        position = position + heading*step_nm
+        path.append(position)
     return np.array(path)
 
 def evenly(
-    path: np.ndarray, # `(n, 3)`
-    step_nm: float,
+    path: np.ndarray, # `(n, 3)` nm
+    step_nm: float, # Between the points of the result
 ) -> np.ndarray: # `(m, 3)`
     "The same path as a smooth curve, in equal steps"
-    s = np.r_[0, np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))]
-    at = np.arange(0, s[-1], step_nm)
-    fine = np.stack([np.interp(at, s, path[:, a]) for a in range(3)], 1)
-    return ndimage.gaussian_filter1d(fine, .3*np.median(np.diff(s))/step_nm, axis=0, mode='nearest')
+    length = np.r_[0, np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))]
+    new_length = np.arange(0, length[-1], step_nm)
+    fine = np.stack([np.interp(new_length, length, path[:, a]) for a in range(3)], 1)
+    return ndimage.gaussian_filter1d(fine, .3*np.median(np.diff(length))/step_nm, axis=0, mode='nearest')
 
 def rough(
     rng: np.random.Generator,
-    n: int, scale: float, # Of the result, and how many of its steps a lump is long
-    sd: float,
-) -> np.ndarray: # `(n,)` around 1
-    "A radius that swells and thins"
-    g = ndimage.gaussian_filter1d(rng.normal(size=n+2), scale)[:n]
-    return 1 + sd*g*math.sqrt(2*scale*math.sqrt(math.pi))
+    n: int, # Number of values
+    scale: float, # Number of values over which they are correlated
+    sd: float, # Standard deviation of the values
+) -> np.ndarray: # `(n,)` with mean 1
+    "Factors for a radius that varies along a curve"
+    noise = ndimage.gaussian_filter1d(rng.normal(size=n+2), scale)[:n]
+    return 1 + sd*noise*math.sqrt(2*scale*math.sqrt(math.pi))
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #cf09ad47
 @dataclass
 class Curve:
     "A piece of a cell: a chain of spheres"
-    cell: int # Its owner
+    cell: int # The cell that it belongs to
     points_nm: np.ndarray # `(n, 3)`
     radius_nm: np.ndarray # `(n,)`
-    bonus_nm: float = 0. # How much it is favoured where cells compete
+    bonus_nm: float = 0. # Subtracted from its distances where cells compete
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #190498b0
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def _claim(points, radius, bonus, reach, cell, cost, rival_cost, owner, rival, warp, voxel, z_first, z_last):
+    "Let the spheres of one curve compete for the voxels of the sections `z_first` to `z_last`"
     nz,ny,nx = cost.shape
     vz,vy,vx = voxel
     for i in range(len(points)):
@@ -142,51 +164,58 @@ def _claim(points, radius, bonus, reach, cell, cost, rival_cost, owner, rival, w
             gap_z = max(0., abs(z*vz-cz)-100)
             for y in range(max(0, int((cy-box)/vy)), min(ny, int((cy+box)/vy)+2)):
                 gap_y = max(0., abs(y*vy-cy)-100)
-                left = far*far - gap_z*gap_z - gap_y*gap_y
-                if left <= 0: continue
-                half = math.sqrt(left) + 100
-                for x in range(max(0, int((cx-half)/vx)), min(nx, int((cx+half)/vx)+2)):
+                chord2 = far*far - gap_z*gap_z - gap_y*gap_y
+                if chord2 <= 0: continue
+                half_chord = math.sqrt(chord2) + 100
+                for x in range(max(0, int((cx-half_chord)/vx)), min(nx, int((cx+half_chord)/vx)+2)):
                     dz = z*vz-cz+warp[0, z, y, x]
                     dy = y*vy-cy+warp[1, z, y, x]
                     dx = x*vx-cx+warp[2, z, y, x]
                     d2 = dz*dz + dy*dy + dx*dx
                     if d2 > far*far: continue
-                    c = math.sqrt(d2) - r - bonus
-                    first = owner[z, y, x]
-                    if c < cost[z, y, x]:
-                        if first != cell:
-                            rival_cost[z, y, x],rival[z, y, x],owner[z, y, x] = cost[z, y, x],first,cell
-                        cost[z, y, x] = c
-                    elif first != cell and c < rival_cost[z, y, x]:
-                        rival_cost[z, y, x],rival[z, y, x] = c,cell
+                    surface = math.sqrt(d2) - r - bonus
+                    current = owner[z, y, x]
+                    if surface < cost[z, y, x]:
+                        if current != cell:
+                            rival_cost[z, y, x] = cost[z, y, x]
+                            rival[z, y, x] = current
+                            owner[z, y, x] = cell
+                        cost[z, y, x] = surface
+                    elif current != cell and surface < rival_cost[z, y, x]:
+                        rival_cost[z, y, x] = surface
+                        rival[z, y, x] = cell
 
 def grow(
     tissue: Tissue, # Painted in place
-    curves: list[Curve],
-    n_slabs: int = 8, # Shared by two threads
+    curves: list[Curve], # Of all cells
+    n_slabs: int = 8, # Parts of the block, painted by two threads
 ):
-    "Let cells compete for the voxels: each goes to the one whose surface is nearest, and the second is noted"
-    edges = np.linspace(0, tissue.shape[0], n_slabs+1).astype(int)
+    "Let cells compete for the voxels: the nearest surface becomes the owner, the second nearest the rival"
     t = tissue
-    def slab(k):
-        for c in curves:
-            low = c.points_nm[:, 0].min()-c.radius_nm.max()-c.bonus_nm-GLIA_NM-160
-            high = c.points_nm[:, 0].max()+c.radius_nm.max()+c.bonus_nm+GLIA_NM+160
+    edges = np.linspace(0, t.shape[0], n_slabs+1).astype(int)
+    def grow_slab(k):
+        for curve in curves:
+            low = curve.points_nm[:, 0].min()-curve.radius_nm.max()-curve.bonus_nm-GLIA_NM-160
+            high = curve.points_nm[:, 0].max()+curve.radius_nm.max()+curve.bonus_nm+GLIA_NM+160
             if high < edges[k]*t.voxel_nm[0] or low > edges[k+1]*t.voxel_nm[0]: continue
-            _claim(np.ascontiguousarray(c.points_nm, np.float64), np.ascontiguousarray(c.radius_nm, np.float64),
-                c.bonus_nm, c.bonus_nm+GLIA_NM+60, c.cell, t.cost, t.rival_cost, t.owner, t.rival, t.warp, t.voxel_nm,
-                edges[k], edges[k+1])
-    with ThreadPoolExecutor(2) as pool: list(pool.map(slab, range(n_slabs)))
+            points = np.ascontiguousarray(curve.points_nm, np.float64)
+            radius = np.ascontiguousarray(curve.radius_nm, np.float64)
+            reach = curve.bonus_nm+GLIA_NM+60
+            _claim(points, radius, curve.bonus_nm, reach, curve.cell, t.cost, t.rival_cost, t.owner, t.rival, t.warp,
+                t.voxel_nm, edges[k], edges[k+1])
+    with ThreadPoolExecutor(2) as pool: list(pool.map(grow_slab, range(n_slabs)))
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #4c664db7
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def _gap(cost, rival_cost, owner, z, y, x, cell):
-    g = rival_cost[z, y, x] - cost[z, y, x]
-    return g if owner[z, y, x] == cell else -g
+    "Difference of the two distances, negative outside of `cell`"
+    gap = rival_cost[z, y, x] - cost[z, y, x]
+    return gap if owner[z, y, x] == cell else -gap
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def membrane(cost, rival_cost, owner, voxel, z, y, x):
-    "Distance to the cell's membrane in nm, and how much the membrane leans out of the section, 0 to 1"
+    """Distance of a voxel to the membrane of its cell, nm, and tilt of the membrane: 0 where it is perpendicular to the
+    section, 1 where it is parallel to it"""
     nz,ny,nx = cost.shape
     cell = owner[z, y, x]
     z0 = max(z-1, 0)
@@ -202,147 +231,158 @@ def membrane(cost, rival_cost, owner, voxel, z, y, x):
     gx = (_gap(cost, rival_cost, owner, z, y, x1, cell)
         - _gap(cost, rival_cost, owner, z, y, x0, cell))/((x1-x0)*voxel[2])
     slope = math.sqrt(gz*gz + gy*gy + gx*gx) + 1e-6
-    return (rival_cost[z, y, x]-cost[z, y, x])/min(2., max(.8, slope)),abs(gz)/slope
+    distance = (rival_cost[z, y, x]-cost[z, y, x])/min(2., max(.8, slope))
+    return distance,abs(gz)/slope
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def _paint_cells(cost, rival_cost, owner, texture, voxel, cytoplasm, grain, em, z_first, z_last):
+    "Paint the sections `z_first` to `z_last`"
     nz,ny,nx = cost.shape
     for z in range(z_first, z_last):
         for y in range(ny):
             for x in range(nx):
-                d,lean = membrane(cost, rival_cost, owner, voxel, z, y, x)
-                width = math.sqrt(11.*11. + (voxel[0]*lean)**2/9)
-                dark = math.exp(-.5*(d/width)**2)*(11./width)**.6
+                distance,tilt = membrane(cost, rival_cost, owner, voxel, z, y, x)
+                width = math.sqrt(11.*11. + (voxel[0]*tilt)**2/9)
+                dark = math.exp(-.5*(distance/width)**2)*(11./width)**.6
                 inside = cytoplasm[owner[z, y, x]] + grain[owner[z, y, x]]*texture[z, y, x]/20
                 em[z, y, x] = int(255*(inside*(1-dark) + .24*dark))
 
 def paint_cells(
     tissue: Tissue, # Painted in place
     cytoplasm: np.ndarray, # `(n_cells,)` grey value of each cell, 0 to 1
-    grain: np.ndarray, # `(n_cells,)` how coarse its cytoplasm is
+    grain: np.ndarray, # `(n_cells,)` contrast of the grain of its cytoplasm
 ):
-    "Cytoplasm, and membranes of finite thickness between all cells; a leaning one is smeared over its section"
+    "Paint cytoplasm, and membranes of finite thickness between all cells; a tilted one is smeared over its section"
     t = tissue
-    edges = np.linspace(0, tissue.shape[0], 9).astype(int)
-    def slab(k):
+    edges = np.linspace(0, t.shape[0], 9).astype(int)
+    def paint_slab(k):
         _paint_cells(t.cost, t.rival_cost, t.owner, t.texture, t.voxel_nm, cytoplasm.astype(np.float32),
             grain.astype(np.float32), t.em, edges[k], edges[k+1])
-    with ThreadPoolExecutor(2) as pool: list(pool.map(slab, range(8)))
+    with ThreadPoolExecutor(2) as pool: list(pool.map(paint_slab, range(8)))
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #8b54d932
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def _box(points, margin, voxel, shape):
-    "Voxels around some points"
-    out = np.empty((3, 2), np.int64)
+    "First and last voxel, `(3, 2)`, of a box around some points"
+    box = np.empty((3, 2), np.int64)
     for a in range(3):
-        out[a, 0] = max(0, int((points[:, a].min()-margin)/voxel[a]))
-        out[a, 1] = min(shape[a], int((points[:, a].max()+margin)/voxel[a])+2)
-    return out
+        box[a, 0] = max(0, int((points[:, a].min()-margin)/voxel[a]))
+        box[a, 1] = min(shape[a], int((points[:, a].max()+margin)/voxel[a])+2)
+    return box
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def paint_mitochondrion(points, radius, cell, number, phase, cost, rival_cost, owner, warp, texture, voxel, em, mito):
-    """A bent capsule along `points` inside one cell: double membrane, dark matrix, wavy cristae. Returns how many
-    voxels it got"""
-    b = _box(points, radius+100, voxel, cost.shape)
-    n = 0
-    along = points[-1] - points[0]
-    along = along/(math.sqrt((along*along).sum()) + 1e-6)
-    for z in range(b[0, 0], b[0, 1]):
-        for y in range(b[1, 0], b[1, 1]):
-            for x in range(b[2, 0], b[2, 1]):
+    """Paint a bent capsule along `points` inside one cell: double membrane, dark matrix, wavy cristae. Returns its
+    number of voxels"""
+    box = _box(points, radius+100, voxel, cost.shape)
+    n_voxels = 0
+    axis = points[-1] - points[0]
+    axis = axis/(math.sqrt((axis*axis).sum()) + 1e-6)
+    for z in range(box[0, 0], box[0, 1]):
+        for y in range(box[1, 0], box[1, 1]):
+            for x in range(box[2, 0], box[2, 1]):
                 if owner[z, y, x] != cell: continue
                 pz = z*voxel[0]+warp[0, z, y, x]
                 py = y*voxel[1]+warp[1, z, y, x]
                 px = x*voxel[2]+warp[2, z, y, x]
-                nearest = 1e9
+                nearest2 = 1e9
                 for i in range(len(points)):
-                    nearest = min(nearest, (pz-points[i, 0])**2 + (py-points[i, 1])**2 + (px-points[i, 2])**2)
-                q = math.sqrt(nearest) + .35*texture[z, y, x]
-                if q > radius: continue
-                d,lean = membrane(cost, rival_cost, owner, voxel, z, y, x)
-                if d < 30: continue
-                t = (pz-points[0, 0])*along[0] + (py-points[0, 1])*along[1] + (px-points[0, 2])*along[2]
-                crista = .5 + .5*math.sin(t/13. + (warp[0, z, y, x]+warp[1, z, y, x])/16. + texture[z, y, x]/14.
-                    + phase)
-                v = .52 - .20*crista*crista
-                if q > radius-22 or d < 48: v = .26
-                em[z, y, x] = int(255*v)
+                    nearest2 = min(nearest2, (pz-points[i, 0])**2 + (py-points[i, 1])**2 + (px-points[i, 2])**2)
+                off_axis = math.sqrt(nearest2) + .35*texture[z, y, x]
+                if off_axis > radius: continue
+                depth,tilt = membrane(cost, rival_cost, owner, voxel, z, y, x)
+                if depth < 30: continue
+                along = (pz-points[0, 0])*axis[0] + (py-points[0, 1])*axis[1] + (px-points[0, 2])*axis[2]
+                waviness = (warp[0, z, y, x]+warp[1, z, y, x])/16.
+                crista = .5 + .5*math.sin(along/13. + waviness + texture[z, y, x]/14. + phase)
+                grey = .52 - .20*crista*crista
+                if off_axis > radius-22 or depth < 48: grey = .26
+                em[z, y, x] = int(255*grey)
                 mito[z, y, x] = number
-                n += 1
-    return n
+                n_voxels += 1
+    return n_voxels
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def paint_tube(points, radius, grey, cell, cost, rival_cost, owner, voxel, em):
-    "A thin dark thread inside one cell: a microtubule, or a cisterna of endoplasmic reticulum"
+    "Paint a thin dark thread inside one cell: a microtubule, or a cisterna of endoplasmic reticulum"
     nz,ny,nx = owner.shape
     for i in range(len(points)):
-        one = points[i:i+1]
-        b = _box(one, 1.6*radius, voxel, owner.shape)
-        for z in range(b[0, 0], b[0, 1]):
-            fade = math.exp(-.5*((z*voxel[0]-one[0, 0])/(.5*voxel[0]))**2)
+        point = points[i:i+1]
+        box = _box(point, 1.6*radius, voxel, owner.shape)
+        for z in range(box[0, 0], box[0, 1]):
+            fade = math.exp(-.5*((z*voxel[0]-point[0, 0])/(.5*voxel[0]))**2)
             if fade < .3: continue
-            for y in range(b[1, 0], b[1, 1]):
-                for x in range(b[2, 0], b[2, 1]):
+            for y in range(box[1, 0], box[1, 1]):
+                for x in range(box[2, 0], box[2, 1]):
                     if owner[z, y, x] != cell or rival_cost[z, y, x]-cost[z, y, x] < 40: continue
-                    q = ((y*voxel[1]-one[0, 1])**2 + (x*voxel[2]-one[0, 2])**2)/(radius*radius)
-                    if q > 2: continue
-                    k = fade*math.exp(-q)
-                    em[z, y, x] = min(em[z, y, x], int(255*(.66*(1-k) + grey*k)))
+                    r2 = ((y*voxel[1]-point[0, 1])**2 + (x*voxel[2]-point[0, 2])**2)/(radius*radius)
+                    if r2 > 2: continue
+                    opacity = fade*math.exp(-r2)
+                    em[z, y, x] = min(em[z, y, x], int(255*(.66*(1-opacity) + grey*opacity)))
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def paint_nucleus(centre, radius, cell, owner, warp, texture, voxel, em):
-    "Nucleus of a soma: envelope, and chromatin in lumps"
-    b = _box(centre.reshape(1, 3), radius+130, voxel, owner.shape)
-    for z in range(b[0, 0], b[0, 1]):
-        for y in range(b[1, 0], b[1, 1]):
-            for x in range(b[2, 0], b[2, 1]):
+    "Paint the nucleus of a soma: envelope, and chromatin in lumps"
+    box = _box(centre.reshape(1, 3), radius+130, voxel, owner.shape)
+    for z in range(box[0, 0], box[0, 1]):
+        for y in range(box[1, 0], box[1, 1]):
+            for x in range(box[2, 0], box[2, 1]):
                 if owner[z, y, x] != cell: continue
-                d = math.sqrt((z*voxel[0]+1.5*warp[0, z, y, x]-centre[0])**2
-                    + (y*voxel[1]+1.5*warp[1, z, y, x]-centre[1])**2 + (x*voxel[2]+1.5*warp[2, z, y, x]-centre[2])**2)
-                if d > radius: continue
+                dz = z*voxel[0]+1.5*warp[0, z, y, x]-centre[0]
+                dy = y*voxel[1]+1.5*warp[1, z, y, x]-centre[1]
+                dx = x*voxel[2]+1.5*warp[2, z, y, x]-centre[2]
+                r = math.sqrt(dz**2 + dy**2 + dx**2)
+                if r > radius: continue
                 lump = 1/(1+math.exp(-(warp[0, z, y, x]+warp[1, z, y, x]+warp[2, z, y, x]-25)/14.))
-                v = .63 - .15*lump + .03*texture[z, y, x]/20
-                if d > radius-45: v = .30 if d > radius-14 or d < radius-31 else .6
-                em[z, y, x] = int(255*v)
+                grey = .63 - .15*lump + .03*texture[z, y, x]/20
+                if r > radius-45: grey = .30 if r > radius-14 or r < radius-31 else .6
+                em[z, y, x] = int(255*grey)
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #482d7df0
 @nb.njit(cache=True, nogil=True, fastmath=True)
-def paint_synapse(centre, radius, pre, post, number, pre_nm, post_nm, dark, detected_nm, cost, rival_cost, owner, rival,
-    warp, texture, voxel, em, mito, cleft):
-    """Densities on both sides of the contact between `pre` and `post` within `radius` of `centre`, and the cleft's
-    label.
-    Returns how many voxels the cleft has and the sum of their positions"""
-    b = _box(centre.reshape(1, 3), radius+120, voxel, cost.shape)
-    n = 0
+def paint_synapse(
+    centre, # `(3,)` nm
+    radius, # nm
+    pre, post, number, # Labels of the two cells, and of the cleft
+    pre_nm, post_nm, dark, # Thickness and grey value of the densities
+    detected_nm, # A voxel nearer to the membrane than this belongs to the cleft
+    cost, rival_cost, owner, rival, warp, texture, voxel, em, mito, cleft, # Arrays of the tissue
+):
+    """Paint densities on both sides of the contact between `pre` and `post` within `radius` of `centre`, and label the
+    cleft. Returns its number of voxels and the sum of their positions"""
+    box = _box(centre.reshape(1, 3), radius+120, voxel, cost.shape)
+    n_voxels = 0
     total = np.zeros(3)
-    for z in range(b[0, 0], b[0, 1]):
-        for y in range(b[1, 0], b[1, 1]):
-            for x in range(b[2, 0], b[2, 1]):
-                a = owner[z, y, x]
-                o = rival[z, y, x]
-                if not ((a == pre and o == post) or (a == post and o == pre)): continue
-                r = math.sqrt((z*voxel[0]+warp[0, z, y, x]-centre[0])**2 + (y*voxel[1]+warp[1, z, y, x]-centre[1])**2
-                    + (x*voxel[2]+warp[2, z, y, x]-centre[2])**2)
+    for z in range(box[0, 0], box[0, 1]):
+        for y in range(box[1, 0], box[1, 1]):
+            for x in range(box[2, 0], box[2, 1]):
+                cell = owner[z, y, x]
+                partner = rival[z, y, x]
+                if not ((cell == pre and partner == post) or (cell == post and partner == pre)): continue
+                dz = z*voxel[0]+warp[0, z, y, x]-centre[0]
+                dy = y*voxel[1]+warp[1, z, y, x]-centre[1]
+                dx = x*voxel[2]+warp[2, z, y, x]-centre[2]
+                r = math.sqrt(dz**2 + dy**2 + dx**2)
                 r += .5*texture[z, y, x]
                 if r > radius: continue
-                d,lean = membrane(cost, rival_cost, owner, voxel, z, y, x)
-                depth = post_nm if a == post else pre_nm
-                if mito[z, y, x] == 0 or a == post:
-                    k = min(1., (radius-r)/40)/(1 + math.exp((d-depth)/(4.5+9*lean)))
-                    if d < 7: k *= .7
-                    v = em[z, y, x]*(1-k) + 255*dark*k*(1+.12*texture[z, y, x]/20)
-                    if v < em[z, y, x]: em[z, y, x] = int(max(v, 0))
-                if d < detected_nm:
+                depth,tilt = membrane(cost, rival_cost, owner, voxel, z, y, x)
+                thickness = post_nm if cell == post else pre_nm
+                if mito[z, y, x] == 0 or cell == post:
+                    opacity = min(1., (radius-r)/40)/(1 + math.exp((depth-thickness)/(4.5+9*tilt)))
+                    if depth < 7: opacity *= .7
+                    grey = em[z, y, x]*(1-opacity) + 255*dark*opacity*(1+.12*texture[z, y, x]/20)
+                    if grey < em[z, y, x]: em[z, y, x] = int(max(grey, 0))
+                if depth < detected_nm:
                     cleft[z, y, x] = number
-                    n += 1
+                    n_voxels += 1
                     total[0] += z
                     total[1] += y
                     total[2] += x
-    return n,total
+    return n_voxels,total
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def paint_vesicles(points, long_nm, short_nm, angle, cell, grey, cost, rival_cost, owner, voxel, em, mito):
-    "Vesicles, cut by their sections, where they fit into the cell. Returns how many did"
+    "Paint vesicles, cut by their sections, where they fit into the cell. Returns the number that did"
     nz,ny,nx = owner.shape
     fitted = 0
     for i in range(len(points)):
@@ -351,50 +391,50 @@ def paint_vesicles(points, long_nm, short_nm, angle, cell, grey, cost, rival_cos
         xc = int(round(points[i, 2]/voxel[2]))
         if zc < 0 or yc < 0 or xc < 0 or zc >= nz or yc >= ny or xc >= nx: continue
         if owner[zc, yc, xc] != cell or mito[zc, yc, xc] > 0: continue
-        d,lean = membrane(cost, rival_cost, owner, voxel, zc, yc, xc)
-        if d < 24: continue
+        depth,tilt = membrane(cost, rival_cost, owner, voxel, zc, yc, xc)
+        if depth < 24: continue
         fitted += 1
-        s = math.sin(angle[i])
-        c = math.cos(angle[i])
-        b = _box(points[i:i+1], 1.6*long_nm[i], voxel, owner.shape)
-        for z in range(b[0, 0], b[0, 1]):
+        sin = math.sin(angle[i])
+        cos = math.cos(angle[i])
+        box = _box(points[i:i+1], 1.6*long_nm[i], voxel, owner.shape)
+        for z in range(box[0, 0], box[0, 1]):
             fade = math.exp(-((z*voxel[0]-points[i, 0])/24)**2)
             if fade < .08: continue
-            for y in range(b[1, 0], b[1, 1]):
-                for x in range(b[2, 0], b[2, 1]):
+            for y in range(box[1, 0], box[1, 1]):
+                for x in range(box[2, 0], box[2, 1]):
                     if owner[z, y, x] != cell: continue
                     dy = y*voxel[1]-points[i, 1]
                     dx = x*voxel[2]-points[i, 2]
-                    q = math.sqrt(((dy*s+dx*c)/long_nm[i])**2 + ((dy*c-dx*s)/short_nm[i])**2)
-                    if q > 1.7: continue
-                    k = fade*.6*math.exp(-((q-.75)/.45)**2)
-                    em[z, y, x] = int(em[z, y, x]*(1-k) + 255*grey*k)
+                    r = math.sqrt(((dy*sin+dx*cos)/long_nm[i])**2 + ((dy*cos-dx*sin)/short_nm[i])**2)
+                    if r > 1.7: continue
+                    opacity = fade*.6*math.exp(-((r-.75)/.45)**2)
+                    em[z, y, x] = int(em[z, y, x]*(1-opacity) + 255*grey*opacity)
     return fitted
 
 # %% ../../nbs/phantom/01_neuropil.ipynb #0b80512a
 def take_images(
     tissue: Tissue, # Painted
     rng: np.random.Generator,
-    blank: float = .035, # Share of sections that are lost
+    blank: float = .035, # Fraction of sections that are lost
 ) -> tuple[np.ndarray, np.ndarray]: # `(z, y, x)` uint8, 0 where missing; `(z,)` bool: lost sections
-    """What a microscope makes of the tissue: contrast and brightness of each section and region, blur, noise, lost
-    sections"""
-    n = tissue.shape[0]
-    lost = rng.random(n) < blank
-    scale = rng.normal(1, .07, n)
-    shift = rng.normal(0, .03, n)
-    soft = rng.gamma(2, .15, n)+.35
-    noise = rng.lognormal(np.log(.055), .15, n)
-    seeds = rng.integers(2**63, size=n)
+    "Image the tissue: contrast and brightness of each section and region, blur, noise, lost sections"
+    n_sections = tissue.shape[0]
+    lost = rng.random(n_sections) < blank
+    contrast = rng.normal(1, .07, n_sections)
+    brightness = rng.normal(0, .03, n_sections)
+    blur = rng.gamma(2, .15, n_sections)+.35
+    noise = rng.lognormal(np.log(.055), .15, n_sections)
+    seeds = rng.integers(2**63, size=n_sections)
     region = smooth_field(tissue.shape, tissue.voxel_nm, 2500, 25, 100, rng)
     out = np.zeros(tissue.shape, np.uint8)
-    def section(z):
+    def image_section(z):
         if lost[z]: return
-        r = np.random.default_rng(seeds[z])
-        g = ndimage.gaussian_filter(tissue.em[z].astype(np.float32)/255, soft[z]*14.3/tissue.voxel_nm[2]*.8)
-        g = (g-.55)*scale[z] + .55 + shift[z] + region[z].astype(np.float32)/1000
-        g += ndimage.gaussian_filter(r.standard_normal(g.shape, dtype=np.float32),
-            .6)*noise[z] + r.standard_normal(g.shape, dtype=np.float32)*.02
-        out[z] = (g*255).clip(1, 255)
-    with ThreadPoolExecutor(2) as pool: list(pool.map(section, range(n)))
+        section_rng = np.random.default_rng(seeds[z])
+        grey = ndimage.gaussian_filter(tissue.em[z].astype(np.float32)/255, blur[z]*14.3/tissue.voxel_nm[2]*.8)
+        grey = (grey-.55)*contrast[z] + .55 + brightness[z] + region[z].astype(np.float32)/1000
+        blurred_noise = ndimage.gaussian_filter(section_rng.standard_normal(grey.shape, dtype=np.float32), .6)*noise[z]
+        pixel_noise = section_rng.standard_normal(grey.shape, dtype=np.float32)*.02
+        grey += blurred_noise + pixel_noise
+        out[z] = (grey*255).clip(1, 255)
+    with ThreadPoolExecutor(2) as pool: list(pool.map(image_section, range(n_sections)))
     return out,lost

@@ -36,7 +36,7 @@ def _command(name: str, help: str, group: typer.Typer = app):
     return decorate
 
 ConfigOption = Annotated[Path, typer.Option('--config', metavar='FILE', exists=True, dir_okay=False,
-    help='TOML file: where the data are, and the options of the stages. `synapseclr examples` lists some to start from')]
+    help='TOML file: where the data are, and the options of the stages. See `synapseclr examples`')]
 SetOption = Annotated[list[str], typer.Option('--set', metavar='SECTION.KEY=VALUE',
     help='Override an option; repeatable. The config.toml of a run folder lists all options')]
 NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook',
@@ -61,7 +61,8 @@ def _run_stages(names: list[str], config: Path, overrides: list[str], notebook: 
         if names != ['train']:
             raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
         return train_stage(c, **parameters)
-    from synapseclr.pipeline.report import run_notebook, run_parallel, write_index
+    from synapseclr.pipeline.report import run_notebook, run_parallel
+    from synapseclr.pipeline.summary import write_index
 
     def run(name):
         start = time.perf_counter()
@@ -292,7 +293,7 @@ def similar_command(
     shown += [column for column in table if re.search(rf'\b{column}\b', where) and column not in shown]
     print(table[[column for column in shown if column in table]].round(4).to_string(index=False))
 
-@_command('serve', 'Serve the local layers of a run to neuroglancer on this machine, so that the links of `export` work')
+@_command('serve', 'Serve the local layers of a run to neuroglancer on this machine; the links of `export` need it')
 def serve_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
     port: Annotated[int, typer.Option(help='As in [export] local_url', min=0, max=65535)] = 9000,

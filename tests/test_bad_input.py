@@ -102,7 +102,7 @@ def test_interrupted(tiny, tmp_path):
     done = python(stop + 'from synapseclr.cli import main; main()', 'train', '--config', tiny, '--set', run,
         '--no-notebook', cwd=tmp_path)
     assert done.returncode == 130 and done.stderr.strip().endswith(
-        'give the same command again to go on') and 'Traceback' not in done.stderr
+        'give the same command again to resume') and 'Traceback' not in done.stderr
 
 @pytest.fixture
 def table(tiny): return pd.read_csv(tiny.parent/'synapses.csv')

@@ -4,7 +4,7 @@ import multiprocessing, os, signal, subprocess, time, zlib
 import numpy as np, pandas as pd, pytest, tenacity
 from cloudfiles.interfaces import HttpInterface
 from conftest import files
-from synapseclr import volume
+from synapseclr.data import volume
 from synapseclr.evaluate.speed_fetch import served, served_counts
 from synapseclr.ingest.cutout import DataConfig, FetchConfig
 from synapseclr.ingest.fetch import fetch, fetch_block, fetch_tasks, finish_fetch, plan_fetch

@@ -2,7 +2,7 @@
 import json, os, random, signal, socket, subprocess
 import numpy as np, pytest, torch
 from conftest import files, root
-from synapseclr.dev.fixtures import iget_world_size, tiny_fetched
+from synapseclr.dev.fixtures import in_processes, tiny_fetched
 
 # Five steps of each objective and optimiser on the same eight synapses, in float64; prints losses, first gradients and
 # final parameters
@@ -41,7 +41,7 @@ with process_group('cpu'):
 def computed(tmp_path_factory):
     "What 1, 2 and 4 processes found"
     folder = tmp_path_factory.mktemp('processes')
-    for n in (1, 2, 4): assert iget_world_size(n, steps, folder) == list(range(n))
+    for n in (1, 2, 4): assert in_processes(n, steps, folder) == list(range(n))
     return {n: [torch.load(folder/f'{n}-{r}.pt') for r in range(n)] for n in (1, 2, 4)}
 
 @pytest.mark.parametrize('n', [2, 4])
@@ -83,7 +83,7 @@ def whole(fetched, tmp_path_factory):
     "Runs that were not killed, of one and of two processes"
     folder = tmp_path_factory.mktemp('whole')
     runs = {n: copy_of(fetched, folder/str(n)) for n in (1, 2)}
-    for n,run in runs.items(): assert iget_world_size(n, go, run, -1) == ['done']*n
+    for n,run in runs.items(): assert in_processes(n, go, run, -1) == ['done']*n
     return runs
 
 made = ['train/*.safetensors', 'train/log.jsonl']
@@ -105,9 +105,9 @@ def test_killed_three_times(n, whole, fetched, tmp_path):
     run = copy_of(fetched, tmp_path/'run')
     for deadly in sorted(random.Random(n).sample(range(10), 3)):
         with pytest.raises(RuntimeError, match=f'ended with (-{signal.SIGKILL.value}{"|1" if n > 1 else ""})'):
-            iget_world_size(n, go, run, deadly)
+            in_processes(n, go, run, deadly)
         assert not (run/'train/weights.safetensors').exists()
-    assert iget_world_size(n, go, run, -1) == ['done']*n
+    assert in_processes(n, go, run, -1) == ['done']*n
     assert files(run, *made) == files(whole[n], *made)
 
 def test_slurm_script(fetched, tmp_path):

@@ -21,9 +21,9 @@ class Stage:
 STAGES = {stage.name: stage for stage in (
     Stage('phantom', 'Make a synthetic volume with known ground truth'),
     Stage('fetch', 'Cut a chunk around every synapse of the table'),
-    Stage('annotate', 'Measure every synapse: volumes, contact area, cleft, missing sections, path length to the soma'),
+    Stage('annotate', 'Measure every synapse: volumes, contact area, cleft, missing sections, path length to soma'),
     Stage('train', 'Train the network on the synapses, without labels'),
-    Stage('extract', 'Compute feature vectors (embeddings) of every synapse, with the trained and an untrained network'),
+    Stage('extract', 'Compute feature vectors (embeddings) of every synapse with the trained and other networks'),
     Stage('embed', 'Compute the kNN graph, UMAP and Leiden clusters, and probe what the features encode',
     parallel=True),
     Stage('qc', 'Find defective synapses from a few labelled examples', after=('embed',), parallel=True),

@@ -20,20 +20,20 @@ __all__ = ['http_timeout_s', 'LayerSource', 'VolumeError', 'Layer', 'open_layer'
 
 # %% ../../nbs/data/01_volume.ipynb #604bb836
 def _no_secret(path: str) -> str:
-    "`path`, unless it carries a password or a token"
+    "`path`; raises `ValueError` if it contains a password or a token"
     if re.search(r'//[^/]*@|[?&](\w*token|key|signature|\w*secret|password|x-amz-\w+|x-goog-\w+)=', path, re.I):
         raise ValueError('a password or token in the address would end up in every log and result; CloudVolume reads '
             'credentials from ~/.cloudvolume/secrets')
     return path
 
 class LayerSource(Strict):
-    "Where a layer lies"
-    # As CloudVolume takes it: `gs://`, `s3://`, `https://`, `file://`, `graphene://`, `zarr://`, `n5://` ..., or a
-    # local folder
+    "Where a layer is stored"
+    # As for CloudVolume: `gs://`, `s3://`, `https://`, `file://`, `graphene://`, `zarr://`, `n5://` ..., or a local
+    # folder
     path: Annotated[Source, pydantic.AfterValidator(_no_secret)]
     mip: int = 0 # Level of downsampling
-    timestamp: int|None = None # Of a graphene segmentation: its state at this time, in seconds since 1970
-    fill_missing: bool = True # A storage chunk that is not there counts as zeros; an error if false
+    timestamp: int|None = None # Of a graphene segmentation: use its state at this time, in seconds since 1970
+    fill_missing: bool = True # A missing storage chunk is read as zeros; if false, it is an error
 
 class VolumeError(SynapseCLRError):
     "A layer cannot be opened or read, or layers do not fit each other"
@@ -41,36 +41,43 @@ class VolumeError(SynapseCLRError):
 @dataclass(frozen=True)
 class Layer:
     "An open layer at one mip"
-    name: str # What it is: em, seg, cleft, mito
-    volume: CloudVolume # Where it is read from
+    name: str # em, seg, cleft or mito
+    volume: CloudVolume # What reads it
     voxel_nm: tuple[float, float, float] # Size of a voxel, `(z, y, x)`
-    box: Box # The voxels it has
+    box: Box # Its bounds
 
 # %% ../../nbs/data/01_volume.ipynb #a1b6e9f9
 def open_layer(
-    name: str, # What it is called in messages
-    source: LayerSource, # Where it lies
-    voxel_nm: tuple[float, float, float]|None = None, # True voxel size, `(z, y, x)`, where the metadata is wrong
-    cache_bytes: int = 0, # Storage chunks to keep in memory, as they were sent
+    name: str, # Its name in messages
+    source: LayerSource, # Where it is stored
+    voxel_nm: tuple[float, float, float]|None = None, # True voxel size, `(z, y, x)`, if the metadata is wrong
+    cache_bytes: int = 0, # Memory for a cache of storage chunks, kept as they were sent
 ) -> Layer: # The open layer
-    "Open a layer. Raises `VolumeError` naming the layer if it is absent or has no such mip"
+    "Open a layer. Raises `VolumeError`, which names the layer, if it is absent or has no such mip"
     path = source.path if '://' in source.path else f'file://{source.path}'
     try:
-        volume = CloudVolume(path, mip=source.mip, progress=False, bounded=True, fill_missing=source.fill_missing,
+        volume = CloudVolume(
+            path,
+            mip=source.mip,
+            timestamp=source.timestamp,
+            agglomerate=path.startswith('graphene://'),
+            bounded=True,
+            fill_missing=source.fill_missing,
             lru_bytes=cache_bytes,
-        agglomerate=path.startswith('graphene://'), timestamp=source.timestamp)
+            progress=False)
     except InfoUnavailableError:
         raise VolumeError(f"layer {name}: there is no volume at {path} (no file `info`)") from None
     except ScaleUnavailableError:
-        raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has "
-            f"{', '.join(map(str, CloudVolume(path).available_mips))}") from None
+        mips = ', '.join(map(str, CloudVolume(path).available_mips))
+        raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has {mips}") from None
     except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e)}") from e
-    x,y,z = (float(o) for o in volume.resolution)
-    box = Box(*(tuple(int(o) for o in c)[::-1] for c in (volume.bounds.minpt, volume.bounds.maxpt)))
-    return Layer(name, volume, tuple(voxel_nm or (z, y, x)), box)
+    x,y,z = (float(size) for size in volume.resolution)
+    lo = tuple(int(index) for index in volume.bounds.minpt)[::-1]
+    hi = tuple(int(index) for index in volume.bounds.maxpt)[::-1]
+    return Layer(name, volume, tuple(voxel_nm or (z, y, x)), Box(lo, hi))
 
 def _plain(e: Exception) -> str:
-    "What `e` says, without terminal colours"
+    "Type and message of `e`, without terminal colours"
     return re.sub(r'\x1b\[[\d;]*m', '', f'{type(e).__name__}: {e}').strip()
 
 # %% ../../nbs/data/01_volume.ipynb #fe6d7d29
@@ -78,27 +85,28 @@ def read(
     layer: Layer, # An open layer
     box: Box, # Voxels to read, at the layer's mip
 ) -> np.ndarray: # `(z, y, x)`, in the layer's data type
-    "The voxels of `box`; 0 outside the volume. Raises `VolumeError` naming the layer and the box"
-    seen = box & layer.box
-    out = np.zeros(box.shape if seen != box else 0, layer.volume.dtype)
-    if not seen.n_vx: return out
-    z,y,x = seen.slices()
+    "The voxels of `box`; 0 outside the volume. Raises `VolumeError`, which names the layer and the box"
+    inside = box & layer.box
+    out = np.zeros(box.shape if inside != box else 0, layer.volume.dtype)
+    if not inside.n_vx: return out
+    z,y,x = inside.slices()
     try: voxels = np.asarray(layer.volume[x, y, z])
     except Exception as e:
-        raise VolumeError(f"layer {layer.name}, voxels {seen.lo} to {seen.hi} (z, y, x): {_plain(e)}") from e
-    if seen == box: return voxels[..., 0].T
-    out[seen.slices(box.lo)] = voxels[..., 0].T
+        raise VolumeError(f"layer {layer.name}, voxels {inside.lo} to {inside.hi} (z, y, x): {_plain(e)}") from e
+    if inside == box: return voxels[..., 0].T
+    out[inside.slices(box.lo)] = voxels[..., 0].T
     return out
 
 # %% ../../nbs/data/01_volume.ipynb #ba8ced19
-http_timeout_s = 60. # Silence after which a connection is given up
+http_timeout_s = 60. # A connection that is silent for this long is closed
 
-class _Patient(HTTPAdapter):
-    "Gives up a silent connection, and comes back when a busy server says so"
+class _TimeoutAdapter(HTTPAdapter):
+    "Closes a connection that stays silent for `http_timeout_s`"
     def send(self, request, **kwargs): return super().send(request, **kwargs | dict(timeout=http_timeout_s))
 
-HttpInterface.adaptor = _Patient(pool_maxsize=32, max_retries=Retry(total=3, connect=0, read=0, other=0,
-    status_forcelist=[429, 503], raise_on_status=False))
+# Only requests to a busy server are repeated here, after the time that it states; CloudVolume repeats all others
+_retry_if_busy = Retry(total=3, connect=0, read=0, other=0, status_forcelist=[429, 503], raise_on_status=False)
+HttpInterface.adaptor = _TimeoutAdapter(pool_maxsize=32, max_retries=_retry_if_busy)
 
 # %% ../../nbs/data/01_volume.ipynb #3c054615
 def write_layer(
@@ -107,50 +115,68 @@ def write_layer(
     voxel_nm: tuple[float, float, float], # Size of a voxel, `(z, y, x)`
     offset_vx: tuple[int, int, int] = (0, 0, 0), # Position of the first voxel
     chunk_vx: tuple[int, int, int] = (32, 64, 64), # Size of a storage chunk
-    ids: np.ndarray|None = None, # What to write for each value of `voxels`; the value itself if absent
-) -> str: # The path, as `LayerSource` takes it
-    """Write `voxels` as a precomputed layer, a row of storage chunks at a time: uint8 as an image, wider integers as a
-    segmentation"""
+    ids: np.ndarray|None = None, # The id to write for each value of `voxels`; the value itself if None
+) -> str: # The path, for `LayerSource`
+    """Write `voxels` as a precomputed layer: uint8 as an image, wider integers as a segmentation. Some rows of storage
+    chunks are written at a time"""
     path = str(path) if '://' in str(path) else f'file://{path}'
     dtype = voxels.dtype if ids is None else ids.dtype
-    image = dtype == np.uint8
+    is_image = dtype == np.uint8
     info = CloudVolume.create_new_info(
-        num_channels=1, layer_type='image' if image else 'segmentation', data_type=str(dtype),
-        encoding='raw' if image else 'compressed_segmentation', resolution=list(voxel_nm)[::-1],
-        voxel_offset=list(offset_vx)[::-1], volume_size=list(voxels.shape)[::-1],
-        chunk_size=[min(c, s) for c,s in zip(chunk_vx, voxels.shape)][::-1])
+        num_channels=1,
+        layer_type='image' if is_image else 'segmentation',
+        data_type=str(dtype),
+        encoding='raw' if is_image else 'compressed_segmentation',
+        resolution=list(voxel_nm)[::-1],
+        voxel_offset=list(offset_vx)[::-1],
+        volume_size=list(voxels.shape)[::-1],
+        chunk_size=[min(chunk, size) for chunk,size in zip(chunk_vx, voxels.shape)][::-1])
     volume = CloudVolume(path, info=info, progress=False, compress='gzip', delete_black_uploads=True)
     volume.commit_info()
+    # whole rows of storage chunks, of at most 2^24 voxels unless a single row is larger
     depth = max(1, 2**24//(voxels[0].size*chunk_vx[0]))*chunk_vx[0]
     for z in range(0, len(voxels), depth):
-        slab = voxels[z:z+depth] if ids is None else ids[voxels[z:z+depth]]
-        volume[:, :, offset_vx[0]+z:offset_vx[0]+z+len(slab)] = np.asfortranarray(slab.T)[..., None]
+        slab = voxels[z:z+depth]
+        if ids is not None: slab = ids[slab]
+        first = offset_vx[0] + z
+        volume[:, :, first:first+len(slab)] = np.asfortranarray(slab.T)[..., None]
     return path
 
 # %% ../../nbs/data/01_volume.ipynb #d91a8281
 def check_layers(
-    layers: dict[str, Layer], # Open layers, by name, `em` among them
-    centres_vx: np.ndarray|None = None, # `(n, 3)` voxels that all of them have to have
+    layers: dict[str, Layer], # Open layers by name, including `em`
+    centres_vx: np.ndarray|None = None, # `(n, 3)` voxels `(z, y, x)` that have to be inside every layer
 ):
-    """Raise `VolumeError` unless the EM is uint8, and all layers have voxels of its size, share some of its space, and
-    hold all centres"""
+    """Raise `VolumeError`, which lists all problems, unless the EM is uint8, all other layers hold integers, and every
+    layer has voxels of the EM's size, overlaps the EM, and contains all centres"""
     em = layers['em']
     problems = []
     if (dtype := em.volume.dtype) != np.uint8:
-        problems.append(f"layer em, {em.volume.cloudpath}, is {dtype}; EM has to be uint8"
-            + (': is this the segmentation?' if np.dtype(dtype).itemsize > 2 else ''))
-    problems += [f"layer {o}, {l.volume.cloudpath}, is {l.volume.dtype}; it has to hold ids" for o,
-        l in layers.items() if not np.issubdtype(l.volume.dtype, np.integer)]
+        hint = ': is this the segmentation?' if np.dtype(dtype).itemsize > 2 else ''
+        problems.append(f"layer em, {em.volume.cloudpath}, is {dtype}; EM has to be uint8{hint}")
     for name,layer in layers.items():
-        a,b = (np.asarray(o.volume.resolution, float) for o in (layer, em))
-        if not np.allclose(a, b, rtol=.01):
-            fits = [m for m in layer.volume.available_mips if np.allclose(layer.volume.mip_resolution(m), b, rtol=.01)]
-            advice = f"use its mip {fits[0]}" if fits else "none of its mips fits"
-            problems.append(f"layer {name} has voxels of {a[::-1]} nm (z, y, x), the EM has {b[::-1]}: {advice}")
-            continue
-        spans = f"layer {name} spans voxels {layer.box.lo} to {layer.box.hi}, the EM {em.box.lo} to {em.box.hi}"
-        if not (layer.box & em.box).n_vx: problems.append(f"{spans}: they do not meet")
-        elif centres_vx is not None and (n := ((centres_vx < layer.box.lo)
-            | (centres_vx >= layer.box.hi)).any(1).sum()):
-            problems.append(f"{spans}: {n} of {len(centres_vx)} synapses lie outside of it")
+        if not np.issubdtype(layer.volume.dtype, np.integer):
+            problems.append(f"layer {name}, {layer.volume.cloudpath}, is {layer.volume.dtype}; it has to hold ids")
+    for name,layer in layers.items():
+        problem = _voxel_problem(name, layer, em) or _bounds_problem(name, layer, em, centres_vx)
+        if problem: problems.append(problem)
     if problems: raise VolumeError('\n  '.join(['the layers do not fit each other:'] + problems))
+
+def _voxel_problem(name: str, layer: Layer, em: Layer) -> str|None:
+    "How the voxel size of `layer` differs from the EM's; None if it does not"
+    size_nm = np.asarray(layer.volume.resolution, float)
+    em_size_nm = np.asarray(em.volume.resolution, float)
+    fits = lambda resolution: np.allclose(resolution, em_size_nm, rtol=.01)
+    if fits(size_nm): return None
+    mips = [mip for mip in layer.volume.available_mips if fits(layer.volume.mip_resolution(mip))]
+    advice = f"use its mip {mips[0]}" if mips else "none of its mips fits"
+    return f"layer {name} has voxels of {size_nm[::-1]} nm (z, y, x), the EM has {em_size_nm[::-1]}: {advice}"
+
+def _bounds_problem(name: str, layer: Layer, em: Layer, centres_vx: np.ndarray|None) -> str|None:
+    "Why the bounds of `layer` cannot be right; None if they can be"
+    bounds = f"layer {name} spans voxels {layer.box.lo} to {layer.box.hi}, the EM {em.box.lo} to {em.box.hi}"
+    if not (layer.box & em.box).n_vx: return f"{bounds}: they do not overlap"
+    if centres_vx is None: return None
+    outside = ((centres_vx < layer.box.lo) | (centres_vx >= layer.box.hi)).any(1)
+    if not outside.any(): return None
+    return f"{bounds}: {outside.sum()} of {len(centres_vx)} synapses lie outside of it"

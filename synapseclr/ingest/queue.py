@@ -18,7 +18,7 @@ from ..core import SynapseCLRError, atomic, progress
 __all__ = ['MAX_ATTEMPTS', 'QueueError', 'attempt', 'dead_letters', 'clear_failures', 'run_local', 'enqueue', 'run_worker']
 
 # %% ../../nbs/ingest/03_queue.ipynb #e6618fd9
-MAX_ATTEMPTS = 3 # Beginnings that a unit of work has
+MAX_ATTEMPTS = 3 # How often a unit of work is begun, at most
 
 class QueueError(SynapseCLRError):
     "Tasks cannot be queued, or could not be done"
@@ -26,47 +26,52 @@ class QueueError(SynapseCLRError):
 def attempt(
     folder: Path, # Where results are; gets `attempts/` and `dead/`
     unit: str, # Name of the unit of work
-    do: Callable, # Called with whether this is the last try
+    do: Callable, # Called with whether this is the last attempt
 ) -> str: # `done`, `failed`: try again, or `dead`: it will not be tried again
-    "Do a unit of work, unless it has been tried too often"
-    begun = folder/'attempts'/unit
-    dead = folder/'dead'/f'{unit}.json'
-    before = len(list(begun.glob('*.json')))
-    if before >= MAX_ATTEMPTS: return _bury(begun, dead)
-    note = begun/f'{uuid.uuid4().hex}.json'
-    about = dict(host=socket.gethostname(), pid=os.getpid(), begun=time.time())
-    with atomic(note) as f: f.write_text(json.dumps(about))
-    try: do(before == MAX_ATTEMPTS-1)
+    """Do a unit of work, unless it has been attempted `MAX_ATTEMPTS` times. Errors of `do` are noted, not raised; only
+    a full disk and an interruption are raised"""
+    attempts = folder/'attempts'/unit
+    dead_letter = folder/'dead'/f'{unit}.json'
+    n_before = len(list(attempts.glob('*.json')))
+    if n_before >= MAX_ATTEMPTS: return _bury(attempts, dead_letter)
+    is_last = n_before == MAX_ATTEMPTS-1
+    path = attempts/f'{uuid.uuid4().hex}.json'
+    note = dict(host=socket.gethostname(), pid=os.getpid(), begun=time.time())
+    with atomic(path) as f: f.write_text(json.dumps(note))
+    try: do(is_last)
     except Exception as e:
         if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
-            note.unlink()
+            path.unlink()
             raise
-        with atomic(note) as f: f.write_text(json.dumps(about | dict(error=f'{type(e).__name__}: {e}')))
-        return _bury(begun, dead) if before == MAX_ATTEMPTS-1 else 'failed'
+        note['error'] = f'{type(e).__name__}: {e}'
+        with atomic(path) as f: f.write_text(json.dumps(note))
+        return _bury(attempts, dead_letter) if is_last else 'failed'
     except BaseException:
-        note.unlink()
+        path.unlink()
         raise
-    shutil.rmtree(begun, ignore_errors=True)
-    dead.unlink(missing_ok=True)
+    shutil.rmtree(attempts, ignore_errors=True)
+    dead_letter.unlink(missing_ok=True)
     return 'done'
 
-def _bury(begun: Path, dead: Path) -> str:
-    "Make a dead letter of the notes"
-    notes = sorted((json.loads(p.read_text()) for p in begun.glob('*.json')), key=lambda n: n['begun'])
-    letter = dict(unit=dead.stem, attempts=[dict(error='the worker died, or was stopped from outside') | n
-        for n in notes])
-    with atomic(dead) as f: f.write_text(json.dumps(letter, indent=1))
+def _bury(attempts: Path, dead_letter: Path) -> str:
+    "Write the dead letter of a unit from the notes of its attempts"
+    notes = [json.loads(path.read_text()) for path in attempts.glob('*.json')]
+    notes.sort(key=lambda note: note['begun'])
+    without_end = dict(error='the worker died, or was stopped from outside')
+    letter = dict(unit=dead_letter.stem, attempts=[without_end | note for note in notes])
+    with atomic(dead_letter) as f: f.write_text(json.dumps(letter, indent=1))
     return 'dead'
 
 def dead_letters(
-    folder: Path, # As of `attempt`
+    folder: Path, # The folder given to `attempt`
 ) -> dict[str, str]: # Last error of each unit
-    "What could not be done"
-    return {p.stem: json.loads(p.read_text())['attempts'][-1]['error'] for p in sorted((folder/'dead').glob('*.json'))}
+    "The units of work that could not be done"
+    letters = {path.stem: json.loads(path.read_text()) for path in sorted((folder/'dead').glob('*.json'))}
+    return {unit: letter['attempts'][-1]['error'] for unit,letter in letters.items()}
 
 def clear_failures(folder: Path):
-    "Forget all tries and dead letters, so that what failed is tried again"
-    for o in ('attempts', 'dead'): shutil.rmtree(folder/o, ignore_errors=True)
+    "Forget all attempts and dead letters, so that what failed is tried again"
+    for name in ('attempts', 'dead'): shutil.rmtree(folder/name, ignore_errors=True)
 
 # %% ../../nbs/ingest/03_queue.ipynb #c58f12b4
 def run_local(
@@ -74,7 +79,7 @@ def run_local(
     processes: int = 1, # At once
     **bar, # Of `progress`: `desc`, `unit`
 ):
-    "Do tasks on this machine, each until it is done or dead"
+    "Do tasks on this machine, each until it is done or dead. Raises `QueueError` if a process was killed"
     if processes == 1:
         for task in progress(tasks, **bar): _do(task)
         return
@@ -82,8 +87,8 @@ def run_local(
         try:
             for _ in progress(pool.map(_do, tasks), total=len(tasks), **bar): pass
         except BrokenProcessPool:
-            raise QueueError('a worker process was killed, perhaps for lack of memory; give the same command again to '
-                'go on, with fewer processes') from None
+            raise QueueError('a worker process was killed, perhaps because there was too little memory; to resume, '
+                'give the same command again with fewer processes') from None
 
 def _do(task: partial):
     while task() == 'failed': pass
@@ -92,7 +97,7 @@ def enqueue(
     url: str, # `fq://FOLDER` or `sqs://NAME`
     tasks: list[partial], # To be done by workers
 ):
-    "Put tasks into a queue"
+    "Put tasks into a queue. Raises `QueueError` if `url` is not one"
     _open(url).insert(tasks)
 
 def _open(url: str) -> TaskQueue:
@@ -102,10 +107,10 @@ def _open(url: str) -> TaskQueue:
 
 def run_worker(
     url: str, # Queue
-    lease_s: int = 900, # Longer than any task takes: after this a task is given to somebody else
+    lease_s: int = 900, # Longer than any task takes: after this time another worker gets the task
     wait_s: float = 5, # Between looks at a queue whose tasks are all lent
 ) -> dict[str, int]: # How many tasks were done, failed, and are dead
-    "Do the tasks of a queue until it is empty. Tasks lent to others are waited for: their workers may be dead"
+    "Do the tasks of a queue until it is empty. Waits for tasks that are lent to others: their workers may be dead"
     queue = _open(url)
     counts = dict(done=0, failed=0, dead=0)
     while not queue.is_empty():

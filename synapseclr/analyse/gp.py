@@ -191,8 +191,9 @@ def collapsed_bound(
 ) -> Tensor: # A scalar
     "Titsias' bound of the log marginal likelihood, up to the constant in pi"
     noise = params[2].exp()
+    root = _root(kernel, among_centres, params)
     k = covariance(kernel, to_centres, *params[:2])
-    phi = torch.linalg.solve_triangular(_root(kernel, among_centres, params), k.T, upper=False).T
+    phi = torch.linalg.solve_triangular(root, k.T, upper=False).T
     factor = torch.linalg.cholesky(torch.eye(len(among_centres)).double() + phi.T@phi/noise)
     fitted = torch.linalg.solve_triangular(factor, (phi.T@y)[:, None], upper=False).square().sum()/noise
     missed = variance(kernel, x, *params[:2]).sum() - phi.square().sum()

@@ -19,7 +19,7 @@ __all__ = ['GPRegressor', 'GPClassifier']
 
 # %% ../../nbs/analyse/07_gp_estimators.ipynb #97a50eba
 class _GP(BaseEstimator):
-    "What both estimators share"
+    "Base of both estimators"
     def __init__(self, kernel, method, n_inducing, n_steps, n_tuning, params, seed):
         self.kernel = kernel
         self.method = method
@@ -29,68 +29,81 @@ class _GP(BaseEstimator):
         self.params = params
         self.seed = seed
 
-    def _check(self, X, y, groups) -> tuple[np.ndarray, np.ndarray]:
-        "Features and groups, if they can be used"
-        for name,value,known in (('kernel', self.kernel, ('rbf', 'laplace', 'linear')),
-            ('method', self.method, ('exact', 'sgpr', 'vsgp'))):
-            if value not in known: raise GPError(f"there is no {name} '{value}'; there are {', '.join(known)}")
+    def _check(self, y, groups) -> np.ndarray:
+        """Groups as whole numbers from 0; each row is a group if `groups` is None. Raises `GPError` for unknown options
+        and unusable groups"""
+        kernels = ('rbf', 'laplace', 'linear')
+        methods = ('exact', 'sgpr', 'vsgp')
+        for name,value,allowed in (('kernel', self.kernel, kernels), ('method', self.method, methods)):
+            if value not in allowed: raise GPError(f"there is no {name} '{value}'; choose one of {', '.join(allowed)}")
         groups = np.arange(len(y)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-        if len(groups) != len(y): raise GPError(f"{len(groups)} groups for {len(y)} targets")
+        if len(groups) != len(y): raise GPError(f"{len(groups)} groups for {len(y)} targets: give one group per target")
         if len(y) > 1 and groups.max() == 0:
-            raise GPError('all targets are of one group: with none left to learn from, nothing can be left out')
-        self.centre_ = X.mean(0)
-        some = torch.from_numpy(X[np.random.default_rng(self.seed).permutation(len(X))[:1000]]-self.centre_)
-        typical = some.square().sum(1) if self.kernel == 'linear' else closeness('rbf', some,
-            some)[~torch.eye(len(some), dtype=bool)]
-        self.scale_ = float(typical.median())**.5 or 1. if len(typical) else 1.
+            raise GPError('all targets are of one group: without it nothing is left to learn from; give two or more '
+                'groups')
         return groups
 
+    def _set_units(self, X: np.ndarray):
+        "Set the centre and scale of the features"
+        self.centre_ = X.mean(0)
+        sample = X[np.random.default_rng(self.seed).permutation(len(X))[:1000]]
+        sample = torch.from_numpy(sample-self.centre_)
+        if self.kernel == 'linear': squares = sample.square().sum(1)
+        else: squares = closeness('rbf', sample, sample)[~torch.eye(len(sample), dtype=bool)]
+        scale = float(squares.median())**.5 if len(squares) else 0.
+        self.scale_ = scale or 1.
+
     def _units(self, X: np.ndarray) -> Tensor:
-        "Features in their own units"
+        "Features, centred and scaled"
         return torch.from_numpy((X-self.centre_)/self.scale_)
 
     def _posterior(self, x: Tensor, y: Tensor, groups: np.ndarray, types: bool) -> Exact|Sparse|Variational:
-        "Fit by the method asked for; `params_` are the parameters found"
+        "Fit the posterior of the chosen method; set `params_` to its parameters"
         params = self.params
-        some = np.random.default_rng(self.seed).permutation(groups.max()+1)[groups].argsort(kind='stable')[
-            :self.n_tuning]
+        group_order = np.random.default_rng(self.seed).permutation(groups.max()+1)
+        tuning = group_order[groups].argsort(kind='stable')[:self.n_tuning]
         if params is None and self.method != 'vsgp' and types:
-            params = tune_on_left_out(x[some], y[some], self.kernel, groups[some])
+            params = tune_on_left_out(x[tuning], y[tuning], self.kernel, groups[tuning])
         if self.method == 'exact':
-            found = Exact(x, y, self.kernel, Exact.tune(x[some], y[some], self.kernel, groups[some]) if params is None
-                else params, groups)
+            if params is None: params = Exact.tune(x[tuning], y[tuning], self.kernel, groups[tuning])
+            posterior = Exact(x, y, self.kernel, params, groups)
         else:
             centres = inducing_points(x, self.n_inducing, self.seed)
-            if self.method == 'vsgp': found = Variational(x, y, self.kernel, centres, self.n_steps, self.seed, types)
+            if self.method == 'vsgp':
+                posterior = Variational(x, y, self.kernel, centres, self.n_steps, self.seed, types)
             else:
-                found = Sparse(x, y, self.kernel, Sparse.tune(x, y, self.kernel, centres) if params is None
-                    else params[:3], centres)
-        self.params_ = tuple(found.params.tolist())
-        return found
+                if params is None: params = Sparse.tune(x, y, self.kernel, centres)
+                posterior = Sparse(x, y, self.kernel, params[:3], centres)
+        self.params_ = tuple(posterior.params.tolist())
+        return posterior
 
     def _predict(self, posterior, X: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "Mean and variance in the target's units, a few thousand rows at a time"
-        parts = [posterior.predict(self._units(X[i:i+4096])) for i in range(0, len(X), 4096)]
-        return tuple(torch.cat(o).numpy() for o in zip(*parts))
+        "Mean and variance of the z-scored target, a few thousand rows at a time"
+        blocks = [posterior.predict(self._units(X[i:i+4096])) for i in range(0, len(X), 4096)]
+        means,variances = zip(*blocks)
+        return torch.cat(means).numpy(),torch.cat(variances).numpy()
 
     def _left_out(self, posterior, groups) -> tuple[np.ndarray, np.ndarray]:
-        "As `left_out`, for the groups of the fit if there are none"
+        "`left_out` for these groups, or for those of the fit if there are none"
         if self.method == 'vsgp':
             raise GPError("method 'vsgp' has no closed form for leaving out; use cross_val_predict with groups")
         groups = self.groups_ if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-        if len(groups) != len(self.groups_): raise GPError(f"{len(groups)} groups for {len(self.groups_)} targets")
-        if groups.max() == 0: raise GPError('all targets are of one group: nothing is left to predict them from')
+        if len(groups) != len(self.groups_):
+            raise GPError(f"{len(groups)} groups for {len(self.groups_)} targets: give one group per target")
+        if groups.max() == 0:
+            raise GPError('all targets are of one group: without it nothing is left to predict from; give two or more '
+                'groups')
         return left_out(posterior, groups)
 
 # %% ../../nbs/analyse/07_gp_estimators.ipynb #602aca93
 class GPRegressor(RegressorMixin, _GP):
-    "Gaussian-process regression whose `std` and intervals include the white noise"
+    "Gaussian-process regression whose standard deviations and intervals include the white noise"
     def __init__(self,
         kernel: str = 'rbf', # Or `laplace`, `linear`
         method: str = 'exact', # Or `sgpr`, for more than some 20,000 targets, or `vsgp`, the paper's
         n_inducing: int = 200, # Inducing points of `sgpr` and `vsgp`
-        n_steps: int = 20000, # Of `vsgp`
-        n_tuning: int = 500, # Targets at most on which the parameters are tuned
+        n_steps: int = 20000, # Training steps of `vsgp`
+        n_tuning: int = 500, # Largest number of targets on which the parameters are tuned
         params: tuple|None = None, # The parameters, as in `params_` of another fit; tuned if absent
         log_offset: float|None = None, # Model log(offset + y); y itself if absent
         seed: int = 0,
@@ -101,52 +114,57 @@ class GPRegressor(RegressorMixin, _GP):
     def fit(self,
         X, # `(N, d)` features
         y, # `(N,)` targets
-        groups=None, # `(N,)` neurons: their synapses share habits, and `loo` leaves them out together
+        groups=None, # `(N,)` neurons: their synapses share a neuron effect, and `loo` leaves them out together
     ) -> GPRegressor:
-        "Raises `GPError`, which is a `ValueError`, for targets from which nothing can be learnt"
+        "Fit the posterior. Raises `GPError`, which is a `ValueError`, for targets from which nothing can be learnt"
         X,y = validate_data(self, X, y, dtype=np.float64, y_numeric=True, ensure_min_samples=2)
         y = np.asarray(y, float)
-        self.groups_ = self._check(X, y, groups)
+        self.groups_ = self._check(y, groups)
+        self._set_units(X)
         if self.log_offset is not None:
-            if (low := y+self.log_offset <= 0).any():
-                raise GPError(f"{low.sum()} of {len(y)} targets have no logarithm (the lowest is {y.min():g}, "
-                    f"log_offset {self.log_offset:g})")
+            no_log = y+self.log_offset <= 0
+            if no_log.any():
+                raise GPError(f"{no_log.sum()} of {len(y)} targets have no logarithm (the lowest is {y.min():g}, "
+                    f"log_offset {self.log_offset:g}); drop them or use a larger log_offset")
             y = np.log(y+self.log_offset)
         self.y_mean_ = y.mean()
         self.y_sd_ = y.std()
         if self.y_sd_ <= 1e-12*abs(self.y_mean_):
             raise GPError(f"the target is {y[0]:g} for all {len(y)}: there is nothing to learn")
-        self.posterior_ = self._posterior(self._units(X), torch.from_numpy((y-self.y_mean_)/self.y_sd_), self.groups_,
-            types=False)
+        z = torch.from_numpy((y-self.y_mean_)/self.y_sd_)
+        self.posterior_ = self._posterior(self._units(X), z, self.groups_, types=False)
         return self
 
     def _moments(self, mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        "Mean and standard deviation in units of the target"
+        "Mean and standard deviation in units of the target, from mean and variance of the z-scored one"
         mean = self.y_mean_+self.y_sd_*mean
         sd = self.y_sd_*var**.5
         if self.log_offset is None: return mean,sd
-        with np.errstate(over='ignore'): # infinite for a row so far from all others that nothing is known of it
+        with np.errstate(over='ignore'): # infinite for a row that is very far from all others
             middle = np.exp(mean+sd**2/2)
             return middle-self.log_offset,middle*np.expm1(sd**2)**.5
 
     def predict(self, X, return_std: bool = False):
-        "Mean, and standard deviation, of the measurement"
+        "Mean of the measurement, and its standard deviation if `return_std`, `(N,)`"
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         mean,sd = self._moments(*self._predict(self.posterior_, X))
         return (mean, sd) if return_std else mean
 
     def predict_interval(self, X, level: float = .9) -> tuple[np.ndarray, np.ndarray]:
-        "Where the measurement is with probability `level`, the rest in equal parts below and above"
+        "Ends of the central interval that has the measurement with probability `level`, `(N,)`"
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         mean,var = self._predict(self.posterior_, X)
-        ends = [self.y_mean_+self.y_sd_*(mean+z*var**.5) for z in norm.ppf([(1-level)/2, (1+level)/2])]
-        return tuple(ends) if self.log_offset is None else tuple(np.exp(e)-self.log_offset for e in ends)
+        lo,hi = (self.y_mean_+self.y_sd_*(mean+z*var**.5) for z in norm.ppf([(1-level)/2, (1+level)/2]))
+        if self.log_offset is None: return lo,hi
+        return np.exp(lo)-self.log_offset,np.exp(hi)-self.log_offset
 
-    def loo(self, groups=None) -> tuple[np.ndarray, np.ndarray]: # `(N,)` mean and standard deviation
-        """What would be predicted for each target without its group (that of the fit, if there is none; without itself
-        alone, if there was none)"""
+    def loo(self,
+        groups=None, # `(N,)` what is left out together; as in the fit if absent
+    ) -> tuple[np.ndarray, np.ndarray]: # `(N,)` mean and standard deviation
+        """Prediction for each target without its group. Without groups here and in the fit, each target is left out
+        alone"""
         check_is_fitted(self)
         return self._moments(*self._left_out(self.posterior_, groups))
 
@@ -154,9 +172,12 @@ class GPRegressor(RegressorMixin, _GP):
 class GPClassifier(ClassifierMixin, _GP):
     "Gaussian-process classification of two classes, calibrated on left-out groups"
     def __init__(self,
-        # As of `GPRegressor`
-        kernel: str = 'rbf', method: str = 'exact', n_inducing: int = 200, n_steps: int = 20000, n_tuning: int = 500,
-        params: tuple|None = None,
+        kernel: str = 'rbf', # As in `GPRegressor`
+        method: str = 'exact', # As in `GPRegressor`
+        n_inducing: int = 200, # As in `GPRegressor`
+        n_steps: int = 20000, # As in `GPRegressor`
+        n_tuning: int = 500, # As in `GPRegressor`
+        params: tuple|None = None, # As in `GPRegressor`
         # Fits to class-balanced resamples (the paper's 5), the prior corrected back; one fit to all data if 0
         balanced: int = 0,
         seed: int = 0,
@@ -172,9 +193,9 @@ class GPClassifier(ClassifierMixin, _GP):
     def fit(self,
         X, # `(N, d)` features
         y, # `(N,)` two classes
-        groups=None, # `(N,)` neurons: what is left out together when parameters are tuned and probabilities calibrated
+        groups=None, # `(N,)` neurons: left out together when parameters are tuned and probabilities calibrated
     ) -> GPClassifier:
-        "Raises `GPError`, which is a `ValueError`, for targets from which nothing can be learnt"
+        "Fit the posterior. Raises `GPError`, which is a `ValueError`, for targets from which nothing can be learnt"
         X,y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self.classes_,y = np.unique(y, return_inverse=True)
@@ -183,16 +204,27 @@ class GPClassifier(ClassifierMixin, _GP):
                 f"{len(self.classes_)} classes")
         if len(self.classes_) < 2:
             raise GPError(f"all {len(y)} targets are of one class, {self.classes_[0]}: there is nothing to learn")
-        self.groups_ = self._check(X, y, groups)
+        self.groups_ = self._check(y, groups)
+        self._set_units(X)
         self.prior_ = y.mean()
         x = self._units(X)
         y = y.astype(bool)
-        rng = np.random.default_rng(self.seed)
-        few = min(y.sum(), (~y).sum())
-        draws = [np.concatenate([rng.choice(np.flatnonzero(y == c), few, replace=False) for c in (False, True)])
-            for _ in range(self.balanced)]
-        self.members_ = [self._member(x[rows], y[rows], self.groups_[rows]) for rows in draws or [np.arange(len(y))]]
+        samples = self._balanced_samples(y) or [np.arange(len(y))]
+        self.members_ = [self._member(x[rows], y[rows], self.groups_[rows]) for rows in samples]
         return self
+
+    def _balanced_samples(self, y: np.ndarray) -> list[np.ndarray]:
+        "Rows of each of the `balanced` resamples, equally many of either class"
+        rng = np.random.default_rng(self.seed)
+        n_each = min(y.sum(), (~y).sum())
+        first = np.flatnonzero(~y)
+        second = np.flatnonzero(y)
+        samples = []
+        for _ in range(self.balanced):
+            of_first = rng.choice(first, n_each, replace=False)
+            of_second = rng.choice(second, n_each, replace=False)
+            samples.append(np.concatenate([of_first, of_second]))
+        return samples
 
     def _member(self, x: Tensor, y: np.ndarray, groups: np.ndarray) -> tuple:
         "Posterior, and the curve from its scores to log-odds"
@@ -201,11 +233,12 @@ class GPClassifier(ClassifierMixin, _GP):
         return posterior,platt(left_out(posterior, groups)[0], y, groups)
 
     def decision_function(self, X) -> np.ndarray:
-        "Log-odds of the second class"
+        "Log-odds of the second class, `(N,)`"
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        return sum(_log_odds(*self._predict(p, X), curve) for p,
-            curve in self.members_)/len(self.members_) + (logit(self.prior_) if self.balanced else 0)
+        total = sum(_log_odds(*self._predict(posterior, X), curve) for posterior,curve in self.members_)
+        prior = logit(self.prior_) if self.balanced else 0
+        return total/len(self.members_) + prior
 
     def predict_proba(self, X) -> np.ndarray:
         "Probability of each class, `(N, 2)`"
@@ -213,20 +246,22 @@ class GPClassifier(ClassifierMixin, _GP):
         return np.stack([expit(-odds), expit(odds)], 1)
 
     def predict(self, X) -> np.ndarray:
-        "The likelier class"
-        likely = (self.decision_function(X) > 0).astype(int)
-        return self.classes_[likely]
+        "The more probable class, `(N,)`"
+        is_second = (self.decision_function(X) > 0).astype(int)
+        return self.classes_[is_second]
 
-    def loo(self, groups=None) -> np.ndarray: # `(N,)` probability of the second class
-        "What would be predicted for each target without its group, as of `GPRegressor`"
+    def loo(self,
+        groups=None, # `(N,)` what is left out together; as in the fit if absent
+    ) -> np.ndarray: # `(N,)` probability of the second class
+        "Prediction for each target without its group, as in `GPRegressor`. Raises `GPError` for `balanced` fits"
         check_is_fitted(self)
         if self.balanced:
-            raise GPError('fits to resamples leave out other targets each: use balanced=0, or cross_val_predict with '
-                'groups')
+            raise GPError('each of the fits to resamples leaves out other targets: use balanced=0, or '
+                'cross_val_predict with groups')
         (posterior,curve), = self.members_
         return expit(_log_odds(*self._left_out(posterior, groups), curve))
 
 def _log_odds(mean: np.ndarray, var: np.ndarray, curve: tuple|None) -> np.ndarray:
-    """By the logistic curve; without one they are log-odds already, averaged over their uncertainty (MacKay's
-    approximation)"""
+    """Log-odds by the logistic curve. Without a curve, `mean` is the log-odds already; it is averaged over its
+    uncertainty (MacKay's approximation)"""
     return mean/np.sqrt(1+np.pi*var/8) if curve is None else curve[0]*mean+curve[1]

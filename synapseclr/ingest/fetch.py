@@ -25,34 +25,38 @@ __all__ = ['read_rows', 'assign_blocks', 'plan_fetch', 'n_blocks', 'describe_pla
 # %% ../../nbs/ingest/04_fetch.ipynb #08746982
 def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> dict:
     "What a store is made from"
-    with open(data.table, 'rb') as f: table = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
-    infos = {name: [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp] for name,
-        layer in sorted(layers.items())}
-    return provenance(config, table=table, layers=content_hash(infos), voxel_nm=list(layers['em'].voxel_nm),
-        **(dict(columns=data.columns) if data.columns else {}))
+    with open(data.table, 'rb') as f: table_hash = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
+    versions = {}
+    for name,layer in sorted(layers.items()):
+        versions[name] = [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp]
+    columns = dict(columns=data.columns) if data.columns else {}
+    return provenance(config, table=table_hash, layers=content_hash(versions), voxel_nm=list(layers['em'].voxel_nm),
+        **columns)
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
-    "Look at `n` synapses"
+    "Try `n` synapses. Raises `VolumeError` if all of them lack the same layer"
     if len(rows) < n: return
-    *_,records,_ = fetch_rows(layers, rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)],
-        config.model_copy(update=dict(max_blank_fraction=1)), salvage=True)
-    reasons = {r['reject_reason'] for r in records}
-    name = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg',
-        'no postsynaptic cell': 'seg'}.get(reasons.pop() if len(reasons) == 1 else None)
-    if name:
-        raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {records[0]['reject_reason']} at any of "
-            f"{n} synapses that were tried: wrong mip, another version than the table's, or chunks that may not be "
-            "read")
+    spread = rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)]
+    keep_blank = config.model_copy(update=dict(max_blank_fraction=1))
+    *_,records,_ = fetch_rows(layers, spread, keep_blank, salvage=True)
+    reasons = {record['reject_reason'] for record in records}
+    if len(reasons) > 1: return
+    reason = reasons.pop()
+    lacking = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg'}
+    if reason not in lacking: return
+    name = lacking[reason]
+    raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {reason} at any of {n} synapses that were "
+        "tried: wrong mip, another version than the table's, or no permission to read its chunks")
 
 def read_rows(
     table: str|Path, # csv, parquet or feather
-    data: DataConfig, # Its voxels
+    data: DataConfig, # Its voxels and columns
     layers: dict[str, Layer], # From `open_layers`
 ) -> pd.DataFrame: # From `read_synapses`
     "Read a table whose synapses all layers have to hold. Raises `TableError` or `VolumeError`"
     em = layers['em']
-    rows = read_synapses(table, data.table_voxel_nm, tuple(tuple(np.multiply(c, em.voxel_nm))
-        for c in (em.box.lo, em.box.hi)), data.columns)
+    extent_nm = tuple(tuple(np.multiply(corner, em.voxel_nm)) for corner in (em.box.lo, em.box.hi))
+    rows = read_synapses(table, data.table_voxel_nm, extent_nm, data.columns)
     check_layers(layers, centres_to_voxels(rows, em.voxel_nm))
     return rows
 
@@ -63,24 +67,25 @@ def assign_blocks(
     first: tuple[int, int] = (0, 0), # Numbers of the first block and the first row
 ) -> pd.DataFrame: # Rows in order of block and id, with `plan_block`, `plan_row` and `plan_dropped`
     "Sort synapses into blocks"
+    first_block,first_row = first
     voxel_nm = layers['em'].voxel_nm
     block = plan_blocks(layer_windows(layers, config), centres_to_voxels(rows, voxel_nm), config.capacity(voxel_nm))
-    return rows.assign(plan_block=first[0]+block, plan_row=first[1]+np.arange(len(rows)),
-        plan_dropped=False).sort_values(['plan_block', 'id'], ignore_index=True)
+    plan = rows.assign(plan_block=first_block+block, plan_row=first_row+np.arange(len(rows)), plan_dropped=False)
+    return plan.sort_values(['plan_block', 'id'], ignore_index=True)
 
-def _at_one_time(
-    data: DataConfig, # As asked for
-    before: dict, # What an earlier plan of the run says of it, if there is one
+def _pin_timestamps(
+    data: DataConfig, # As configured
+    before: dict, # `data` of an earlier plan of the run, if there is one
 ) -> DataConfig:
-    """Layers that people go on editing are read as they were when the run was planned: by all blocks, and whenever they
-    are fetched"""
+    """Give layers that people go on editing the time at which the run was planned, so that all blocks read the same
+    state, whenever they are fetched"""
     pinned = {}
     for name in LAYER_ORDER:
         source = getattr(data, name)
         if source is None or source.timestamp is not None or not source.path.startswith('graphene://'): continue
-        known = before.get(name) or {}
-        stamp = known.get('timestamp') if known.get('path') == source.path else None
-        pinned[name] = source.model_copy(update=dict(timestamp=stamp or int(time.time())))
+        source_before = before.get(name) or {}
+        timestamp = source_before.get('timestamp') if source_before.get('path') == source.path else None
+        pinned[name] = source.model_copy(update=dict(timestamp=timestamp or int(time.time())))
     return data.model_copy(update=pinned)
 
 def plan_fetch(
@@ -88,171 +93,209 @@ def plan_fetch(
     config: FetchConfig, # Window and rules
     run: str|Path, # Run folder
 ):
-    """Write the plan of a run and make its empty store, unless they are there.
-    Raises `TableError`, `VolumeError` or `StoreError` if the table, the layers or the run folder will not do"""
+    """Write the plan of a run and make its empty store, unless they are there. Raises `TableError`, `VolumeError` or
+    `StoreError` if the table, the layers or the run folder cannot be used"""
     run = Path(run)
-    asked = data
+    path = run/'fetch/plan.parquet'
     layers = open_layers(data)
     check_layers(layers)
     rows = read_rows(data.table, data, layers)
-    origin = _identity(data, config, layers)
-    path = run/'fetch/plan.parquet'
-    data = _at_one_time(data, read_metadata(path)['provenance']['job']['data'] if path.exists() else {})
+    identity = _identity(data, config, layers)
+    if path.exists(): _discard_other_fetch(run, identity)
+    before = read_metadata(path)['provenance'] if path.exists() else None
+    data = _pin_timestamps(data, before['job']['data'] if before else {})
     job = dict(data=data.model_dump(mode='json'), fetch=config.model_dump(mode='json'))
-    if path.exists():
-        before = read_metadata(path)['provenance']
-        if other := [k for k in {*before, *origin} - {'job'} if before.get(k) != origin.get(k)]:
-            if not _kept_none(run):
-                raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration "
-                    f"({', '.join(sorted(_differs.get(o, o) for o in other))}); choose a new run folder, or delete "
-                    "this one")
-            (run/'synapses.parquet').unlink() # nothing is lost
-            for o in ('chunks.zarr', 'fetch'): shutil.rmtree(run/o)
-            return plan_fetch(asked, config, run)
+    if before:
         if before['job'] != job:
             # the same layers at another address
-            write_table(read_table(path, 'fetch plan'), path, 'fetch plan', origin | dict(job=job))
-    elif (run/'chunks.zarr/id/zarr.json').exists():
+            write_table(read_table(path, 'fetch plan'), path, 'fetch plan', identity | dict(job=job))
+    elif _has_store(run):
         raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be "
-            "read, but not gone on with")
+            "read, but not resumed; choose a new run folder")
     else:
         _probe(layers, rows, config)
-        write_table(assign_blocks(rows, layers, config), path, 'fetch plan', origin | dict(job=job))
-    if (run/'chunks.zarr/id/zarr.json').exists(): return
+        write_table(assign_blocks(rows, layers, config), path, 'fetch plan', identity | dict(job=job))
+    if _has_store(run): return
     shutil.rmtree(run/'chunks.zarr', ignore_errors=True) # of a fetch that died while it made the store
-    capacity = config.capacity(origin['voxel_nm'])
-    ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(origin['voxel_nm'])[1], capacity,
-        voxel_nm=origin['voxel_nm'], provenance=origin)
+    voxel_nm = identity['voxel_nm']
+    capacity = config.capacity(voxel_nm)
+    ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(voxel_nm)[1], capacity,
+        voxel_nm=voxel_nm, provenance=identity)
 
-_differs = dict(config='[fetch] differs', table='the table differs', layers='the layers differ',
+def _has_store(run: Path) -> bool: return (run/'chunks.zarr/id/zarr.json').exists()
+
+_differences = dict(config='[fetch] differs', table='the table differs', layers='the layers differ',
     voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
+
+def _discard_other_fetch(run: Path, identity: dict):
+    """If the plan of a run is that of another fetch which kept nothing, delete the plan and the store. Raises
+    `StoreError` if the other fetch kept something"""
+    before = read_metadata(run/'fetch/plan.parquet')['provenance']
+    differing = [name for name in {*before, *identity} - {'job'} if before.get(name) != identity.get(name)]
+    if not differing: return
+    if not _kept_none(run):
+        differences = sorted(_differences.get(name, name) for name in differing)
+        raise StoreError(f"{run/'chunks.zarr'}: was fetched from another table, volume or configuration "
+            f"({', '.join(differences)}); choose a new run folder, or delete this one")
+    (run/'synapses.parquet').unlink() # nothing is lost
+    for name in ('chunks.zarr', 'fetch'): shutil.rmtree(run/name)
 
 def _kept_none(run: Path) -> bool:
     "Whether a fetch was finished, and all synapses were rejected"
-    return (run/'synapses.parquet').exists() and not (read_table(run/'synapses.parquet', 'synapses').reject_reason
-        == '').any()
+    path = run/'synapses.parquet'
+    return path.exists() and not (read_table(path, 'synapses').reject_reason == '').any()
 
 def n_blocks(run: str|Path) -> int:
     "Blocks in the plan of a run"
-    return int(pq.read_table(Path(run)/'fetch/plan.parquet', columns=['plan_block'])['plan_block'].to_numpy().max())+1
+    plan = pq.read_table(Path(run)/'fetch/plan.parquet', columns=['plan_block'])
+    return int(plan['plan_block'].to_numpy().max())+1
 
 def describe_plan(
     data: DataConfig, # Table and layers
     config: FetchConfig, # Window and rules
 ) -> str:
-    "What a fetch would do, in words, without reading EM"
+    "What a fetch would do, in words, without reading EM. Raises `TableError` or `VolumeError`"
     layers = open_layers(data)
     check_layers(layers)
     rows = read_rows(data.table, data, layers)
     voxel_nm = layers['em'].voxel_nm
-    needs = layer_windows(layers, config)
+    windows = layer_windows(layers, config)
     centres = centres_to_voxels(rows, voxel_nm)
-    c = plan_costs(needs, centres, plan_blocks(needs, centres, config.capacity(voxel_nm)), config.memory_gb*1e9/2,
-        2*int(np.prod(config.shapes(voxel_nm)[1])))
-    outside = (1-needs[0].share_inside(centres) >= config.max_blank_fraction).sum()
-    lost = (f"\n{outside} of them will be rejected: {config.max_blank_fraction:.0%} or more of their window is "
-        "outside the volume" if outside else '')
-    return f"""{c['synapses']} synapses in {c['blocks']} blocks, {c['reads']} reads of every layer
-{c['chunks']} storage chunks to decode, {c['gb_decoded']:.3g} GB: {c['times_needed']:.2g} times what is needed, {c['times_less']:.2g} times less than synapse by synapse ({c['gb_synapse_major']:.3g} GB)
-{c['task_gb']:.2g} GB of memory for the largest block{lost}"""
+    block = plan_blocks(windows, centres, config.capacity(voxel_nm))
+    synapse_bytes = 2*int(np.prod(config.shapes(voxel_nm)[1]))
+    costs = plan_costs(windows, centres, block, config.memory_gb*1e9/2, synapse_bytes)
+    n_outside = (1-windows[0].share_inside(centres) >= config.max_blank_fraction).sum()
+    text = (
+        "{synapses} synapses in {blocks} blocks, {reads} reads of every layer\n"
+        "{chunks} storage chunks to decode, {gb_decoded:.3g} GB: {times_needed:.2g} times what is needed, "
+        "{times_less:.2g} times less than synapse by synapse ({gb_synapse_major:.3g} GB)\n"
+        "{task_gb:.2g} GB of memory for the largest block"
+    ).format(**costs)
+    if not n_outside: return text
+    return (f"{text}\n{n_outside} synapses will be rejected: {config.max_blank_fraction:.0%} or more of their window "
+        "is outside the volume")
 
 # %% ../../nbs/ingest/04_fetch.ipynb #f08dbd79
 @queueable
 def fetch_block(
     run: str, # Run folder
     block: int, # Number of the block
-) -> str: # As of `attempt`
+) -> str: # What `attempt` returns
     "The task: fetch one block, unless that is done"
-    folder = Path(run)/'fetch'
-    if (folder/f'{block:06d}.json').exists(): return 'done'
-    return attempt(folder, f'{block:06d}', partial(_fetch_block, Path(run), block))
+    if _record_path(Path(run), block).exists(): return 'done'
+    return attempt(Path(run)/'fetch', f'{block:06d}', partial(_fetch_block, Path(run), block))
 
-def _fetch_block(run: Path, block: int, last: bool):
+def _record_path(run: Path, block: int) -> Path: return run/'fetch'/f'{block:06d}.json'
+
+def _fetch_block(run: Path, block: int, is_last: bool):
     "Fill one shard, then write its record"
-    layers,config,store = _job(run, (run/'fetch/plan.parquet').stat().st_mtime_ns)
-    rows = pd.read_parquet(run/'fetch/plan.parquet', filters=[('plan_block', '==', block)])
-    *chunks,records,grey = fetch_rows(layers, rows[~rows.plan_dropped], config, salvage=last)
+    plan_path = run/'fetch/plan.parquet'
+    layers,config,store = _job(run, plan_path.stat().st_mtime_ns)
+    rows = pd.read_parquet(plan_path, filters=[('plan_block', '==', block)])
+    *chunks,records,grey = fetch_rows(layers, rows[~rows.plan_dropped], config, salvage=is_last)
     store.write_shard(block, *chunks)
-    with atomic(run/'fetch'/f'{block:06d}.json') as f:
+    with atomic(_record_path(run, block)) as f:
         f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
     del chunks,records
-    if trim := sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'malloc_trim', None):
-        trim(0) # glibc would keep up to a GB of it
+    _release_memory()
+
+def _release_memory():
+    "Give freed memory back to the system; glibc would keep up to a GB of it"
+    if sys.platform != 'linux': return
+    malloc_trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+    if malloc_trim: malloc_trim(0)
 
 @lru_cache(1)
 def _job(run: Path, stamp: int) -> tuple[dict[str, Layer], FetchConfig, ChunkStore]:
-    "What the tasks of a run have in common, as long as its plan is from the time `stamp`"
+    "What the tasks of a run share; `stamp` is the time of its plan, so that a new plan is read anew"
     job = read_metadata(run/'fetch/plan.parquet')['provenance']['job']
-    return open_layers(DataConfig(**job['data'])),FetchConfig(**job['fetch']),ChunkStore.open(run/'chunks.zarr',
-        unfinished=True)
+    layers = open_layers(DataConfig(**job['data']))
+    store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
+    return layers,FetchConfig(**job['fetch']),store
 
 def fetch_tasks(run: str|Path) -> list[partial]:
     "The tasks of a run that are not done"
-    return [partial(fetch_block, run=str(Path(run).absolute()), block=k) for k in range(n_blocks(run))
-        if not (Path(run)/'fetch'/f'{k:06d}.json').exists()]
+    run = Path(run).absolute()
+    todo = [block for block in range(n_blocks(run)) if not _record_path(run, block).exists()]
+    return [partial(fetch_block, run=str(run), block=block) for block in todo]
 
 # %% ../../nbs/ingest/04_fetch.ipynb #fe4c60ca
 def intensity_mean_sd(
     grey: np.ndarray, # `(256,)` how often each grey value occurs
-) -> tuple[float, float]: # Mean and standard deviation, on the scale from 0 to 1
-    "Moments of the grey values that are not missing"
+) -> tuple[float, float]: # On the scale from 0 to 1
+    "Mean and standard deviation of the grey values that are not missing"
     value = np.arange(1, 256)/255
     weight = grey[1:]
     mean = np.average(value, weights=weight)
-    return float(mean),float(np.average((value-mean)**2, weights=weight)**.5)
+    variance = np.average((value-mean)**2, weights=weight)
+    return float(mean),float(variance**.5)
 
 # %% ../../nbs/ingest/04_fetch.ipynb #8bc3618a
 def summarize_fetch(table: pd.DataFrame) -> str:
     "How many synapses of a fetched table are kept, and why the others are not"
-    reasons = table.reject_reason[table.reject_reason != ''].str.split(':').str[0].value_counts()
-    return f"{(table.reject_reason == '').sum()} of {len(table)} synapses kept" + ''.join(f", {n} rejected: {r}" for r,
-        n in reasons.items())
+    is_kept = table.reject_reason == ''
+    counts = table.reject_reason[~is_kept].str.split(':').str[0].value_counts()
+    rejected = [f"{n} rejected: {reason}" for reason,n in counts.items()]
+    return ', '.join([f"{is_kept.sum()} of {len(table)} synapses kept", *rejected])
 
 def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
-    """Join what the blocks found out to `run/synapses.parquet`, and mark the store as complete. Raises `QueueError` if
+    """Join the records of the blocks to `run/synapses.parquet`, and mark the store as complete. Raises `QueueError` if
     blocks are missing"""
     run = Path(run)
     plan = read_table(run/'fetch/plan.parquet', 'fetch plan')
-    tag = read_metadata(run/'fetch/plan.parquet')['provenance']
-    if missing := [t.keywords['block'] for t in fetch_tasks(run)]:
-        dead = {int(k): v for k,v in dead_letters(run/'fetch').items()}
-        lost = plan[plan.plan_block.isin(missing)]
-        with atomic(run/'fetch/missing.csv') as f:
-            lost.assign(reason=lost.plan_block.map(dead).fillna('not done yet'))[['id', 'plan_block', 'reason']].to_csv(
-                f, index=False)
-        why = f": {next(iter(dead.values()))}" if dead else ''
-        raise QueueError(f"{len(missing)} of {n_blocks(run)} blocks are not fetched, {len(dead)} of them "
-            f"failed{why}\n  {run/'fetch/missing.csv'} lists their {len(lost)} synapses; `synapseclr fetch` tries "
-            "them again, `--drop missing` goes on without them")
+    made_by = read_metadata(run/'fetch/plan.parquet')['provenance']
+    missing_blocks = [task.keywords['block'] for task in fetch_tasks(run)]
+    if missing_blocks: _report_missing(run, plan, missing_blocks)
     (run/'fetch/missing.csv').unlink(missing_ok=True)
-    done = [json.loads((run/'fetch'/f'{k:06d}.json').read_text()) for k in range(n_blocks(run))]
-    dropped = [dict(id=int(i), blank_fraction=0., cleft_id=0, visible_fraction=0., reject_reason='dropped')
-        for i in plan.id[plan.plan_dropped]]
-    found = pd.DataFrame([o for d in done for o in d['synapses']] + dropped)
-    rows = plan.sort_values('plan_row', ignore_index=True)
-    table = rows.drop(columns=[c for c in (*found, 'plan_block', 'plan_row', 'plan_dropped') if c in rows
-        and c != 'id']).merge(found, on='id', validate='1:1')
-    mean,sd = intensity_mean_sd(np.sum([d['grey'] for d in done], 0)) if (table.reject_reason == '').any() else (None,
-        None)
+    records = [json.loads(_record_path(run, block).read_text()) for block in range(n_blocks(run))]
+    table = _add_records(plan, records)
+    mean,sd = None,None
+    if (table.reject_reason == '').any(): mean,sd = intensity_mean_sd(np.sum([record['grey'] for record in records], 0))
     ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
-    write_table(table, run/'synapses.parquet', 'synapses', {k: v for k,v in tag.items() if k != 'job'})
+    del made_by['job']
+    write_table(table, run/'synapses.parquet', 'synapses', made_by)
     return table
+
+def _report_missing(run: Path, plan: pd.DataFrame, missing_blocks: list[int]):
+    "Write `fetch/missing.csv`, and raise `QueueError`"
+    path = run/'fetch/missing.csv'
+    errors = {int(unit): error for unit,error in dead_letters(run/'fetch').items()}
+    lost = plan[plan.plan_block.isin(missing_blocks)]
+    lost = lost.assign(reason=lost.plan_block.map(errors).fillna('not done yet'))
+    with atomic(path) as f: lost[['id', 'plan_block', 'reason']].to_csv(f, index=False)
+    first_error = f": {next(iter(errors.values()))}" if errors else ''
+    raise QueueError(f"{len(missing_blocks)} of {n_blocks(run)} blocks are not fetched, {len(errors)} of them "
+        f"failed{first_error}\n  {path} lists their {len(lost)} synapses; `synapseclr fetch` tries them again, "
+        "`synapseclr fetch --drop missing` continues without them")
+
+def _add_records(plan: pd.DataFrame, records: list[dict]) -> pd.DataFrame:
+    "The synapses of a plan, in the order of the source table, with what the records of the blocks say of them"
+    synapses = [synapse for record in records for synapse in record['synapses']]
+    synapses += [dict(id=int(i), blank_fraction=0., cleft_id=0, visible_fraction=0., reject_reason='dropped')
+        for i in plan.id[plan.plan_dropped]]
+    fetched = pd.DataFrame(synapses)
+    rows = plan.sort_values('plan_row', ignore_index=True)
+    replaced = {*fetched, 'plan_block', 'plan_row', 'plan_dropped'} - {'id'}
+    rows = rows.drop(columns=[column for column in rows if column in replaced])
+    return rows.merge(fetched, on='id', validate='1:1')
 
 def fetch(
     data: DataConfig, # Table and layers
     config: FetchConfig, # Window and rules
     run: str|Path, # Run folder
     processes: int = 1, # At once, each with the memory of a task
-) -> pd.DataFrame: # The table, with `blank_fraction`, `reject_reason`, `cleft_id` and `visible_fraction` for each synapse
-    """Fetch all synapses of a table into `run/chunks.zarr` and `run/synapses.parquet`; goes on where it was stopped.
-    Raises `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder will
-    not do, `QueueError` if blocks failed"""
+) -> pd.DataFrame: # The table of `run/synapses.parquet`
+    """Fetch all synapses of a table into `run/chunks.zarr` and `run/synapses.parquet`; resumes where it was stopped.
+    The table gets the columns `blank_fraction`, `reject_reason`, `cleft_id` and `visible_fraction`. Raises
+    `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder cannot be
+    used, and `QueueError` if blocks failed"""
     run = Path(run)
+    path = run/'synapses.parquet'
     plan_fetch(data, config, run)
     tasks = fetch_tasks(run)
-    if not tasks and (run/'synapses.parquet').exists() and ChunkStore.open(run/'chunks.zarr',
-        unfinished=True).attrs['complete']:
-        return read_table(run/'synapses.parquet', 'synapses')
+    if not tasks and path.exists():
+        store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
+        if store.attrs['complete']: return read_table(path, 'synapses')
     clear_failures(run/'fetch')
     run_local(tasks, processes, desc='fetch', unit='block')
     return finish_fetch(run)

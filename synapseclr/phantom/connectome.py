@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
@@ -19,45 +19,46 @@ __all__ = ['CELL_TYPES', 'SIZES', 'CellTypeParams', 'PhantomConfig', 'PhantomErr
 
 # %% ../../nbs/phantom/02_connectome.ipynb #e519a5a8
 class CellTypeParams(Strict):
-    """What the synapses of a kind of neuron are like: means, before the differences between its neurons and between
-    their synapses"""
+    "Means of the synapses of one cell type; neurons of the type, and their synapses, vary around these"
     psd_post_nm: float # Thickness of the postsynaptic density
-    psd_pre_nm: float # Of the presynaptic one
+    psd_pre_nm: float # Thickness of the presynaptic density
     psd_dark: float # Grey value of the densities
     vesicles: float # Logarithm of their number relative to an excitatory bouton of the same size
     elongation: float # Of a vesicle: longer over shorter axis
-    scatter: float # How far vesicles spread from the cleft, in radii of the bouton
+    scatter: float # Spread of the vesicles from the cleft, in radii of the bouton
     psd_radius_nm: float
-    bouton_extra_nm: float # What a bouton has over the density's radius
-    p_mito: float # That a bouton of mean size has a mitochondrion
-    p_spine: float # That a synapse on a spiny dendrite is on a spine
-    p_soma: float # That a synapse near a soma is on it
+    bouton_extra_nm: float # Radius of a bouton beyond that of its density
+    p_mito: float # Probability that a bouton of mean size has a mitochondrion
+    p_spine: float # Probability that a synapse on a spiny dendrite is on a spine
+    p_soma: float # Probability that a synapse near a soma is on the soma
 
 CELL_TYPES = dict(
     pyramidal=CellTypeParams(psd_post_nm=42, psd_pre_nm=10, psd_dark=.23, vesicles=0, elongation=1.08, scatter=.50,
-    psd_radius_nm=190, bouton_extra_nm=70, p_mito=.40, p_spine=.86, p_soma=0),
+        psd_radius_nm=190, bouton_extra_nm=70, p_mito=.40, p_spine=.86, p_soma=0),
     basket=CellTypeParams(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.90,
-    psd_radius_nm=200, bouton_extra_nm=110, p_mito=.62, p_spine=.08, p_soma=.5),
+        psd_radius_nm=200, bouton_extra_nm=110, p_mito=.62, p_spine=.08, p_soma=.5),
     martinotti=CellTypeParams(psd_post_nm=19, psd_pre_nm=18, psd_dark=.22, vesicles=-.35, elongation=1.75, scatter=.85,
-    psd_radius_nm=172, bouton_extra_nm=65, p_mito=.34, p_spine=.30, p_soma=0))
+        psd_radius_nm=172, bouton_extra_nm=65, p_mito=.34, p_spine=.30, p_soma=0))
 
 # %% ../../nbs/phantom/02_connectome.ipynb #d4ce8e9d
 class PhantomConfig(Strict):
-    "A phantom"
+    "Options of a phantom"
     seed: int = 0
     shape: tuple[int, int, int] = (256, 704, 704) # Voxels, `(z, y, x)`
-    voxel_nm: tuple[float, float, float] = (40., 14.3, 14.3)
+    voxel_nm: tuple[float, float, float] = (40., 14.3, 14.3) # `(z, y, x)`
     axons_per_um3: float = .135
     dendrites_per_um3: float = .058
-    filler_per_um3: float = 1.9
-    inhibitory_axons: float = .14 # Share of the axons
-    inhibitory_dendrites: float = .22 # Share of the dendrites
-    proofread: float = .3 # Share of the neurons that people have checked
-    defects: float = .03 # Share of the synapses whose segmentation is wrong ...
-    defects_proofread: float = .007 # ... where both partners are proofread
-    blank_sections: float = .035
+    filler_per_um3: float = 1.9 # Thin processes without synapses
+    inhibitory_axons: float = .14 # Fraction of the axons
+    inhibitory_dendrites: float = .22 # Fraction of the dendrites
+    proofread: float = .3 # Fraction of the neurons that are proofread
+    defects: float = .03 # Fraction of the synapses that are defective ...
+    defects_proofread: float = .007 # ... and the same where both partners are proofread
+    blank_sections: float = .035 # Fraction of the sections that are lost
 
-SIZES = dict(small=dict(shape=(96, 384, 384)), demo=dict(),
+SIZES = dict(
+    small=dict(shape=(96, 384, 384)),
+    demo=dict(),
     paper=dict(shape=(256, 768, 768), voxel_nm=(40., 7.16, 7.16)))
 
 class PhantomError(SynapseCLRError):
@@ -66,14 +67,14 @@ class PhantomError(SynapseCLRError):
 # %% ../../nbs/phantom/02_connectome.ipynb #3d92010c
 @dataclass
 class Cell:
-    "A neuron, or what the block holds of it"
+    "The part of a neuron that lies in the block"
     number: int # Its label while it is painted
     kind: str # pyramidal, basket, martinotti
     compartment: Literal['axon', 'dendrite']
-    path_nm: list[np.ndarray] # Its centre lines
+    path_nm: list[np.ndarray] # Its centre lines, each `(n, 3)`
     soma_nm: np.ndarray # `(3,)`; mostly outside of the block
     proofread: bool
-    nature: np.ndarray # Its own deviations, standard normal
+    nature: np.ndarray # `(8,)` neuron effects (random effects), standard normal
     tone: float # Grey value of its cytoplasm
     @property
     def inhibitory(self) -> bool: return self.kind != 'pyramidal'
@@ -88,169 +89,235 @@ class Blueprint:
     somata: list[tuple] = field(default_factory=list) # label, centre, radius
 
     def label(self) -> int:
+        "A new label"
         self.n_labels += 1
         return self.n_labels-1
 
 def _far_soma(rng, extent_nm) -> np.ndarray:
-    "A place for a soma that the block does not hold"
+    "A random place for a soma outside of the block"
     return extent_nm/2 + unit(rng.normal(size=3))*rng.uniform(20e3, 150e3)
 
-def _cell(plan, rng, config, kind, compartment, paths, soma) -> Cell:
-    cell = Cell(plan.label(), kind, compartment, paths, soma, bool(rng.random() < config.proofread), rng.normal(size=8),
-        float(.66+.035*rng.normal()))
+def _add_cell(plan, rng, config, kind, compartment, paths, soma) -> Cell:
+    "Add a cell with a random effect and a random grey value"
+    cell = Cell(
+        number=plan.label(),
+        kind=kind,
+        compartment=compartment,
+        path_nm=paths,
+        soma_nm=soma,
+        proofread=bool(rng.random() < config.proofread),
+        nature=rng.normal(size=8),
+        tone=float(.66+.035*rng.normal()))
     plan.cells.append(cell)
     return cell
 
-def _kinds(n: int, inhibitory: float, rng) -> list[str]:
-    "Kinds of `n` neurons in random order, one half of the inhibitory ones basket cells"
-    m = max(2, round(n*inhibitory))
-    return list(rng.permutation(['basket']*(m//2) + ['martinotti']*(m-m//2) + ['pyramidal']*(n-m)))
+def _random_types(n: int, inhibitory: float, rng) -> list[str]:
+    "Cell types of `n` neurons in random order; half of the inhibitory neurons are basket cells"
+    n_inhibitory = max(2, round(n*inhibitory))
+    n_basket = n_inhibitory//2
+    types = ['basket']*n_basket + ['martinotti']*(n_inhibitory-n_basket) + ['pyramidal']*(n-n_inhibitory)
+    return list(rng.permutation(types))
 
-def plan_dendrites(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
-    "Dendrites that cross the block, and a soma or two at its faces with dendrites of their own"
-    volume = extent_nm.prod()/1e9
-    n = max(3, round(volume*config.dendrites_per_um3))
-    n_somata = int(volume > 500) + int(volume > 900)
-    for i,kind in enumerate(_kinds(n, config.inhibitory_dendrites, rng)):
-        if i < n_somata:
-            radius = rng.uniform(2600, 3300)
-            face = rng.integers(1, 3)
-            side = rng.integers(2)
-            centre = rng.uniform(.25, .75, 3)*extent_nm
-            centre[face] = side*extent_nm[face] + (2*side-1)*radius*rng.uniform(.2, .45)
-            cell = _cell(plan, rng, config, kind, 'dendrite', [], centre)
-            plan.somata.append((cell.number, centre, radius))
-            plan.curves.append(Curve(cell.number, centre[None], np.array([radius]), 40.))
-            inward = unit(extent_nm/2-centre)
-            for _ in range(3):
-                d = unit(inward + .8*rng.normal(size=3))
-                cell.path_nm.append(evenly(wander(rng, extent_nm, 9000, 600, .12, centre+d*(radius-300), d), 90))
-        else:
-            a = rng.uniform(0, 1, 3)*extent_nm
-            d = unit(rng.normal(size=3))
-            halves = [wander(rng, extent_nm, 6500, 600, .12, a, s*d) for s in (1, -1)]
-            cell = _cell(plan, rng, config, kind, 'dendrite', [
-                evenly(np.concatenate([halves[1][::-1], halves[0][1:]]), 90)], _far_soma(rng, extent_nm))
+def _cell_with_soma(plan, rng, config, kind, extent_nm) -> Cell:
+    "A soma that reaches through a face of the block, and three dendrites that grow inwards"
+    radius = rng.uniform(2600, 3300)
+    face = rng.integers(1, 3)
+    side = rng.integers(2)
+    centre = rng.uniform(.25, .75, 3)*extent_nm
+    centre[face] = side*extent_nm[face] + (2*side-1)*radius*rng.uniform(.2, .45)
+    cell = _add_cell(plan, rng, config, kind, 'dendrite', [], centre)
+    plan.somata.append((cell.number, centre, radius))
+    plan.curves.append(Curve(cell.number, centre[None], np.array([radius]), 40.))
+    inward = unit(extent_nm/2-centre)
+    for _ in range(3):
+        direction = unit(inward + .8*rng.normal(size=3))
+        path = wander(rng, extent_nm, 9000, 600, .12, centre+direction*(radius-300), direction)
+        cell.path_nm.append(evenly(path, 90))
+    return cell
+
+def _crossing_dendrite(plan, rng, config, kind, extent_nm) -> Cell:
+    "A dendrite that crosses the block; its soma lies outside"
+    start = rng.uniform(0, 1, 3)*extent_nm
+    direction = unit(rng.normal(size=3))
+    forwards = wander(rng, extent_nm, 6500, 600, .12, start, direction)
+    backwards = wander(rng, extent_nm, 6500, 600, .12, start, -direction)
+    path = evenly(np.concatenate([backwards[::-1], forwards[1:]]), 90)
+    return _add_cell(plan, rng, config, kind, 'dendrite', [path], _far_soma(rng, extent_nm))
+
+def plan_dendrites(
+    plan: Blueprint, # Added to in place
+    config: PhantomConfig,
+    extent_nm: np.ndarray, # Of the block, `(z, y, x)`
+    rng: np.random.Generator,
+):
+    "Add dendrites that cross the block; a large block also gets one or two somata with dendrites of their own"
+    volume_um3 = extent_nm.prod()/1e9
+    n_dendrites = max(3, round(volume_um3*config.dendrites_per_um3))
+    n_somata = int(volume_um3 > 500) + int(volume_um3 > 900)
+    for i,kind in enumerate(_random_types(n_dendrites, config.inhibitory_dendrites, rng)):
+        make = _cell_with_soma if i < n_somata else _crossing_dendrite
+        cell = make(plan, rng, config, kind, extent_nm)
+        roughness = .16 if kind == 'pyramidal' else .24
         for path in cell.path_nm:
             width = rng.uniform(220, 470)
-            plan.curves.append(Curve(cell.number, path, (width*rough(rng, len(path), 9,
-                .16 if cell.kind == 'pyramidal' else .24)).clip(150, 620)))
+            radius = (width*rough(rng, len(path), 9, roughness)).clip(150, 620)
+            plan.curves.append(Curve(cell.number, path, radius))
 
 # %% ../../nbs/phantom/02_connectome.ipynb #72636f29
-def plan_axons(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
-    "Axons that wander through the block, look for targets on their way, and bend to reach them"
+def plan_axons(
+    plan: Blueprint, # With dendrites; added to in place
+    config: PhantomConfig,
+    extent_nm: np.ndarray, # Of the block, `(z, y, x)`
+    rng: np.random.Generator,
+):
+    "Add axons that wander through the block, make synapses with nearby targets, and bend to reach them"
     targets = _Targets(plan, extent_nm)
     taken = np.zeros((0, 3))
-    for kind in _kinds(max(6, round(extent_nm.prod()/1e9*config.axons_per_um3)), config.inhibitory_axons, rng):
-        length = float(np.clip(rng.lognormal(np.log(13000), .45), 5000, 45000))
-        path = evenly(wander(rng, extent_nm, length, 500, .22, stay=True), 100)
-        cell = _cell(plan, rng, config, kind, 'axon', [], _far_soma(rng, extent_nm))
-        stops = []
-        wait = rng.uniform(0, 400)
-        for j in range(len(path)):
-            if j*100 < wait: continue
-            synapse = targets.choose(cell, path[j], rng, taken)
+    n_axons = max(6, round(extent_nm.prod()/1e9*config.axons_per_um3))
+    for kind in _random_types(n_axons, config.inhibitory_axons, rng):
+        length_nm = float(np.clip(rng.lognormal(np.log(13000), .45), 5000, 45000))
+        path = evenly(wander(rng, extent_nm, length_nm, 500, .22, stay=True), 100)
+        cell = _add_cell(plan, rng, config, kind, 'axon', [], _far_soma(rng, extent_nm))
+        boutons = {}
+        next_nm = rng.uniform(0, 400)
+        for step,position in enumerate(path):
+            if step*100 < next_nm: continue
+            synapse = targets.choose(cell, position, rng, taken)
             if synapse is None: continue
             taken = np.vstack([taken, synapse['centre']])
-            stops.append((j, synapse['bouton']))
-            plan.synapses.append(synapse)
+            boutons[step] = synapse['bouton']
             plan.curves += synapse.pop('curves')
-            wait = j*100 + rng.uniform(250, 900)
-        bent = _bend(path, stops)
+            plan.synapses.append(synapse)
+            next_nm = step*100 + rng.uniform(250, 900)
+        bent = _bend(path, boutons)
         cell.path_nm.append(bent)
-        plan.curves.append(Curve(cell.number, evenly(bent, 35), np.full(len(evenly(bent, 35)), rng.uniform(52, 85)),
-            30.))
+        points = evenly(bent, 35)
+        plan.curves.append(Curve(cell.number, points, np.full(len(points), rng.uniform(52, 85)), 30.))
 
-def _bend(path: np.ndarray, stops: list) -> np.ndarray:
-    "The path, led through its boutons"
-    if not stops: return path
-    at = np.array([j for j,_ in stops])
-    to = np.array([b for _,b in stops])
+def _bend(path: np.ndarray, boutons: dict[int, np.ndarray]) -> np.ndarray:
+    "The path, led through its boutons, which are given by their step of the path"
+    if not boutons: return path
+    bouton_steps = np.array(list(boutons))
+    shift_there = np.array(list(boutons.values())) - path[bouton_steps]
     steps = np.arange(len(path))
-    shift = np.stack([np.interp(steps, np.r_[-15, at, len(path)+15], np.r_[0, (to-path[at])[:, a], 0])
-        for a in range(3)], 1)
+    known_steps = np.r_[-15, bouton_steps, len(path)+15]
+    shift = np.stack([np.interp(steps, known_steps, np.r_[0, shift_there[:, a], 0]) for a in range(3)], 1)
     smooth = ndimage.gaussian_filter1d(shift, 1.5, axis=0)
-    smooth[at] = shift[at]
+    smooth[bouton_steps] = shift[bouton_steps]
     return path + smooth
+
+class _Site(NamedTuple):
+    "A place for a synapse on a soma or dendrite"
+    cell: int
+    centre: np.ndarray # Of the sphere that is the soma or a piece of the dendrite
+    radius: float # Of the sphere
+    normal: np.ndarray # Direction from its centre to the synapse
+    place: str # soma, spine, shaft
 
 class _Targets:
     "Dendrites and somata that an axon can meet"
     def __init__(self, plan: Blueprint, extent_nm: np.ndarray):
         dendrites = [c for c in plan.curves if len(c.points_nm) > 1]
-        kinds = {c.number: c for c in plan.cells}
         self.extent_nm = extent_nm
         self.somata = plan.somata
         self.points = np.concatenate([c.points_nm for c in dendrites])
         self.radius = np.concatenate([c.radius_nm for c in dendrites])
         self.cell = np.concatenate([np.full(len(c.points_nm), c.cell) for c in dendrites])
-        self.cells = kinds
+        self.cells = {c.number: c for c in plan.cells}
         self.tree = cKDTree(self.points)
 
-    def inside(self, p, margin=350) -> bool: return bool(np.all((p > margin) & (p < self.extent_nm-margin)))
+    def inside(self, point, margin=350) -> bool:
+        "Whether a point lies in the block, away from its faces"
+        return bool(np.all((point > margin) & (point < self.extent_nm-margin)))
 
-    def blocked(self, centre, radius, but=-1) -> bool:
-        "Whether a ball would sit in a dendrite or soma"
-        d,i = self.tree.query(centre, k=8)
-        return bool(((d < self.radius[i]+radius*.4) & (self.cell[i] != but)).any()) or any(n != but
-            and np.linalg.norm(centre-c) < r+radius*.4 for n,c,r in self.somata)
+    def blocked(self, centre, radius, ignored=-1) -> bool:
+        "Whether a sphere would overlap with a dendrite or soma other than the cell `ignored`"
+        distance,nearest = self.tree.query(centre, k=8)
+        overlaps = (distance < self.radius[nearest]+radius*.4) & (self.cell[nearest] != ignored)
+        if overlaps.any(): return True
+        return any(number != ignored and np.linalg.norm(centre-soma) < soma_radius+radius*.4
+            for number,soma,soma_radius in self.somata)
 
-    def choose(self, axon: Cell, p: np.ndarray, rng: np.random.Generator, taken: np.ndarray) -> dict|None:
-        "A synapse of `axon` near `p`; None if there is no room"
-        if not self.inside(p): return None
-        h = CELL_TYPES[axon.kind]
-        nature = axon.nature
-        g = rng.normal(size=12)
-        psd_radius = float(np.clip(h.psd_radius_nm*math.exp(.14*nature[0] + .27*g[0]), 80, 330))
-        bouton = float(np.clip(psd_radius*1.12 + h.bouton_extra_nm + 20*nature[1] + 32*g[1], 140, 460))
-        soma = next((s for s in self.somata if abs(np.linalg.norm(p-s[1])-s[2]) < 1300), None)
-        head = 0.
-        if soma and rng.random() < h.p_soma:
+    def site(self, axon_point: np.ndarray, cell_type: CellTypeParams, rng: np.random.Generator) -> _Site:
+        "A random place near a point of the axon"
+        near_somata = (s for s in self.somata if abs(np.linalg.norm(axon_point-s[1])-s[2]) < 1300)
+        soma = next(near_somata, None)
+        if soma and rng.random() < cell_type.p_soma:
             cell,centre,radius = soma
-            normal = unit(p-centre)
-            q = centre
-            place = 'soma'
-        else:
-            _,near = self.tree.query(p, k=14)
-            i = near[rng.integers(0, 8)]
-            cell = int(self.cell[i])
-            q = self.points[i]
-            radius = self.radius[i]
-            normal = unit(unit(p-q) + rng.normal(size=3)*.35)
-            spiny = self.cells[cell].kind == 'pyramidal'
-            place = 'spine' if rng.random() < h.p_spine*(1 if spiny else .12) else 'shaft'
-        curves = []
-        if place == 'spine':
-            head = float(np.clip(psd_radius*1.02 + 22 + 13*g[2], 105, 340))
-            neck = rng.uniform(150, 750)
-            middle = q + normal*(radius + neck + head*.5)
-            facing = unit(normal + rng.normal(size=3)*.6)
-            contact = middle + facing*head
-            if self.blocked(middle, head): return None
-            t = np.linspace(0, 1, 14)[:, None]
-            stalk = (1-t)**2*(q+normal*radius*.6) + 2*t*(1-t)*(q+normal*(radius+neck*.6)) + t**2*middle
-            curves += [Curve(cell, stalk, np.full(14, rng.uniform(45, 75)), 50.),
-                Curve(cell, middle[None], np.array([head]), 50.)]
-        else:
-            facing = normal
-            contact = q+normal*radius
-        centre_bouton = contact + facing*bouton
-        if not self.inside(contact) or np.linalg.norm(centre_bouton-p) > 1500: return None
-        if len(taken) and np.linalg.norm(taken-contact, axis=1).min() < 560: return None
-        if self.blocked(centre_bouton, bouton, cell): return None
-        curves.append(Curve(axon.number, centre_bouton[None], np.array([bouton]), 50.))
-        p_mito = 1/(1+math.exp(-(math.log(h.p_mito/(1-h.p_mito)) + .8*nature[2] + 2.2*math.log(bouton/270))))
-        return dict(pre=axon.number, post=cell, place=place, centre=contact, bouton=centre_bouton, facing=facing,
-            curves=curves, psd_radius_nm=psd_radius, bouton_nm=bouton, head_nm=head,
-            psd_post_nm=float(np.clip(h.psd_post_nm + (2.5*nature[3] + 4.5*g[3])*h.psd_post_nm/40+1.2*g[11], 9, 65)),
-            psd_pre_nm=float(np.clip(h.psd_pre_nm + 1.2*nature[4] + 2.5*g[4], 6, 26)),
-            psd_dark=float(np.clip(h.psd_dark + .015*nature[5] + .045*g[5], .1, .36)),
-            density=float(math.exp(h.vesicles + .16*nature[6] + .24*g[6])),
-            elongation=float(max(1, h.elongation + .04*nature[7] + .07*g[7])),
-            scatter=float(h.scatter*math.exp(.10*g[8])),
-            p_mito=p_mito, has_mito=bool(rng.random() < p_mito))
+            return _Site(cell, centre, radius, unit(axon_point-centre), 'soma')
+        _,nearest = self.tree.query(axon_point, k=14)
+        i = nearest[rng.integers(0, 8)]
+        cell = int(self.cell[i])
+        normal = unit(unit(axon_point-self.points[i]) + rng.normal(size=3)*.35)
+        spiny = self.cells[cell].kind == 'pyramidal'
+        place = 'spine' if rng.random() < cell_type.p_spine*(1 if spiny else .12) else 'shaft'
+        return _Site(cell, self.points[i], self.radius[i], normal, place)
 
-def plan_filler(plan: Blueprint, config: PhantomConfig, extent_nm: np.ndarray, rng: np.random.Generator):
-    "Thin processes of neurons that make no synapse here"
+    def spine(self, site: _Site, head_nm: float, rng: np.random.Generator) -> tuple|None:
+        "Contact, direction and curves of a spine; None if another process is in the way"
+        neck_nm = rng.uniform(150, 750)
+        head = site.centre + site.normal*(site.radius + neck_nm + head_nm*.5)
+        facing = unit(site.normal + rng.normal(size=3)*.6)
+        if self.blocked(head, head_nm): return None
+        foot = site.centre+site.normal*site.radius*.6
+        middle = site.centre+site.normal*(site.radius+neck_nm*.6)
+        t = np.linspace(0, 1, 14)[:, None]
+        neck = (1-t)**2*foot + 2*t*(1-t)*middle + t**2*head
+        curves = [Curve(site.cell, neck, np.full(14, rng.uniform(45, 75)), 50.),
+            Curve(site.cell, head[None], np.array([head_nm]), 50.)]
+        return head + facing*head_nm,facing,curves
+
+    def choose(self, axon: Cell, axon_point: np.ndarray, rng: np.random.Generator, taken: np.ndarray) -> dict|None:
+        "A synapse of `axon` near a point of it; None if there is no room"
+        if not self.inside(axon_point): return None
+        cell_type = CELL_TYPES[axon.kind]
+        effect = axon.nature
+        noise = rng.normal(size=12)
+        psd_radius = float(np.clip(cell_type.psd_radius_nm*math.exp(.14*effect[0] + .27*noise[0]), 80, 330))
+        bouton_nm = psd_radius*1.12 + cell_type.bouton_extra_nm + 20*effect[1] + 32*noise[1]
+        bouton_nm = float(np.clip(bouton_nm, 140, 460))
+        site = self.site(axon_point, cell_type, rng)
+        if site.place == 'spine':
+            head_nm = float(np.clip(psd_radius*1.02 + 22 + 13*noise[2], 105, 340))
+            spine = self.spine(site, head_nm, rng)
+            if spine is None: return None
+            contact,facing,curves = spine
+        else:
+            head_nm = 0.
+            contact = site.centre+site.normal*site.radius
+            facing = site.normal
+            curves = []
+        bouton = contact + facing*bouton_nm
+        if not self.inside(contact) or np.linalg.norm(bouton-axon_point) > 1500: return None
+        if len(taken) and np.linalg.norm(taken-contact, axis=1).min() < 560: return None
+        if self.blocked(bouton, bouton_nm, site.cell): return None
+        curves.append(Curve(axon.number, bouton[None], np.array([bouton_nm]), 50.))
+        geometry = dict(pre=axon.number, post=site.cell, place=site.place, centre=contact, bouton=bouton, facing=facing,
+            curves=curves, psd_radius_nm=psd_radius, bouton_nm=bouton_nm, head_nm=head_nm)
+        return geometry | _ultrastructure(cell_type, effect, noise, bouton_nm, rng)
+
+def _ultrastructure(cell_type: CellTypeParams, effect: np.ndarray, noise: np.ndarray, bouton_nm: float, rng) -> dict:
+    "Densities, vesicles and mitochondrion of a synapse: its cell type, plus the effect of its axon, plus noise"
+    post_noise = (2.5*effect[3] + 4.5*noise[3])*cell_type.psd_post_nm/40
+    mito_log_odds = math.log(cell_type.p_mito/(1-cell_type.p_mito)) + .8*effect[2] + 2.2*math.log(bouton_nm/270)
+    p_mito = 1/(1+math.exp(-mito_log_odds))
+    return dict(
+        psd_post_nm=float(np.clip(cell_type.psd_post_nm + post_noise+1.2*noise[11], 9, 65)),
+        psd_pre_nm=float(np.clip(cell_type.psd_pre_nm + 1.2*effect[4] + 2.5*noise[4], 6, 26)),
+        psd_dark=float(np.clip(cell_type.psd_dark + .015*effect[5] + .045*noise[5], .1, .36)),
+        density=float(math.exp(cell_type.vesicles + .16*effect[6] + .24*noise[6])),
+        elongation=float(max(1, cell_type.elongation + .04*effect[7] + .07*noise[7])),
+        scatter=float(cell_type.scatter*math.exp(.10*noise[8])),
+        p_mito=p_mito,
+        has_mito=bool(rng.random() < p_mito))
+
+def plan_filler(
+    plan: Blueprint, # Added to in place
+    config: PhantomConfig,
+    extent_nm: np.ndarray, # Of the block, `(z, y, x)`
+    rng: np.random.Generator,
+):
+    "Add thin processes that make no synapse in the block"
     for _ in range(round(extent_nm.prod()/1e9*config.filler_per_um3)):
         path = evenly(wander(rng, extent_nm, 11000, 450, .18), 50)
         width = rng.uniform(55, 130)

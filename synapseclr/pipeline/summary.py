@@ -28,9 +28,9 @@ __all__ = ['TRAIT_NAMES', 'Part', 'write_index']
 @dataclass(frozen=True)
 class Part:
     "What the page says about one file of a run"
-    sentence: str = '' # For the top of the page
-    title: str = '' # Of the section
-    body: str = '' # HTML of the section
+    sentences: list[str] # For the top of the page
+    title: str # Of the section
+    body: str # HTML of the section
 
 def _figure(fig: plt.Figure, caption: str = '') -> str:
     "A figure, inside the page"
@@ -59,7 +59,7 @@ def _synapses(c: RunConfig) -> Part:
         else f'{c.data.table}; EM: {c.data.em.path}')
     sentence = (f'The run holds {_plural(n_kept, "synapse")}; {len(table)-n_kept:,} of {len(table):,} in the table '
         'were rejected.')
-    return Part(sentence, 'Synapses', f'<p>Source: {html.escape(source)}.</p>{_table(counts)}')
+    return Part([sentence], 'Synapses', f'<p>Source: {html.escape(source)}.</p>{_table(counts)}')
 
 def _training(c: RunConfig) -> Part:
     steps,epochs = read_log(c.folder)
@@ -73,7 +73,8 @@ def _training(c: RunConfig) -> Part:
         'untrained and a pretrained network.' if c.phantom else '')
     text = (f"<p>{len(steps):,} steps of {c.train.batch_size} synapses; final loss {last['mean_loss']:.3f}.{above} "
         f"Effective rank of the features: {last['rank_backbone']:.0f}.{note}</p>")
-    return Part(sentence, 'Training', text + _figure(training_curve(steps, epochs), 'Loss and effective rank by epoch'))
+    return Part([sentence], 'Training', text + _figure(training_curve(steps, epochs),
+        'Loss and effective rank by epoch'))
 
 def _hero(c: RunConfig) -> str:
     "The picture at the top: the map"
@@ -83,20 +84,22 @@ def _hero(c: RunConfig) -> str:
         panels['presynaptic type, where known'] = table.pre_inhibitory.map({0.: 'excitatory', 1.: 'inhibitory'})
     panels['cleft volume, log10 of um³'] = np.log10(table.cleft_um3.where(table.cleft_um3 > 0))
     panels['Leiden cluster'] = table.cluster.astype(str)
-    fig,axes = plt.subplots(1, len(panels), figsize=(3*len(panels), 3), layout='constrained')
+    fig,axes = plt.subplots(1, len(panels), figsize=(2.5*len(panels), 2.5), layout='constrained')
     for ax,(title,values) in zip(np.atleast_1d(axes), panels.items()):
         draw_map(ax, table[['umap_1', 'umap_2']].to_numpy(), values, title)
     if table.cluster.nunique() > 8: np.atleast_1d(axes)[-1].legend([], frameon=False)
     n_islands = int(table.island.max()+1)
-    caption = (f'UMAP of the {c.embed.feature_set} feature vectors. Each dot is a synapse; similar synapses are '
-        f'close. {_plural(table.cluster.nunique(), "cluster")}, {_plural(n_islands, "island")}.')
+    regressed_out = f" ({_join(c.embed.regress_out)} regressed out)" if c.embed.regress_out else ''
+    caption = (f'UMAP of the {c.embed.features} feature vectors{regressed_out}. Each dot is a synapse; similar '
+        'synapses are close. '
+        f'{_plural(table.cluster.nunique(), "cluster")}, {_plural(n_islands, "island")}.')
     return _figure(fig, caption)
 
 def _probes(c: RunConfig) -> Part:
     scores = read_table(c.folder/'probe_scores.parquet', 'probe scores')
     text = ('<p>Linear probes, scored on held-out neurons with 95 % intervals. Left: biology, which the features '
         'should encode. Right: imaging variables, which they should not.</p>')
-    return Part('', 'What the features encode', text + _figure(plot_probe_scores(scores),
+    return Part([], 'What the features encode', text + _figure(plot_probe_scores(scores),
         'Probe scores of each feature set'))
 
 def _defects(c: RunConfig) -> Part:
@@ -106,8 +109,8 @@ def _defects(c: RunConfig) -> Part:
     percent = 100*defects.removed.mean()
     text = (f'<p>{_plural(n_prompts, "example")} were labelled as defects. {n_removed-n_prompts:,} more synapses look '
         f'like them and were removed too; {n_removed:,} of {len(defects):,} in all ({percent:.1f} %).</p>')
-    return Part(f'Quality control removed {_plural(n_removed, "synapse")} ({percent:.1f} %) that look like the '
-        'labelled defects.', 'Defects', text)
+    return Part([f'Quality control removed {_plural(n_removed, "synapse")} ({percent:.1f} %) that look like the '
+        'labelled defects.'], 'Defects', text)
 
 # %% ../../nbs/pipeline/04_summary.ipynb #e8aff51e
 TRAIT_NAMES = dict(cleft_um3='cleft volume', pre_soma_um='path length to the presynaptic soma',
@@ -140,25 +143,25 @@ def _trait_table(scores: pd.DataFrame, feature_set: str) -> pd.DataFrame:
     table['best feature set'] = [f'{row.features} ({row.value:.2f})' for row in best.itertuples()]
     return table.rename(index=TRAIT_NAMES).rename_axis(None)
 
-def _trait_sentence(scores: pd.DataFrame, feature_set: str) -> str:
-    "Which traits are predicted above chance for held-out neurons, and which better than from morphometrics"
+def _trait_sentences(scores: pd.DataFrame, feature_set: str) -> list[str]:
+    "Which traits are predicted above chance for held-out neurons, and which better or worse than from morphometrics"
     chosen = scores[scores.features == feature_set].set_index('trait').sort_values('value', ascending=False)
     clear = chosen[chosen.above_chance]
-    if not len(clear): return f'No trait of held-out neurons is predicted above chance from the {feature_set} features.'
+    if not len(clear):
+        return [f'No trait of held-out neurons is predicted above chance from the {feature_set} features.']
     def describe(row) -> str:
         note = f', only {row.neurons} neurons' if row.neurons < MIN_NEURONS else ''
         return f'{TRAIT_NAMES[row.Index]} ({row.metric} {row.value:.2f}{note})'
-    sentence = (f'For held-out neurons, the {feature_set} features predict '
-        f'{_join([describe(row) for row in clear.itertuples()])}')
+    predicted = _join([describe(row) for row in clear.itertuples()])
     n_rest = len(chosen)-len(clear)
-    sentence += f'; the other {_plural(n_rest, "trait")} are not above chance.' if n_rest else '.'
+    rest = f'; the other {_plural(n_rest, "trait")} {"is" if n_rest == 1 else "are"} not above chance' if n_rest else ''
     baseline = scores[scores.features == 'morphometrics'].set_index('trait')
     better = [TRAIT_NAMES[trait] for trait in clear.index if baseline.gain_lo95.get(trait, -1) > 0]
     worse = [TRAIT_NAMES[trait] for trait in chosen.index if baseline.gain_hi95.get(trait, 1) < 0]
-    if better: sentence += f' They are clearly better than morphometrics for {_join(better)}.'
-    else: sentence += ' For no trait are they clearly better than morphometrics.'
-    if worse: sentence += f' Morphometrics are clearly better for {_join(worse)}.'
-    return sentence
+    comparison = (f'They are clearly better than morphometrics for {_join(better)}.' if better else 'For no trait are '
+        'they clearly better than morphometrics.')
+    if worse: comparison += f' Morphometrics are clearly better for {_join(worse)}.'
+    return [f'For held-out neurons, the {feature_set} features predict {predicted}{rest}.', comparison]
 
 def _traits(c: RunConfig) -> Part:
     scores = _trait_scores(c)
@@ -169,7 +172,7 @@ def _traits(c: RunConfig) -> Part:
     text = (f'<p>Predicted from the {html.escape(feature_set)} features, scored on held-out neurons; 95 % intervals '
         'by bootstrap over neurons. '
         f'EV: fraction of variance explained. AUC: area under the ROC curve, 0.5 is chance.{note}</p>')
-    return Part(_trait_sentence(scores, feature_set), 'Imputed traits',
+    return Part(_trait_sentences(scores, feature_set), 'Imputed traits',
         text + _table(_trait_table(scores, feature_set)))
 
 # %% ../../nbs/pipeline/04_summary.ipynb #b7946003
@@ -199,8 +202,10 @@ def _neurites(c: RunConfig) -> Part:
     text = ('<p>A neurite is called if its synapses agree on a type with at least '
         f'{100*c.consensus.min_confidence:.0f} % confidence. '
         f'Neurites of known type are called by models that have not seen them. {why}</p>')
-    counts = counts.rename(index=_SIDES).rename_axis(None).rename_axis(None, axis=1)
-    return Part(f'Called excitatory or inhibitory: {_join(phrases)}. {why}'.strip(), 'Neurites', text + _table(counts))
+    counts = counts.reindex([side for side in ('pre', 'post') if side in counts.index]).rename(
+        index=_SIDES).rename_axis(None).rename_axis(None, axis=1)
+    return Part([f'Called excitatory or inhibitory: {_join(phrases)}. {why}'.strip()], 'Neurites',
+        text + _table(counts))
 
 # %% ../../nbs/pipeline/04_summary.ipynb #cf3c4bc8
 # The file that each part needs
@@ -219,7 +224,7 @@ def _safe(make: Callable, c: RunConfig, file: str):
     "What `make` returns; if the file does not fit what was done since, a part that says so"
     try: return make(c)
     except SynapseCLRError as error:
-        return Part('', file, f'<p>{file} is of an earlier state of the run: {html.escape(str(error))}</p>')
+        return Part([], file, f'<p>{file} is of an earlier state of the run: {html.escape(str(error))}</p>')
 
 def _cards(c: RunConfig) -> str:
     "A card for each stage that was done"
@@ -240,7 +245,8 @@ def write_index(c: RunConfig) -> Path:
         hero = _safe(_hero, c, 'map.parquet') if (c.folder/'map.parquet').exists() else ''
     if isinstance(hero, Part): hero = hero.body
     name = html.escape(c.folder.resolve().name)
-    sentences = ''.join(f'<li>{html.escape(part.sentence)}</li>' for part in parts if part.sentence)
+    sentences = ''.join(f'<li>{html.escape(sentence)}</li>' for part in parts for sentence in part.sentences
+        if sentence)
     sections = ''.join(f'<h2>{part.title}</h2>{part.body}' for part in parts if part.body)
     files = ''.join(f'<li><a href="../{file}">{file}</a>: {what}</li>' for file,
         what in _files.items() if (c.folder/file).exists())

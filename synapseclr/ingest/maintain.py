@@ -17,115 +17,138 @@ from ..data.tables import TableError, read_table, read_metadata, write_table
 __all__ = ['verify', 'refetch', 'drop', 'missing', 'append']
 
 # %% ../../nbs/ingest/05_maintain.ipynb #5db8a8f2
-def _plan(run: str|Path) -> tuple[pd.DataFrame, dict]:
-    "The plan of a run, and what it is made by"
-    path = Path(run)/'fetch/plan.parquet'
+def _plan(run: Path) -> tuple[pd.DataFrame, dict]:
+    "The plan of a run, and its provenance. Raises `StoreError` if there is no plan"
+    path = run/'fetch/plan.parquet'
     if not path.exists(): raise StoreError(f"{path}: there is no plan; `synapseclr fetch` makes one")
     return read_table(path, 'fetch plan'),read_metadata(path)['provenance']
 
-def _job(tag: dict) -> tuple[DataConfig, FetchConfig]:
-    return DataConfig(**tag['job']['data']),FetchConfig(**tag['job']['fetch'])
+def _job(made_by: dict) -> tuple[DataConfig, FetchConfig]:
+    return DataConfig(**made_by['job']['data']),FetchConfig(**made_by['job']['fetch'])
+
+def _record_path(run: Path, block: int) -> Path: return run/'fetch'/f'{block:06d}.json'
 
 def _damaged(store: ChunkStore, indices: np.ndarray) -> list[dict]:
-    "Those of some synapses that cannot be read, or have nothing in their mask"
+    "The problems of synapses that cannot be read, or have nothing in their mask"
     try: masks = store.batch(indices)[1]
     except StoreError as e:
-        return [dict(id=store.ids[indices[0]], problem=f'damaged: {e}')] if len(indices) == 1 else sum(
-            (_damaged(store, [i]) for i in indices), [])
-    return [dict(id=store.ids[i], problem='empty') for i,m in zip(indices, masks) if not m.any()]
+        if len(indices) == 1: return [dict(id=store.ids[indices[0]], problem=f'damaged: {e}')]
+        problems = []
+        for i in indices: problems += _damaged(store, [i])
+        return problems
+    return [dict(id=store.ids[i], problem='empty') for i,mask in zip(indices, masks) if not mask.any()]
+
+def _block_problems(run: Path, plan: pd.DataFrame, store: ChunkStore, block: int) -> list[dict]:
+    "The problems of one block: not fetched, damaged, or its record and its shard disagree"
+    path = _record_path(run, block)
+    if not path.exists(): return [dict(id=i, problem='not fetched') for i in plan.id[plan.plan_block == block]]
+    records = json.loads(path.read_text())['synapses']
+    place_ids = store.place_ids[block*store.per_shard:(block+1)*store.per_shard]
+    in_record = {record['id'] for record in records if not record['reject_reason']}
+    in_store = set(place_ids[place_ids != EMPTY].tolist())
+    problems = [dict(id=i, problem='is in the record of its block or in the store, but not in both')
+        for i in in_record ^ in_store]
+    in_both = list(in_record & in_store)
+    return problems + _damaged(store, np.flatnonzero(np.isin(store.ids, in_both)))
 
 def verify(
     run: str|Path, # Run folder, fetched
     sample: int = 32, # Synapses to compare with the source
     seed: int = 0, # Of the sample
 ) -> pd.DataFrame: # A row for each synapse that is wrong: id, problem
-    "Compare a store with its checksums, its records and its source"
-    run,(plan,tag) = Path(run),_plan(run)
-    data,config = _job(tag)
+    "Compare a store with its checksums, its records and its source. Raises `StoreError` if the run has no plan"
+    run = Path(run)
+    plan,made_by = _plan(run)
+    data,config = _job(made_by)
     store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
     problems = []
-    for k in progress(range(n_blocks(run)), desc='verify', unit='block'):
-        record = run/'fetch'/f'{k:06d}.json'
-        places = store.place_ids[k*store.per_shard:(k+1)*store.per_shard]
-        if not record.exists():
-            problems += [dict(id=i, problem='not fetched') for i in plan.id[plan.plan_block == k]]
-            continue
-        want = {o['id'] for o in json.loads(record.read_text())['synapses'] if not o['reject_reason']}
-        have = set(places[places != EMPTY].tolist())
-        problems += [dict(id=i, problem='has a record and no place, or a place and no record') for i in want ^ have]
-        problems += _damaged(store, np.flatnonzero(np.isin(store.ids, list(want & have))))
-    wrong = {p['id'] for p in problems}
-    sound = np.flatnonzero(~np.isin(store.ids, list(wrong)))
+    for block in progress(range(n_blocks(run)), desc='verify', unit='block'):
+        problems += _block_problems(run, plan, store, block)
+    wrong_ids = [problem['id'] for problem in problems]
+    clean = np.flatnonzero(~np.isin(store.ids, wrong_ids))
     layers = open_layers(data)
-    for i in progress(np.random.default_rng(seed).permutation(sound)[:sample], desc='compare', unit='synapse'):
-        ids,*want,_,_ = fetch_rows(layers, plan[plan.id == store.ids[i]], config)
-        if not all(np.array_equal(a, b) for a,b in zip(want, store.batch([i]))):
+    for i in progress(np.random.default_rng(seed).permutation(clean)[:sample], desc='compare', unit='synapse'):
+        _,em,mask,*_ = fetch_rows(layers, plan[plan.id == store.ids[i]], config)
+        stored_em,stored_mask = store.batch([i])
+        if not (np.array_equal(em, stored_em) and np.array_equal(mask, stored_mask)):
             problems.append(dict(id=store.ids[i], problem='differs from the source'))
     return pd.DataFrame(problems, columns=['id', 'problem'])
 
 # %% ../../nbs/ingest/05_maintain.ipynb #e74daa60
 def _undo(run: Path, blocks):
-    "Let blocks be not done"
+    "Mark blocks as not done, and empty their shards"
     store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
     store.group.attrs.update(dict(complete=False))
-    for k in blocks:
-        (run/'fetch'/f'{k:06d}.json').unlink(missing_ok=True)
-        store.clear_shard(k)
+    for block in blocks:
+        _record_path(run, block).unlink(missing_ok=True)
+        store.clear_shard(block)
 
-def _known(plan: pd.DataFrame, ids, run) -> pd.Series:
-    "Which rows have the `ids`. Raises `TableError` if some are not there"
-    if lost := sorted(set(ids) - set(plan.id)):
-        raise TableError(f"{run}: has no synapse {', '.join(map(str, lost[:3]))}{' ...' if len(lost) > 3 else ''}")
+def _rows_of(plan: pd.DataFrame, ids, run: Path) -> pd.Series:
+    "Which rows of a plan have the `ids`. Raises `TableError` if some ids are not there"
+    unknown = sorted(set(ids) - set(plan.id))
+    if unknown:
+        first = ', '.join(map(str, unknown[:3]))
+        raise TableError(f"{run}: has no synapse {first}{' ...' if len(unknown) > 3 else ''}")
     return plan.id.isin(ids)
+
+def _set_dropped(run: Path, ids, is_dropped: bool):
+    "Undo the blocks of some synapses, and note in the plan whether these synapses are dropped"
+    plan,made_by = _plan(run)
+    selected = _rows_of(plan, ids, run)
+    _undo(run, plan.plan_block[selected].unique())
+    plan_dropped = plan.plan_dropped | selected if is_dropped else plan.plan_dropped & ~selected
+    write_table(plan.assign(plan_dropped=plan_dropped), run/'fetch/plan.parquet', 'fetch plan', made_by)
 
 def refetch(
     run: str|Path, # Run folder
     ids, # Of synapses; dropped ones come back
 ):
-    "Let the blocks of some synapses be fetched again by the next `fetch`"
-    run,(plan,tag) = Path(run),_plan(run)
-    mine = _known(plan, ids, run)
-    _undo(run, plan.plan_block[mine].unique())
-    write_table(plan.assign(plan_dropped=plan.plan_dropped & ~mine), run/'fetch/plan.parquet', 'fetch plan', tag)
+    """Let the next `fetch` fetch the blocks of some synapses again. Raises `StoreError` if the run has no plan,
+    `TableError` if it has no such synapse"""
+    _set_dropped(Path(run), ids, False)
 
 def drop(
     run: str|Path, # Run folder
     ids, # Of synapses
 ):
-    "Take synapses out of a run; the next `fetch` makes their blocks without them"
-    run,(plan,tag) = Path(run),_plan(run)
-    mine = _known(plan, ids, run)
-    _undo(run, plan.plan_block[mine].unique())
-    write_table(plan.assign(plan_dropped=plan.plan_dropped | mine), run/'fetch/plan.parquet', 'fetch plan', tag)
+    """Take synapses out of a run; the next `fetch` makes their blocks without them. Raises `StoreError` if the run has
+    no plan, `TableError` if it has no such synapse"""
+    _set_dropped(Path(run), ids, True)
 
 def missing(run: str|Path) -> list[int]:
-    "Ids of the synapses whose blocks are not fetched"
-    run,(plan,_) = Path(run),_plan(run)
-    return plan.id[~plan.plan_block.map(lambda k: (run/'fetch'/f'{k:06d}.json').exists())].tolist()
+    "Ids of the synapses whose blocks are not fetched. Raises `StoreError` if the run has no plan"
+    run = Path(run)
+    plan,_ = _plan(run)
+    is_fetched = plan.plan_block.map(lambda block: _record_path(run, block).exists())
+    return plan.id[~is_fetched].tolist()
 
 # %% ../../nbs/ingest/05_maintain.ipynb #3fe5e663
 def append(
     run: str|Path, # Run folder, fetched
     table: str|Path, # Synapse table of the same volume
 ) -> int: # How many synapses are new
-    """Add the synapses of a second table to the plan of a run; the next `fetch` gets them. Raises `TableError` or
-    `VolumeError`"""
-    run,(plan,tag) = Path(run),_plan(run)
-    data,config = _job(tag)
+    """Add the synapses of a second table to the plan of a run; the next `fetch` gets them. Raises `StoreError` if the
+    run has no plan, `TableError` or `VolumeError` if the table does not fit the run or the layers"""
+    run = Path(run)
+    plan,made_by = _plan(run)
+    data,config = _job(made_by)
     layers = open_layers(data)
     rows = read_rows(table, data, layers)
     new = rows[~rows.id.isin(plan.id)]
     if not len(new): return 0
-    if other := set(new) ^ {c for c in plan if not c.startswith('plan_')}:
-        raise TableError(f"{table}: columns {', '.join(sorted(other))} are only in this table, or only in that of the "
-            "run; make them alike")
-    more = assign_blocks(new, layers, config, (n_blocks(run), len(plan)))
-    for c in ('pre_root_id', 'post_root_id'):
-        if more[c].dtype != plan[c].dtype:
-            more = more.astype({c: np.uint64})
-            plan = plan.astype({c: np.uint64})
+    unshared = set(new) ^ {column for column in plan if not column.startswith('plan_')}
+    if unshared:
+        raise TableError(f"{table}: columns {', '.join(sorted(unshared))} are only in this table, or only in the table "
+            "of the run; give both tables the same columns")
+    new_plan = assign_blocks(new, layers, config, (n_blocks(run), len(plan)))
+    for column in ('pre_root_id', 'post_root_id'):
+        if new_plan[column].dtype != plan[column].dtype:
+            new_plan = new_plan.astype({column: np.uint64})
+            plan = plan.astype({column: np.uint64})
     store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
     store.group.attrs.update(dict(complete=False))
-    store.resize((int(more.plan_block.max())+1)*store.per_shard)
-    write_table(pd.concat([plan, more], ignore_index=True), run/'fetch/plan.parquet', 'fetch plan', tag)
+    n_shards = int(new_plan.plan_block.max())+1
+    store.resize(n_shards*store.per_shard)
+    plan = pd.concat([plan, new_plan], ignore_index=True)
+    write_table(plan, run/'fetch/plan.parquet', 'fetch plan', made_by)
     return len(new)

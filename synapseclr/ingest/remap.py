@@ -16,17 +16,17 @@ __all__ = ['points_nm', 'points_vx', 'root_ids_at', 'side_points', 'remap', 'sum
 def root_ids_at(
     seg: Layer, # Segmentation
     points_vx: np.ndarray, # `(n, 3)` voxels, z, y, x
-) -> np.ndarray: # `(n,)` uint64; 0 where there is no cell, or no volume
-    "Ids of the cells at some voxels"
-    found = np.zeros(len(points_vx), np.uint64)
-    home = (points_vx - np.array(seg.box.lo))//np.array(seg.volume.chunk_size)[::-1]
-    order = np.lexsort(home.T)
-    for rows in progress(np.split(order, np.flatnonzero((np.diff(home[order], axis=0) != 0).any(1))+1), desc='look up',
-        unit='chunk'):
-        at = points_vx[rows]
-        box = Box(tuple(at.min(0).tolist()), tuple((at.max(0)+1).tolist()))
-        found[rows] = read(seg, box)[tuple((at-box.lo).T)]
-    return found
+) -> np.ndarray: # `(n,)` uint64; 0 where there is no cell, and outside the volume
+    "Ids of the cells at some voxels. Raises `VolumeError` if the segmentation cannot be read"
+    root_ids = np.zeros(len(points_vx), np.uint64)
+    chunk = (points_vx - np.array(seg.box.lo))//np.array(seg.volume.chunk_size)[::-1]
+    order = np.lexsort(chunk.T)
+    chunk_starts = np.flatnonzero((np.diff(chunk[order], axis=0) != 0).any(1))+1
+    for rows in progress(np.split(order, chunk_starts), desc='look up', unit='chunk'):
+        points = points_vx[rows]
+        box = Box(tuple(points.min(0).tolist()), tuple((points.max(0)+1).tolist()))
+        root_ids[rows] = read(seg, box)[tuple((points-box.lo).T)]
+    return root_ids
 
 # %% ../../nbs/ingest/06_remap.ipynb #df1c4ff1
 points_nm = ['{}_pt_{}_nm', '{}syn_{}_nm', '{}_pos_{}_nm']
@@ -40,45 +40,53 @@ def side_points(
 ) -> np.ndarray: # `(n, 3)` nm, z, y, x
     "The points on one side of the synapses. Raises `TableError` if the table has none"
     for pattern in points_nm + points_vx:
-        columns = [pattern.format(side, a) for a in 'zyx']
+        columns = [pattern.format(side, axis) for axis in 'zyx']
         if not set(columns) <= set(table): continue
         if pattern in points_nm: return table[columns].to_numpy(float)
         if voxel_nm is None:
-            raise TableError(f"points are in voxels ({', '.join(columns)}): state the size of these voxels")
+            raise TableError(f"points are in voxels ({', '.join(columns)}): state the size of these voxels (voxel_nm)")
         return table[columns].to_numpy(float)*voxel_nm
-    raise TableError(f"no columns with a point on the {side} side: one of "
-        f"{', '.join(p.format(side, 'x') for p in points_nm + points_vx)}, and the same for y and z")
+    names = ', '.join(pattern.format(side, 'x') for pattern in points_nm + points_vx)
+    raise TableError(f"no columns with a point on the {side} side: the table needs one of {names}, and the same for y "
+        "and z")
 
 def remap(
     table: pd.DataFrame, # Synapses, from `read_synapses`
     seg: Layer, # The segmentation of today
     # Size of the table's voxels, `(z, y, x)`, if its points are in voxels
     voxel_nm: tuple[float, float, float]|None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame]: # The table with today's ids and `pre_remap`, `post_remap`: same, changed or nothing there; and how many synapses went from which cell to which
-    """Look up who the partners of synapses are in another version of the segmentation. Raises `TableError` if points
-    are missing"""
+) -> tuple[pd.DataFrame, pd.DataFrame]: # The table with today's ids, and the changes of ids
+    """Look up the partners of synapses in another version of the segmentation. The table gets `pre_remap` and
+    `post_remap`: `same`, `changed` or `nothing there`. The changes count the synapses for each old and new id of a
+    side, in the columns side, old, new, status and synapses. Raises `TableError` if points are missing"""
     table = table.copy()
-    moves = []
+    id_changes = []
     for side in ('pre', 'post'):
-        at = side_points(table, side, voxel_nm)
-        if not np.isfinite(at).all():
-            raise TableError(f"{side} points that are not finite in {(~np.isfinite(at)).any(1).sum()} rows")
+        points = side_points(table, side, voxel_nm)
+        is_finite = np.isfinite(points).all(1)
+        if not is_finite.all():
+            raise TableError(f"points on the {side} side are not finite in {(~is_finite).sum()} rows")
         old = table[f'{side}_root_id'].to_numpy(np.uint64)
-        now = root_ids_at(seg, np.floor(at/seg.voxel_nm + .5).astype(np.int64))
-        status = np.select([now == 0, now == old], ['nothing there', 'same'], 'changed')
-        table[f'{side}_root_id'],table[f'{side}_remap'] = np.where(now == 0, old, now),status
-        moves.append(pd.DataFrame(dict(side=side, old=old, new=now, status=status)).value_counts(sort=False).rename(
-            'synapses').reset_index())
-    return table,pd.concat(moves, ignore_index=True)
+        new = root_ids_at(seg, np.floor(points/seg.voxel_nm + .5).astype(np.int64))
+        status = np.select([new == 0, new == old], ['nothing there', 'same'], 'changed')
+        table[f'{side}_root_id'] = np.where(new == 0, old, new)
+        table[f'{side}_remap'] = status
+        pairs = pd.DataFrame(dict(side=side, old=old, new=new, status=status))
+        id_changes.append(pairs.value_counts(sort=False).rename('synapses').reset_index())
+    return table,pd.concat(id_changes, ignore_index=True)
 
-def summarize_remap(moves: pd.DataFrame) -> str:
-    "What `remap` found, in words"
+def summarize_remap(
+    id_changes: pd.DataFrame, # The second table that `remap` returns
+) -> str:
+    "How many synapses have another cell now, and how many cells were split or merged"
     lines = []
-    for side,m in moves.groupby('side', sort=False):
-        n = m.groupby('status').synapses.sum().reindex(['same', 'changed', 'nothing there'], fill_value=0)
-        real = m[m.status != 'nothing there']
-        split = (real.groupby('old').new.nunique() > 1).sum()
-        merged = (real.groupby('new').old.nunique() > 1).sum()
-        lines.append(f"{side}: {n['same']} synapses as before, {n['changed']} of another cell, {n['nothing there']} "
-            f"where there is no cell; {split} cells are now several, {merged} are several of before")
+    for side,changes in id_changes.groupby('side', sort=False):
+        counts = changes.groupby('status').synapses.sum()
+        counts = counts.reindex(['same', 'changed', 'nothing there'], fill_value=0)
+        with_cell = changes[changes.status != 'nothing there']
+        n_split = (with_cell.groupby('old').new.nunique() > 1).sum()
+        n_merged = (with_cell.groupby('new').old.nunique() > 1).sum()
+        lines.append(f"{side}: {counts['same']} synapses have the same cell, {counts['changed']} have another one, "
+            f"{counts['nothing there']} are where there is no cell; {n_split} cells were split, {n_merged} were merged "
+            "from several")
     return '\n'.join(lines)

@@ -144,8 +144,8 @@ def axes_of(
     config: ManifoldConfig|None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # Positions along the axes, and correlations
     """Axes of all islands. The positions have `pc_1` ..., `id`, `island` and `dimensions` for each synapse of an
-    island. The correlations are those of `axis_correlations`, with `island`, `dimensions`, and `variance`: the fraction of
-    variance of the axis. Raises `ManifoldError` if there is no map, or if no island is large enough"""
+    island. The correlations are those of `axis_correlations`, with `island`, `dimensions`, and `variance`: the fraction
+    of variance of the axis. Raises `ManifoldError` if there is no map, or if no island is large enough"""
     config = config or ManifoldConfig()
     if 'island' not in table: raise ManifoldError('the synapses are not on a map; run `synapseclr embed` first')
     dimensions = [d for d in range(2, 20) if set(coordinates(d)) <= set(table)]

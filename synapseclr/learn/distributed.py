@@ -108,7 +108,7 @@ class GlobalBatchNorm(_BatchNorm):
         return centred*by_channel(scale) + by_channel(self.bias)
 
 def convert_sync_batchnorm(net: nn.Module) -> nn.Module:
-    "Make all batch normalisations of `net` use the batches of all processes; changes `net` on a CPU"
+    "Make all batch normalisations of `net` use the batches of all processes"
     if get_world_size() == 1: return net
     if next(net.parameters()).is_cuda: return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for module in net.modules():

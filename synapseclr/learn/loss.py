@@ -20,68 +20,74 @@ def nt_xent(
     z1: Tensor, # Projections of the first views, `(n, d)`, not normalised
     z2: Tensor, # Projections of the second views, `(n, d)`
     temperature: float = .5,
-    # `(2, n, k)` ids of the cells at the synapses of both views; two synapses that share one are not negatives of each
-    # other
+    # `(2, n, k)` ids of the cells at the synapses of both views; two synapses that share a cell are not negatives of
+    # each other
     neurites: Tensor|None = None,
-    rows: int = 512, # Similarities that are kept in memory at a time: so many rows of all
+    rows: int = 512, # Number of rows of the similarity matrix that are in memory at a time
 ) -> Tensor: # Scalar
-    """NT-Xent of a batch of positive pairs (Methods, loss function); in several processes, this process's share of that
-    of all batches together.
+    """NT-Xent of a batch of positive pairs (Methods, loss function). In several processes: the partial loss of this
+    process; the partial losses add up to the loss of all batches together.
     Raises `ValueError` for fewer than two pairs or unequal shapes"""
-    n = _checked(z1, z2)
-    every = torch.cat([all_gather(F.normalize(_wide(z), dim=1)) for z in (z1, z2)])
-    cells = None if neurites is None else torch.cat([all_gather(o) for o in neurites])
-    own = torch.arange(n, device=z1.device) + get_rank()*n
-    own = torch.cat([own, own + len(every)//2])
-    part = partial(_rows, every, temperature, cells)
-    if len(own) <= rows: return part(own)/len(every)
-    return sum(checkpoint(part, o, use_reentrant=False) for o in own.split(rows))/len(every)
+    n = _n_pairs(z1, z2)
+    all_z = torch.cat([all_gather(F.normalize(_at_least_fp32(z), dim=1)) for z in (z1, z2)])
+    all_cells = None if neurites is None else torch.cat([all_gather(cells) for cells in neurites])
+    anchors = torch.arange(n, device=z1.device) + get_rank()*n
+    anchors = torch.cat([anchors, anchors + len(all_z)//2])
+    loss_of = partial(_summed_loss, all_z, temperature, all_cells)
+    if len(anchors) <= rows: return loss_of(anchors)/len(all_z)
+    blocks = anchors.split(rows)
+    return sum(checkpoint(loss_of, block, use_reentrant=False) for block in blocks)/len(all_z)
 
-def _rows(every: Tensor, temperature: float, cells: Tensor|None, own: Tensor) -> Tensor:
-    "Sum of the loss over the rows `own`"
-    positive = (own + len(every)//2)%len(every)
-    s = every[own] @ every.T / temperature
-    negative = torch.ones_like(s, dtype=torch.bool) if cells is None else ~_shared(cells[own], cells)
-    negative.scatter_(1, own[:, None], False).scatter_(1, positive[:, None], True)
-    return F.cross_entropy(s.masked_fill(~negative, -math.inf), positive, reduction='sum')
+def _summed_loss(all_z: Tensor, temperature: float, all_cells: Tensor|None, anchors: Tensor) -> Tensor:
+    "Sum of the loss over the rows `anchors`"
+    positive = (anchors + len(all_z)//2)%len(all_z)
+    similarity = all_z[anchors] @ all_z.T / temperature
+    if all_cells is None: counted = torch.ones_like(similarity, dtype=torch.bool)
+    else: counted = ~_share_a_cell(all_cells[anchors], all_cells)
+    counted.scatter_(1, anchors[:, None], False).scatter_(1, positive[:, None], True)
+    return F.cross_entropy(similarity.masked_fill(~counted, -math.inf), positive, reduction='sum')
 
-def _shared(a: Tensor, b: Tensor) -> Tensor:
-    "`(n, m)`: whether a synapse of `a`, `(n, k)`, and one of `b`, `(m, k)`, have the same cell in the same place"
+def _share_a_cell(a: Tensor, b: Tensor) -> Tensor:
+    "`(n, m)`: whether a synapse of `a`, `(n, k)`, and one of `b`, `(m, k)`, have the same cell in the same column"
     return (a[:, None] == b[None]).any(2)
 
-def _wide(z: Tensor) -> Tensor:
-    "In fp32, if it is in half precision"
+def _at_least_fp32(z: Tensor) -> Tensor:
+    "`z` in fp32, if it is in half precision"
     return z.float() if z.dtype in (torch.bfloat16, torch.float16) else z
 
-def _checked(z1: Tensor, z2: Tensor) -> int:
-    "How many pairs there are"
+def _n_pairs(z1: Tensor, z2: Tensor) -> int:
+    "The number of pairs. Raises `ValueError` for fewer than two or unequal shapes"
     if z1.shape != z2.shape or z1.ndim != 2 or len(z1) < 2:
-        raise ValueError(f"two (N, d) with the same N > 1, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+        shapes = f"{tuple(z1.shape)} and {tuple(z2.shape)}"
+        raise ValueError(f"z1 and z2 have to be (N, d) with the same N > 1, got {shapes}")
     return len(z1)
 
 # %% ../../nbs/learn/05_loss.ipynb #fb65fb50
 def nt_xent_start(n: int) -> float:
-    "NT-Xent of `n` pairs that are all alike: `log(2n - 1)`"
+    "NT-Xent of `n` pairs if all similarities are equal: `log(2n - 1)`"
     return math.log(2*n-1)
 
 def nt_xent_floor(n: int, temperature: float = .5) -> float:
-    "The lowest NT-Xent of `n` pairs, if there are at least `n - 1` dimensions"
+    "The lower bound of NT-Xent for `n` pairs, reached if there are at least `n - 1` dimensions"
     return math.log(1 + 2*(n-1)*math.exp((-1/(n-1)-1)/temperature))
 
 # %% ../../nbs/learn/05_loss.ipynb #c433c23f
 def vicreg(
     z1: Tensor, # Projections of the first views, `(n, d)`
     z2: Tensor, # Projections of the second views, `(n, d)`
-    invariance: float = 25., variance: float = 25., covariance: float = 1., # Weights of the three terms
+    invariance: float = 25., # Weight of the distance between the views of a pair
+    variance: float = 25., # Weight of the hinge at standard deviation 1
+    covariance: float = 1., # Weight of the covariances between dimensions
 ) -> Tensor: # Scalar
-    """VICReg of a batch of positive pairs; in several processes, this process's share of that of all batches together.
+    """VICReg of a batch of positive pairs. In several processes: the partial loss of this process; the partial losses
+    add up to the loss of all batches together.
     Raises `ValueError` for fewer than two pairs or unequal shapes"""
-    _checked(z1, z2)
-    views = [all_gather(_wide(z)) for z in (z1, z2)]
+    _n_pairs(z1, z2)
+    views = [all_gather(_at_least_fp32(z)) for z in (z1, z2)]
     loss = invariance*F.mse_loss(*views)
     for z in views:
-        c = torch.cov(z.T)
-        sd = (c.diagonal()+1e-4).sqrt()
-        others = c - torch.diag(c.diagonal())
-        loss = loss + variance*F.relu(1-sd).mean() + covariance*others.square().sum()/len(c)
+        cov = torch.cov(z.T)
+        sd = (cov.diagonal()+1e-4).sqrt()
+        off_diagonal = cov - torch.diag(cov.diagonal())
+        loss = loss + variance*F.relu(1-sd).mean() + covariance*off_diagonal.square().sum()/len(cov)
     return loss/get_world_size()

@@ -24,57 +24,64 @@ class Skeleton(NamedTuple):
     "The centre lines of a neuron"
     nodes_nm: np.ndarray # `(n, 3)` as z, y, x
     edges: np.ndarray # `(m, 2)` numbers of nodes
-    somata: np.ndarray # Numbers of the nodes that are soma; none if it is not known
+    somata: np.ndarray # Numbers of the nodes that are soma; empty if the soma is not known
 
-def _from_nodes(table: pd.DataFrame, where) -> Skeleton:
+def _from_nodes(table: pd.DataFrame, source) -> Skeleton:
     "A skeleton from nodes with `node`, `type` (1 is soma), `x_nm`, `y_nm`, `z_nm` and `parent` (-1 for none)"
-    if twice := table.node.duplicated().sum(): raise SkeletonError(f"{where}: {twice} nodes have the number of another")
-    at = pd.Series(np.arange(len(table)), table.node)
+    n_repeated = table.node.duplicated().sum()
+    if n_repeated:
+        raise SkeletonError(f"{source}: {n_repeated} nodes have the number of another node; numbers have to be unique")
+    position = pd.Series(np.arange(len(table)), table.node)
     child = np.flatnonzero(table.parent.to_numpy() >= 0)
-    parent = at.reindex(table.parent.iloc[child])
+    parent = position.reindex(table.parent.iloc[child])
     if parent.isna().any():
-        raise SkeletonError(f"{where}: node {table.node.iloc[child[parent.isna()][0]]} has a parent that is not there")
-    return Skeleton(table[['z_nm', 'y_nm', 'x_nm']].to_numpy(float), np.stack([child, parent.to_numpy(int)], 1),
-        np.flatnonzero(table.type == 1))
+        orphan = table.node.iloc[child[parent.isna()][0]]
+        raise SkeletonError(f"{source}: node {orphan} has a parent that is not there; the parent of a root is -1")
+    edges = np.stack([child, parent.to_numpy(int)], 1)
+    return Skeleton(table[['z_nm', 'y_nm', 'x_nm']].to_numpy(float), edges, np.flatnonzero(table.type == 1))
 
 def _read_swc(path: Path) -> Skeleton|None:
     "A neuron from an SWC file in nm"
     if not path.exists(): return None
-    try:
-        table = pd.read_csv(path, sep=r'\s+', comment='#', header=None,
-            names=['node', 'type', 'x_nm', 'y_nm', 'z_nm', 'radius_nm', 'parent'], usecols=range(7))
+    columns = ['node', 'type', 'x_nm', 'y_nm', 'z_nm', 'radius_nm', 'parent']
+    try: table = pd.read_csv(path, sep=r'\s+', comment='#', header=None, names=columns, usecols=range(7))
     except (ValueError, OSError) as e: raise SkeletonError(f"{path}: not an SWC file: {e}") from None
     return _from_nodes(table, path)
 
 def _read_precomputed(layer: CloudVolume, root_id: int) -> Skeleton|None:
     "A neuron from a precomputed skeleton layer; nodes of the vertex type 1 are soma"
     from cloudvolume.exceptions import SkeletonDecodeError
-    try: s = layer.skeleton.get(root_id)
+    try: skeleton = layer.skeleton.get(root_id)
     except SkeletonDecodeError: return None
-    return Skeleton(s.vertices[:, ::-1].astype(float), s.edges.astype(int),
-        np.flatnonzero(getattr(s, 'vertex_types', np.zeros(len(s.vertices))) == 1))
+    vertex_types = getattr(skeleton, 'vertex_types', np.zeros(len(skeleton.vertices)))
+    nodes_nm = skeleton.vertices[:, ::-1].astype(float)
+    return Skeleton(nodes_nm, skeleton.edges.astype(int), np.flatnonzero(vertex_types == 1))
 
 def skeleton_reader(
     # Folder of `ROOT_ID.swc` in nm; a precomputed layer, as CloudVolume takes it; or a table with `root_id`, `node`,
     # `type`, `x_nm`, `y_nm`, `z_nm`, `parent`
     source: str,
 ): # Function of a root id that gives a `Skeleton`, or None
-    "Open a source of skeletons. Raises `SkeletonError` if it cannot be"
+    "Open a source of skeletons. Raises `SkeletonError` if it cannot be opened"
     if '://' in source or (Path(source)/'info').exists():
         try: layer = CloudVolume(source if '://' in source else f'file://{source}')
         except Exception as e: raise SkeletonError(f"{source}: {e}") from e
         return lambda root_id: _read_precomputed(layer, root_id)
     path = Path(source)
     if path.is_dir(): return lambda root_id: _read_swc(path/f'{root_id}.swc')
+    neurons = _read_nodes(path)
+    return lambda root_id: _from_nodes(neurons[root_id], path) if root_id in neurons else None
+
+def _read_nodes(path: Path) -> dict[int, pd.DataFrame]:
+    "The nodes of each neuron, from one table"
     if not path.exists(): raise SkeletonError(f"{path}: there is no such folder or table of skeletons")
-    table = (pd.read_csv if path.suffix == '.csv' else pd.read_parquet)(path)
-    if lost := {'root_id', 'node', 'type', 'x_nm', 'y_nm', 'z_nm', 'parent'} - set(table):
-        raise SkeletonError(f"{path}: a table of skeletons has to have {', '.join(sorted(lost))}")
+    table = pd.read_csv(path) if path.suffix == '.csv' else pd.read_parquet(path)
+    absent = {'root_id', 'node', 'type', 'x_nm', 'y_nm', 'z_nm', 'parent'} - set(table)
+    if absent: raise SkeletonError(f"{path}: the table of skeletons lacks the columns {', '.join(sorted(absent))}")
     if not pd.api.types.is_integer_dtype(table.root_id.dtype):
         raise SkeletonError(f"{path}: column root_id is {table.root_id.dtype}: ids above 2^53 lose digits as floating "
-            "point")
-    groups = dict(tuple(table.groupby('root_id')))
-    return lambda root_id: _from_nodes(groups[root_id], path) if root_id in groups else None
+            "point; save it as int64")
+    return dict(tuple(table.groupby('root_id')))
 
 # %% ../../nbs/ingest/07_skeleton.ipynb #4d597b31
 MAX_SNAP_NM = 3000. # A cleft farther than this from every node is not on the skeleton
@@ -83,34 +90,36 @@ def path_length_to_soma_um(
     skeleton: Skeleton|None, # Of one neuron
     points_nm: np.ndarray, # `(n, 3)` as z, y, x
 ) -> tuple[np.ndarray, list[str]]: # um along the skeleton, nan where unknown, and why it is unknown
-    "The length of the way from each point's nearest node to the nearest soma node"
+    "Path length from each point's nearest node to the nearest soma node"
     n = len(points_nm)
     if skeleton is None or not len(skeleton.nodes_nm): return np.full(n, np.nan),['no skeleton']*n
     if not len(skeleton.somata): return np.full(n, np.nan),['no soma node']*n
-    a,b = skeleton.edges.T if len(skeleton.edges) else (np.zeros(0, int),)*2
-    length = np.linalg.norm(skeleton.nodes_nm[a]-skeleton.nodes_nm[b], axis=1)
+    a,b = skeleton.edges.T if len(skeleton.edges) else np.zeros((2, 0), int)
+    edge_nm = np.linalg.norm(skeleton.nodes_nm[a]-skeleton.nodes_nm[b], axis=1)
     # an edge of length 0 is an edge
-    graph = coo_matrix((length.clip(1e-9), (a, b)), shape=[len(skeleton.nodes_nm)]*2).tocsr()
-    way = dijkstra(graph, directed=False, indices=skeleton.somata, min_only=True)
-    off,nearest = cKDTree(skeleton.nodes_nm).query(points_nm)
-    um = way[nearest]/1e3
-    reasons = np.select([off > MAX_SNAP_NM, np.isinf(um)], ['far from the skeleton', 'not connected to the soma'], '')
-    return np.where(reasons == '', um, np.nan),reasons.tolist()
+    graph = coo_matrix((edge_nm.clip(1e-9), (a, b)), shape=[len(skeleton.nodes_nm)]*2).tocsr()
+    path_nm = dijkstra(graph, directed=False, indices=skeleton.somata, min_only=True)
+    distance_nm,nearest = cKDTree(skeleton.nodes_nm).query(points_nm)
+    path_um = path_nm[nearest]/1e3
+    is_far = distance_nm > MAX_SNAP_NM
+    reasons = np.select([is_far, np.isinf(path_um)], ['far from the skeleton', 'not connected to the soma'], '')
+    return np.where(reasons == '', path_um, np.nan),reasons.tolist()
 
 # %% ../../nbs/ingest/07_skeleton.ipynb #3b73c572
 def path_lengths_to_soma(
     table: pd.DataFrame, # Synapses
-    source: str, # As of `skeleton_reader`
+    source: str, # Skeletons, see `skeleton_reader`
 ) -> pd.DataFrame: # `pre_soma_um`, `pre_soma_reason`, `post_soma_um`, `post_soma_reason`, row by row
-    "The ways from each synapse to its two somata"
-    reader = skeleton_reader(source)
+    "Path lengths from each synapse to the somata of its two partners. Raises `SkeletonError`"
+    read_skeleton = skeleton_reader(source)
     points = table[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)
-    found = {}
+    columns = {}
     for side in ('pre', 'post'):
-        way = np.full(len(table), np.nan)
-        why = np.full(len(table), '', object)
-        for root_id,rows in progress(table.groupby(f'{side}_root_id').indices.items(), desc=f'{side} skeletons',
-            unit='neuron'):
-            way[rows],why[rows] = path_length_to_soma_um(reader(int(root_id)), points[rows])
-        found |= {f'{side}_soma_um': way, f'{side}_soma_reason': why}
-    return pd.DataFrame(found, table.index)
+        path_um = np.full(len(table), np.nan)
+        reasons = np.full(len(table), '', object)
+        neurons = table.groupby(f'{side}_root_id').indices
+        for root_id,rows in progress(neurons.items(), desc=f'{side} skeletons', unit='neuron'):
+            path_um[rows],reasons[rows] = path_length_to_soma_um(read_skeleton(int(root_id)), points[rows])
+        columns[f'{side}_soma_um'] = path_um
+        columns[f'{side}_soma_reason'] = reasons
+    return pd.DataFrame(columns, table.index)

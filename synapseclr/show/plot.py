@@ -18,7 +18,7 @@ __all__ = ['COLOURS', 'model_colours', 'type_colours', 'category_colours', 'draw
 
 # %% ../../nbs/show/01_plot.ipynb #640dc07d
 COLOURS = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
-# Of features; others take what is left
+# Of feature sets; any other set takes a free colour of `category_colours`
 model_colours = {'trained': '#0072B2', 'pretrained': '#56B4E9', 'untrained': '#999999', 'morphometrics': '#D55E00'}
 type_colours = {'excitatory': '#0072B2', 'inhibitory': '#E69F00'} # One dark and one light, also in print without colour
 category_colours = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#F0E442', '#000000']
@@ -29,14 +29,14 @@ def draw_chunk(
     chunk: Chunk,
     voxel_nm, # `(z, y, x)`
     title: str = '',
-    masked: bool = False, # Only the EM of the synapse itself
+    masked: bool = False, # Show only the EM of the two cells and the cleft
 ):
-    """Draw the middle section of a chunk, or the nearest one that is not blank, with outlines of its parts and, at its
-    left, a bar of 250 nm"""
-    there = np.flatnonzero(chunk.em.any((1, 2)))
-    middle = min(there, key=lambda z: abs(z-chunk.em.shape[0]//2), default=0)
-    em = chunk.em[middle]
-    mask = chunk.mask[middle]
+    """Draw the section of a chunk that is nearest to its middle and not blank, with outlines of its parts and a bar of
+    250 nm"""
+    sections = np.flatnonzero(chunk.em.any((1, 2)))
+    z = min(sections, key=lambda z: abs(z-chunk.em.shape[0]//2), default=0)
+    em = chunk.em[z]
+    mask = chunk.mask[z]
     if masked: em = np.where(mask & (PRE|POST|CLEFT), em, 0)
     ax.imshow(em, cmap='gray', vmin=0, vmax=255, rasterized=True)
     for bit in (PRE, POST, CLEFT):
@@ -49,10 +49,10 @@ def draw_chunk(
 def contact_sheet(
     chunks: list[Chunk], # What to draw
     voxel_nm, # `(z, y, x)`
-    titles: list[str], # Above each
+    titles: list[str], # One for each chunk
     columns: int = 8,
 ) -> plt.Figure:
-    "Many chunks on one sheet"
+    "Draw many chunks on one sheet"
     rows = -(-len(chunks)//columns)
     fig,axes = plt.subplots(rows, columns, figsize=(.95*columns, 1.13*rows), squeeze=False, dpi=100)
     for ax in axes.flat: ax.axis('off')
@@ -65,32 +65,32 @@ def neighbour_sheet(
     store: ChunkStore, # Where the chunks are
     index: SimilarityIndex, # Where the features are
     prompts: list[int], # Synapse ids
-    k: int = 7, # Neighbours of each
-    skip: dict[int, list[int]]|None = None, # For a prompt, synapses that are not to be shown
+    k: int = 7, # Neighbours of each prompt
+    skip: dict[int, list[int]]|None = None, # Synapses not to be shown, for each prompt that has some
 ) -> plt.Figure:
-    "Prompts at the left, their nearest neighbours beside them"
-    row_of = {int(s): i for i,s in enumerate(store.ids)}
+    "Draw prompts at the left, and their nearest neighbours beside them"
+    row_of = {int(synapse): row for row,synapse in enumerate(store.ids)}
     chunks = []
     titles = []
     for prompt in prompts:
-        near = index.query(int(prompt), k, (skip or {}).get(prompt, ()))
-        chunks += [store[row_of[int(o)]] for o in (prompt, *near.id)]
-        titles += [f'prompt {prompt}', *(f'{o.id}: {o.distance:.2f}' for o in near.itertuples())]
+        neighbours = index.query(int(prompt), k, (skip or {}).get(prompt, ()))
+        chunks += [store[row_of[int(synapse)]] for synapse in (prompt, *neighbours.id)]
+        titles += [f'prompt {prompt}', *(f'{n.id}: {n.distance:.2f}' for n in neighbours.itertuples())]
     return contact_sheet(chunks, store.voxel_nm, titles, k+1)
 
 def distance_histogram(
     index: SimilarityIndex, # Where the features are
-    k: int = 7, # Neighbours
-    max_synapses: int = 2000, # Synapses of which all pairs are drawn
+    k: int = 7, # Neighbours of each synapse
+    max_synapses: int = 2000, # If there are twice as many or more, every 2nd, 3rd, ... synapse is used
 ) -> plt.Figure:
-    "Distances of nearest neighbours against those of all pairs (Fig. 2F)"
-    some = index.features[:: max(1, len(index.ids)//max_synapses)]
-    pairs = pdist(some, 'cosine' if index.metric == 'cosine' else 'euclidean')
-    near = np.concatenate([index.query(int(i), k).distance for i in index.ids[:: max(1, len(index.ids)//max_synapses)]])
+    "Draw the distances of nearest neighbours and those of all pairs (Fig. 2F)"
+    step = max(1, len(index.ids)//max_synapses)
+    to_all = pdist(index.features[::step], 'cosine' if index.metric == 'cosine' else 'euclidean')
+    to_nearest = np.concatenate([index.query(int(synapse), k).distance for synapse in index.ids[::step]])
     fig,ax = plt.subplots(figsize=(4, 2.5))
-    bins = np.linspace(0, np.quantile(pairs, .999), 60)
-    ax.hist(pairs, bins, density=True, color='#999999', label='all pairs')
-    ax.hist(near, bins, density=True, color='#0072B2', alpha=.8, label=f'{k} nearest neighbours')
+    bins = np.linspace(0, np.quantile(to_all, .999), 60)
+    ax.hist(to_all, bins, density=True, color='#999999', label='all pairs')
+    ax.hist(to_nearest, bins, density=True, color='#0072B2', alpha=.8, label=f'{k} nearest neighbours')
     ax.set_xlabel(f'{index.metric} distance')
     ax.set_ylabel('density')
     ax.legend(fontsize=8)
@@ -100,27 +100,30 @@ def distance_histogram(
 def draw_map(
     ax: plt.Axes,
     xy: np.ndarray, # `(N, 2)`
-    values: pd.Series|np.ndarray, # `(N,)` numbers, or categories: up to eight kinds of text, bool, or whole numbers
+    values: pd.Series|np.ndarray, # `(N,)` numbers, or categories: text, bool or whole numbers
     title: str = '',
-    size: float|None = None, # Of a dot; by their number if None
+    size: float|None = None, # Of a point; depends on the number of points if None
 ):
-    "Draw all synapses, coloured by something that is known of them"
+    "Draw all synapses as points, coloured by a number or a category"
     values = pd.Series(np.asarray(values))
     size = size or float(np.clip(6000/max(len(xy), 1), .3, 6))
-    kinds = [] if pd.api.types.is_float_dtype(values) else sorted(values.dropna().unique().tolist(), key=str)
-    known = values.notna().to_numpy()
-    ax.scatter(*xy[~known].T, s=size/2, c='#dddddd', lw=0, rasterized=True)
-    if 0 < len(kinds) <= len(category_colours):
-        for kind,colour in zip(kinds, category_colours):
-            ax.scatter(*xy[(values == kind).to_numpy()].T, s=size, c=colour, lw=0, label=str(kind), rasterized=True)
+    is_float = pd.api.types.is_float_dtype(values)
+    categories = [] if is_float else sorted(values.dropna().unique().tolist(), key=str)
+    has_value = values.notna().to_numpy()
+    ax.scatter(*xy[~has_value].T, s=size/2, c='#dddddd', lw=0, rasterized=True)
+    if 0 < len(categories) <= len(category_colours):
+        for category,colour in zip(categories, category_colours):
+            members = (values == category).to_numpy()
+            ax.scatter(*xy[members].T, s=size, c=colour, lw=0, label=str(category), rasterized=True)
         ax.legend(fontsize=5, markerscale=2.5/size**.5, handletextpad=.1, borderpad=.2, labelspacing=.2, framealpha=.7)
-    elif known.any():
-        number = values[known].astype('category').cat.codes if kinds and not pd.api.types.is_numeric_dtype(
-            values) else values[known].astype(float)
+    elif has_value.any():
+        given = values[has_value]
+        is_number = not categories or pd.api.types.is_numeric_dtype(values)
+        number = given.astype(float) if is_number else given.astype('category').cat.codes
         lo,hi = number.quantile([.02, .98])
-        drawn = ax.scatter(*xy[known].T, s=size, c=number, vmin=lo, vmax=hi, cmap='tab20' if kinds else 'cividis', lw=0,
-            rasterized=True)
-        if not kinds: ax.figure.colorbar(drawn, ax=ax, fraction=.04, pad=.02).ax.tick_params(labelsize=5)
+        points = ax.scatter(*xy[has_value].T, s=size, c=number, vmin=lo, vmax=hi, lw=0, rasterized=True,
+            cmap='tab20' if categories else 'cividis')
+        if not categories: ax.figure.colorbar(points, ax=ax, fraction=.04, pad=.02).ax.tick_params(labelsize=5)
     ax.set_title(title, fontsize=7)
     ax.set(xticks=[], yticks=[], frame_on=False)
     ax.set_aspect('equal', 'datalim')
@@ -129,47 +132,56 @@ def draw_map(
 def plot_probe_scores(
     scores: pd.DataFrame, # From `probe_run`
 ) -> plt.Figure:
-    "How much of biology and of imaging each kind of features tells"
-    order = dict(biology='biology', both='biology', nuisance='nuisance')
-    fig,axes = plt.subplots(1, 2, figsize=(6, .32*scores.groupby(scores.group.map(order)).target.nunique().max()+1.2),
-        layout='constrained')
-    left = iter(category_colours)
-    colour = {f: model_colours.get(f) or next(c for c in left if c not in model_colours.values())
-        for f in scores.features.unique()}
-    for ax,about in zip(axes, ('biology', 'nuisance')):
-        some = scores[scores.group.map(order) == about]
-        asked = list(some.target.unique())
-        for k,(name,f) in enumerate(some.groupby('features', sort=False)):
-            y = -np.array([asked.index(q) for q in f.target]) + .12*(k-1)
-            ax.errorbar(f.value, y, xerr=np.stack([f.value-f.lo95, f.hi95-f.value]).clip(0), fmt='o', ms=3, lw=1,
-                c=colour[name], label=name)
-        ax.axvline(0, c='k', lw=.5)
-        if about == 'biology': ax.axvline(.5, c='k', lw=.5, ls=':')
-        first = some.drop_duplicates('target')
-        ax.set_yticks(-np.arange(len(asked)), [f'{q} ({s})' for q,s in zip(first.target, first.metric)], fontsize=6)
-        ax.set_title(f'{about}: ' + ('the more the better' if about == 'biology' else 'the less the better'),
-            fontsize=7)
-        ax.tick_params(axis='x', labelsize=6)
-        ax.set_xlim(-.15, 1.02)
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc='outside lower center', ncols=len(colour))
+    "Draw how well linear probes predict biology and imaging from each feature set"
+    panel = scores.group.map(dict(biology='biology', both='biology', nuisance='nuisance'))
+    height = .32*scores.groupby(panel).target.nunique().max()+1.2
+    fig,axes = plt.subplots(1, 2, figsize=(6, height), layout='constrained')
+    colours = _feature_colours(scores.features.unique())
+    _draw_probe_panel(axes[0], scores[panel == 'biology'], colours)
+    _draw_probe_panel(axes[1], scores[panel == 'nuisance'], colours)
+    axes[0].axvline(.5, c='k', lw=.5, ls=':')
+    axes[0].set_title('biology: higher is better', fontsize=7)
+    axes[1].set_title('nuisance: lower is better', fontsize=7)
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc='outside lower center', ncols=len(colours))
     return fig
+
+def _feature_colours(names) -> dict[str, str]:
+    "A colour for each feature set"
+    free = (colour for colour in category_colours if colour not in model_colours.values())
+    return {name: model_colours.get(name) or next(free) for name in names}
+
+def _draw_probe_panel(ax: plt.Axes, scores: pd.DataFrame, colours: dict[str, str]):
+    "Draw the score of each target and feature set, with its interval"
+    targets = list(scores.target.unique())
+    for k,(name,rows) in enumerate(scores.groupby('features', sort=False)):
+        y = -np.array([targets.index(target) for target in rows.target]) + .12*(k-1)
+        interval = np.stack([rows.value-rows.lo95, rows.hi95-rows.value]).clip(0)
+        ax.errorbar(rows.value, y, xerr=interval, fmt='o', ms=3, lw=1, c=colours[name], label=name)
+    ax.axvline(0, c='k', lw=.5)
+    first = scores.drop_duplicates('target')
+    labels = [f'{target} ({metric})' for target,metric in zip(first.target, first.metric)]
+    ax.set_yticks(-np.arange(len(targets)), labels, fontsize=6)
+    ax.tick_params(axis='x', labelsize=6)
+    ax.set_xlim(-.15, 1.02)
 
 # %% ../../nbs/show/01_plot.ipynb #9f3b4cee
 def axis_figure(
-    found: pd.DataFrame, # From `axes_of`, one island and number of dimensions
+    correlations: pd.DataFrame, # From `axes_of`, one island and number of dimensions
 ) -> plt.Figure:
-    "Spearman correlation of each annotation with each axis, with its interval; hollow where the interval holds 0"
-    names = list(found.annotation.unique())
-    axes_ = sorted(found.axis.unique())
+    "Draw Spearman's correlation of each annotation with each axis; hollow where its interval includes 0"
+    names = list(correlations.annotation.unique())
+    axis_numbers = sorted(correlations.axis.unique())
     fig,ax = plt.subplots(figsize=(5, .22*len(names)+.8), layout='constrained')
-    for k,axis in enumerate(axes_):
-        f = found[(found.axis == axis) & found.rho.notna()]
-        y = -np.array([names.index(a) for a in f.annotation], float) - .7*(k-(len(axes_)-1)/2)/len(axes_)
+    for k,axis in enumerate(axis_numbers):
+        rows = correlations[(correlations.axis == axis) & correlations.rho.notna()]
+        below = .7*(k-(len(axis_numbers)-1)/2)/len(axis_numbers)
+        y = -np.array([names.index(name) for name in rows.annotation], float) - below
         colour = category_colours[k]
-        ax.hlines(y, f.lo95, f.hi95, color=colour, lw=1)
-        clear = (f.lo95 > 0) | (f.hi95 < 0)
-        ax.scatter(f.rho, y, s=12, color=np.where(clear, colour, 'w'), edgecolor=colour, lw=.8, zorder=3, label=
-            f'axis {axis} ({100*f.variance.iloc[0]:.1f} % of the variance)' if len(f) else None)
+        ax.hlines(y, rows.lo95, rows.hi95, color=colour, lw=1)
+        excludes_zero = (rows.lo95 > 0) | (rows.hi95 < 0)
+        label = f'axis {axis} ({100*rows.variance.iloc[0]:.1f} % of the variance)' if len(rows) else None
+        ax.scatter(rows.rho, y, s=12, color=np.where(excludes_zero, colour, 'w'), edgecolor=colour, lw=.8, zorder=3,
+            label=label)
     ax.axvline(0, c='k', lw=.5)
     ax.set_xlim(-1, 1)
     ax.set_yticks(-np.arange(len(names)), names, fontsize=6)
@@ -180,15 +192,15 @@ def axis_figure(
 
 def grid_sheet(
     store: ChunkStore, # Where the chunks are
-    ids: np.ndarray, # Synapses of the rows that `grid` counts
+    ids: np.ndarray, # Synapse ids, indexed by the numbers in `grid`
     grid: np.ndarray, # `(rows, columns)` from `grid_of_examples`
 ) -> plt.Figure:
-    "Synapses along two axes: the first to the right, the second upwards"
-    row_of = {int(s): i for i,s in enumerate(store.ids)}
+    "Draw synapses along two axes: the first to the right, the second upwards"
+    row_of = {int(synapse): row for row,synapse in enumerate(store.ids)}
     fig,axes = plt.subplots(*grid.shape, figsize=(.85*grid.shape[1], .85*grid.shape[0]), squeeze=False, dpi=100)
-    for ax,k in zip(axes.flat, grid.flat):
+    for ax,index in zip(axes.flat, grid.flat):
         ax.axis('off')
-        if k >= 0: draw_chunk(ax, store[row_of[int(ids[k])]], store.voxel_nm)
+        if index >= 0: draw_chunk(ax, store[row_of[int(ids[index])]], store.voxel_nm)
     fig.subplots_adjust(left=.04, right=1, bottom=.05, top=1, wspace=.04, hspace=.04)
     fig.text(.52, .01, 'axis 1 →', ha='center', fontsize=7)
     fig.text(.005, .52, 'axis 2 →', va='center', rotation=90, fontsize=7)
@@ -196,35 +208,33 @@ def grid_sheet(
 
 # %% ../../nbs/show/01_plot.ipynb #50df2242
 def training_curve(
-    steps: list[dict], epochs: list[dict], # From `train.read_log`
+    steps: list[dict], # From `train.read_log`, a row per step
+    epochs: list[dict], # From `train.read_log`, a row per epoch
 ) -> plt.Figure:
-    """Loss per step, its mean per epoch, that of held-out synapses, start and floor (Fig. S1B); effective rank, and
-    what probes read, below"""
-    probes = [o for o in ('type_auc', 'orientation_r2', 'blank_sections_r2') if o in epochs[-1]]
-    fig,axes = plt.subplots(2+bool(probes), 1, figsize=(6, 3.4+bool(probes)), sharex=True,
-        height_ratios=[2, 1, 1][:2+bool(probes)], layout='constrained')
-    beside = dict(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
-    def line(ax, name, **kwargs): ax.plot([r['step'] for r in epochs], [r.get(name, np.nan) for r in epochs], **kwargs)
-    axes[0].plot([r['step'] for r in steps], [r['loss'] for r in steps], c='#999999', lw=.5)
+    """Draw the loss per step, its mean per epoch and the loss of held-out synapses (Fig. S1B). Lines show the loss
+    if all features are identical, and its lower bound. Below are the effective rank, and any online probes"""
+    probes = [name for name in ('type_auc', 'orientation_r2', 'blank_sections_r2') if name in epochs[-1]]
+    height_ratios = [2, 1, 1] if probes else [2, 1]
+    fig,axes = plt.subplots(len(height_ratios), 1, figsize=(6, 3.4+bool(probes)), sharex=True,
+        height_ratios=height_ratios, layout='constrained')
+    epoch_steps = [row['step'] for row in epochs]
+    def line(ax, name, **kwargs): ax.plot(epoch_steps, [row.get(name, np.nan) for row in epochs], **kwargs)
+    axes[0].plot([row['step'] for row in steps], [row['loss'] for row in steps], c='#999999', lw=.5)
     line(axes[0], 'mean_loss', c='k', label='mean of an epoch')
     line(axes[0], 'held_out_loss', c='#009E73', label='held-out synapses')
-    for name,style in (('loss_at_uniform', ':'), ('loss_lower_bound', '--')):
-        if name in epochs[0]:
-            axes[0].axhline(epochs[0][name], ls=style, c='k', label=dict(loss_at_uniform=r'$\log(2N-1)$',
-                loss_lower_bound='lower bound')[name])
+    for name,style,label in (('loss_at_uniform', ':', r'$\log(2N-1)$'), ('loss_lower_bound', '--', 'lower bound')):
+        if name in epochs[0]: axes[0].axhline(epochs[0][name], ls=style, c='k', label=label)
     axes[0].set_ylabel('loss')
-    axes[0].legend(**beside)
     for name,colour in (('rank_backbone', '#0072B2'), ('rank_projection', '#E69F00')):
         line(axes[1], name, c=colour, label=name.removeprefix('rank_'))
     axes[1].set_ylabel('effective rank')
-    axes[1].legend(**beside)
     axes[1].set_ylim(0)
     for name,colour in zip(probes, ('#CC79A7', '#D55E00', '#56B4E9')):
-        line(axes[-1], name, c=colour, label=name.replace('_', ' '))
+        line(axes[2], name, c=colour, label=name.replace('_', ' '))
     if probes:
-        axes[-1].set_ylabel('probes')
-        axes[-1].set_ylim(-.3, 1)
-        axes[-1].legend(**beside)
+        axes[2].set_ylabel('probes')
+        axes[2].set_ylim(-.3, 1)
+    for ax in axes: ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     axes[-1].set_xlabel('step')
     fig.align_ylabels()
     return fig
@@ -232,32 +242,34 @@ def training_curve(
 # %% ../../nbs/show/01_plot.ipynb #2c6a15ca
 def reliability_diagram(
     ax: plt.Axes,
-    y: np.ndarray, # `(N,)` bool
-    p: np.ndarray, # `(N,)` its probability
-    n_bins: int = 8, **style, # As of `errorbar`: `label`, `color`
+    y: np.ndarray, # `(N,)` bool: true outcomes
+    p: np.ndarray, # `(N,)` predicted probability that `y` is true
+    n_bins: int = 8,
+    **style, # Passed to `errorbar`: `label`, `color`
 ):
-    "Share of positives against probability, in bins with as many predictions each"
-    parts = [i for i in np.array_split(np.argsort(p, kind='stable'), n_bins) if len(i)]
-    said,share = (np.array([v[i].mean() for i in parts]) for v in (p, y))
-    n = np.array([len(i) for i in parts])
-    yes = np.array([y[i].sum() for i in parts])
-    lo = beta.ppf(.025, yes+.5, n-yes+.5)
-    hi = beta.ppf(.975, yes+.5, n-yes+.5)
+    "Draw the fraction of positives against the predicted probability, in bins of equal numbers of predictions"
+    bins = [rows for rows in np.array_split(np.argsort(p, kind='stable'), n_bins) if len(rows)]
+    predicted = np.array([p[rows].mean() for rows in bins])
+    fraction = np.array([y[rows].mean() for rows in bins])
+    n = np.array([len(rows) for rows in bins])
+    n_positive = np.array([y[rows].sum() for rows in bins])
+    lo = beta.ppf(.025, n_positive+.5, n-n_positive+.5)
+    hi = beta.ppf(.975, n_positive+.5, n-n_positive+.5)
     ax.plot([0, 1], [0, 1], c='#999999', lw=.8, zorder=0)
-    ax.errorbar(said, share, [(share-lo).clip(0), (hi-share).clip(0)], marker='o', ms=3, lw=1, **style)
-    ax.set_xlabel('P(inhibitory) said')
-    ax.set_ylabel('share inhibitory')
+    ax.errorbar(predicted, fraction, [(fraction-lo).clip(0), (hi-fraction).clip(0)], marker='o', ms=3, lw=1, **style)
+    ax.set_xlabel('predicted P(inhibitory)')
+    ax.set_ylabel('fraction inhibitory')
 
 def risk_coverage_curve(
     ax: plt.Axes,
-    confidence: np.ndarray, # `(N,)` the surest first to be called
-    right: np.ndarray, # `(N,)` bool
-    **style, # As of `plot`: `label`, `color`
-) -> np.ndarray: # `(N,)` share of wrong calls among the surest 1, 2, ... N
-    "Share of wrong calls among the surest, against how many are called"
+    confidence: np.ndarray, # `(N,)` of each call
+    right: np.ndarray, # `(N,)` bool: whether the call is right
+    **style, # Passed to `plot`: `label`, `color`
+) -> np.ndarray: # `(N,)` fraction of wrong calls among the most confident 1, 2, ... N
+    "Draw the fraction of wrong calls against the fraction that is called, most confident first"
     order = np.argsort(-confidence, kind='stable')
     risk = np.cumsum(~right[order])/np.arange(1, len(order)+1)
     ax.plot(np.arange(1, len(order)+1)/len(order), risk, lw=1, **style)
-    ax.set_xlabel('share that is called')
-    ax.set_ylabel('wrong calls')
+    ax.set_xlabel('fraction called')
+    ax.set_ylabel('fraction of wrong calls')
     return risk

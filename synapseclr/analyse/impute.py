@@ -259,11 +259,11 @@ def _impute_trait(trait: Trait, sets: dict[str, np.ndarray], y: np.ndarray, pre:
     own_columns = [i for i,column in enumerate(MORPHOMETRIC_COLUMNS) if column == trait.column]
     sets = sets | dict(morphometrics=np.delete(sets['morphometrics'], own_columns, 1))
     scores,oof,params = cross_validate_trait(trait, sets, y, pre, post, config)
-    known = np.isfinite(y)
+    is_known = np.isfinite(y)
     x = sets[config.feature_set]
     groups = pre if trait.side == 'pre' else post
-    model = model_for(trait, **config.model, params=params).fit(x[known], y[known], groups[known])
-    final = predictions(model, x, y[known].mean())
+    model = model_for(trait, **config.model, params=params).fit(x[is_known], y[is_known], groups[is_known])
+    final = predictions(model, x, y[is_known].mean())
     if trait.is_type: names = [f'p_{trait.name}']
     else: names = [f'{trait.name}_{quantity}' for quantity in ('mean', 'sd', 'lo90', 'hi90')]
     return scores,dict(zip(names, final.T)),dict(zip(names, oof.T)) | {trait.name: y}

@@ -77,7 +77,7 @@ def _pin_timestamps(
     data: DataConfig, # As configured
     before: dict, # `data` of an earlier plan of the run, if there is one
 ) -> DataConfig:
-    """Give layers that people go on editing the time at which the run was planned, so that all blocks read the same
+    """Give layers that people still edit the time at which the run was planned, so that all blocks read the same
     state, whenever they are fetched"""
     pinned = {}
     for name in LAYER_ORDER:
@@ -249,8 +249,9 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     (run/'fetch/missing.csv').unlink(missing_ok=True)
     records = [json.loads(_record_path(run, block).read_text()) for block in range(n_blocks(run))]
     table = _add_records(plan, records)
-    mean,sd = None,None
-    if (table.reject_reason == '').any(): mean,sd = intensity_mean_sd(np.sum([record['grey'] for record in records], 0))
+    grey = np.sum([record['grey'] for record in records], 0)
+    any_kept = (table.reject_reason == '').any()
+    mean,sd = intensity_mean_sd(grey) if any_kept else (None, None)
     ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
     del made_by['job']
     write_table(table, run/'synapses.parquet', 'synapses', made_by)

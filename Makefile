@@ -1,11 +1,11 @@
-# Two commands for a fresh machine with Python 3.11 and a C compiler: `make demo` and `make test`.
+# Two commands for a fresh machine with Python 3.11 to 3.13: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: install demo test check notebooks site narrowed same_bytes clean
+.PHONY: install demo test check notebooks site results narrowed same_bytes clean
 
 install: $(BIN)/.installed
 
@@ -35,6 +35,13 @@ notebooks: install
 site: install
 	synapseclr_docs
 	git diff --exit-code -- README.md
+
+# Every stored table, figure and output that comes from the demo, anew
+results: install
+	synapseclr demo
+	synapseclr figures _runs/demo
+	synapseclr_results _runs/demo
+	synapseclr_docs
 
 # What compares bytes, once more as processors without some instructions of this one would compute it
 narrowed: install

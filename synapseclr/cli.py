@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 import typer
-from .core import ConfigError, SynapseCLRError, asset, provenance, read_config
+from .core import ConfigError, SynapseCLRError, asset, provenance
 from .pipeline.catalogue import STAGES
 
 # %% auto #0
@@ -298,9 +298,9 @@ def serve_command(
     run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
     port: Annotated[int, typer.Option(help='As in [export] local_url', min=0, max=65535)] = 9000,
 ):
-    from synapseclr.pipeline.stages import RunConfig
+    from synapseclr.pipeline.stages import open_run
     from synapseclr.show.neuroglancer import layer_server, layer_urls
-    c = read_config(RunConfig, run/'config.toml').model_copy(update=dict(run=str(run)))
+    c = open_run(run)
     layers = {name: getattr(c.source, name) for name in ('em', 'seg', 'cleft')}
     root = layer_urls(layers, '', (run,))[1]
     if not root: raise ConfigError(f'{run}: no layer is a local folder; neuroglancer reads them from where they are')

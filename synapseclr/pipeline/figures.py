@@ -10,14 +10,14 @@ from functools import cached_property, partial
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
-from ..core import SynapseCLRError, asset, atomic, read_config
+from ..core import SynapseCLRError, asset, atomic
 from ..analyse.embed import umap_layout, connectivities, nearest_neighbours
 from ..data.results import read_results
 from ..show.plot import draw_chunk
 from .report import execute_notebook, html_page, run_parallel
 from ..data.features import read_feature_sets
 from .summary import write_index
-from .stages import RunConfig, known_neurons
+from .stages import known_neurons, open_run
 from ..data.store import ChunkStore
 from ..data.tables import read_table
 
@@ -41,7 +41,7 @@ class FigureRun:
         self.folder = Path(folder)
         if not (self.folder/'config.toml').exists():
             raise FigureError(f"{folder}: not the folder of a run, it has no config.toml")
-        self.config = read_config(RunConfig, self.folder/'config.toml', [f'run={folder}'])
+        self.config = open_run(self.folder)
         plt.rcParams.update(FIGURE_STYLE)
 
     def needs(self, *files: str):

@@ -39,25 +39,25 @@ from .catalogue import STAGES
 
 # %% auto #0
 __all__ = ['stages', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage',
-           'describing_networks', 'extract_shard', 'pretrained_network', 'embed_stage', 'qc_stage', 'query_stage',
+           'extract_shard', 'networks_of', 'pretrained_network', 'embed_stage', 'qc_stage', 'query_stage',
            'read_run_neurons', 'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage',
            'evaluate_stage', 'stages_of']
 
 # %% ../../nbs/pipeline/02_stages.ipynb #0c679ca1
 class RunConfig(Strict):
     "Everything that a run does"
-    run: str = '' # Folder for the results, as seen from where the command is given; `_runs/NAME_OF_FILE` if empty
-    data: DataConfig|None = None # Where the synapses are ...
-    phantom: PhantomConfig|None = None # ... or the phantom to make, in the run folder
+    run: str = '' # Folder for the results, relative to the current directory; `_runs/NAME_OF_FILE` if empty
+    data: DataConfig|None = None # Table and layers of a volume ...
+    phantom: PhantomConfig|None = None # ... or the phantom to make in the run folder
     fetch: FetchConfig # How chunks are cut, and which are kept
     cube: CubeConfig = CubeConfig() # The network's input
     augment: AugmentConfig = AugmentConfig() # How views are drawn
     train: TrainConfig = TrainConfig() # How to train
-    extract: ExtractConfig = ExtractConfig() # How to describe
-    embed: EmbedConfig = EmbedConfig() # How to draw the map
-    qc: QCConfig = QCConfig() # How to look for defects
-    query: QueryConfig = QueryConfig() # What the report shows
-    impute: ImputeConfig = ImputeConfig() # How to impute
+    extract: ExtractConfig = ExtractConfig() # How to compute feature vectors
+    embed: EmbedConfig = EmbedConfig() # How to make graph, map and clusters
+    qc: QCConfig = QCConfig() # How to find defects
+    query: QueryConfig = QueryConfig() # Which queries the report shows
+    impute: ImputeConfig = ImputeConfig() # How to impute traits
     consensus: ConsensusConfig = ConsensusConfig() # How to type neurites
     manifold: ManifoldConfig = ManifoldConfig() # Which axes of variation
     export: ExportConfig = ExportConfig() # What to export
@@ -75,18 +75,22 @@ class RunConfig(Strict):
 
     @property
     def source(self) -> DataConfig:
-        "Table and layers, those of the phantom if there is one"
+        "Table and layers of the volume, or of the phantom"
         if self.data: return self.data
-        within = lambda name: str((self.phantom_folder/name).resolve())
-        layer = lambda name: LayerSource(path=within(name))
-        return DataConfig(table=within('synapses.parquet'), neurons=within('neurons.csv'),
-            skeletons=within('skeletons'), **{o: layer(o) for o in ('em', 'seg', 'cleft', 'mito')})
+        path = lambda name: str((self.phantom_folder/name).resolve())
+        layers = {name: LayerSource(path=path(name)) for name in ('em', 'seg', 'cleft', 'mito')}
+        return DataConfig(table=path('synapses.parquet'), neurons=path('neurons.csv'), skeletons=path('skeletons'),
+            **layers)
 
 def open_run(
-    config: str|Path, # TOML file
+    config: str|Path, # TOML file, or the folder of a run that was begun
     overrides: list[str]|tuple = (), # `section.key=value`
 ) -> RunConfig:
-    "Read a configuration, and note what was asked in `RUN/config.toml`"
+    """Read the configuration of a run. Given a file, the configuration is also written to `RUN/config.toml`. Given a
+    run folder, which may have been moved, nothing is written. Raises `ConfigError` naming what is wrong in the file"""
+    if Path(config).is_dir():
+        c = read_config(RunConfig, Path(config)/'config.toml', overrides)
+        return c.model_copy(update=dict(run=str(config)))
     c = read_config(RunConfig, config, overrides)
     c = c.model_copy(update=dict(run=c.run or f'_runs/{Path(config).stem}'))
     write_toml(c, c.folder/'config.toml')
@@ -98,118 +102,139 @@ def phantom_stage(c: RunConfig):
     return make_phantom(c.phantom_folder, c.phantom)
 
 def fetch_stage(c: RunConfig, processes: int = 1):
-    known_neurons(c) # what is wrong with it is said now, not after hours
+    neurons = known_neurons(c) # read before the work starts, so that a bad table is reported at once
     window = c.fetch.window_nm or c.fetch.window_vx
     if window[1] != window[2]:
-        print(f'hint: the window of [fetch] is z, y, x = {", ".join(f"{o:g}" for o in window)}: not as high as it is '
-            'wide')
+        lengths = ', '.join(f'{length:g}' for length in window)
+        print(f'hint: the window of [fetch] is z, y, x = {lengths}: its height and width differ')
     table = fetch(c.source, c.fetch, c.folder, processes)
-    kept = (table.reject_reason == '').mean()
-    why = table.reject_reason[table.reject_reason != ''].mode()
-    if 0 < kept < .5: print(f'hint: most synapses are rejected, of {len(table)}: {why[0]}. {_advice(why[0])}')
-    if not kept:
-        raise ConfigError(f"{summarize_fetch(table)}; {table.blank_fraction.median():.0%} of the median window is "
-            f"blank or outside the volume. {_advice(why[0])}")
-    if (neurons := known_neurons(c)) is not None: _say_of(neurons, table, c.source.neurons)
+    kept = table.reject_reason == ''
+    if not kept.all():
+        reason = table.reject_reason[~kept].mode()[0]
+        if not kept.any():
+            blank = table.blank_fraction.median()
+            raise ConfigError(f'{summarize_fetch(table)}; {blank:.0%} of the median window is blank or outside the '
+                'volume. '
+                f'{_advice(reason)}')
+        if kept.mean() < .5: print(f'hint: most of the {len(table)} synapses are rejected: {reason}. {_advice(reason)}')
+    if neurons is not None: _check_neurons(neurons, table, c.source.neurons)
     return table
 
 def _advice(reason: str) -> str:
-    "What to do if synapses are rejected for it"
+    "What to do if synapses are rejected for a reason"
     if reason == 'blank EM':
-        return ('Make the window of [fetch] smaller (z, y, x), or raise its max_blank_fraction; configs/vnc.toml is '
-            'for a thin stack')
+        return ('Make the window of [fetch] smaller (z, y, x), or raise max_blank_fraction; '
+            '`synapseclr examples vnc` is for a thin stack')
     return ("Look at a synapse's place in the layers: are x, y, z and voxel size of the table right, are the layers "
-        "those that their names say and of the table's version, and is the window of [fetch] (z, y, x) large enough?")
+        "the ones that their names say and of the table's version, and is the window of [fetch] (z, y, x) large enough?")
 
-def _say_of(neurons: pd.DataFrame, table: pd.DataFrame, path: str):
-    "Say what of the table of neurons is not used; raise `ConfigError` if that is all of it"
-    if not neurons.root_id.isin(table.pre_root_id).any() and not neurons.root_id.isin(table.post_root_id).any():
-        raise ConfigError(f"{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, is a partner of "
-            "any synapse; are its root_id and the synapse table of the same version of the segmentation?")
-    if len(words := unrecognised_cell_types(neurons)):
-        print(f"hint: {path}: {words.sum()} of {len(neurons)} cells are neither excitatory nor inhibitory by their "
-            f"words: {', '.join(f'{w} ({n})' for w,n in words.head(5).items())}")
+def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, path: str):
+    "Print which cell types are not recognised. Raise `ConfigError` if no cell is a partner of a synapse"
+    partners = {*table.pre_root_id, *table.post_root_id}
+    if not neurons.root_id.isin(partners).any():
+        raise ConfigError(f'{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, '
+            'is a partner of any synapse; are its root_id and the synapse table of the same version of the '
+            'segmentation?')
+    words = unrecognised_cell_types(neurons)
+    if len(words):
+        examples = ', '.join(f'{word} ({n})' for word,n in words.head(5).items())
+        print(f'hint: {path}: {words.sum()} of {len(neurons)} cells have a type that is neither excitatory nor '
+            f'inhibitory: {examples}')
 
 def annotate_stage(c: RunConfig):
     return annotate(c.folder, c.source.skeletons)
 
 def train_stage(c: RunConfig, restart: bool = False):
     neurons = known_neurons(c)
-    return train(c.folder, c.train, c.augment, c.cube, restart,
-        types=None if neurons is None else neurons.set_index('root_id').inhibitory)
+    types = None if neurons is None else neurons.set_index('root_id').inhibitory
+    return train(c.folder, c.train, c.augment, c.cube, restart, types=types)
 
 def extract_stage(c: RunConfig, shards: list[int]|None = None):
-    networks = describing_networks(c)
+    networks = networks_of(c)
     precision = agreed_precision(c.folder, list(networks.values()), c.extract.precision)
-    for out,network in networks.items():
-        folder = extract(c.folder, *network, out, views=c.extract.tta_views, shards=shards, precision=precision)
+    for name,network in networks.items():
+        folder = extract(c.folder, *network, name, views=c.extract.tta_views, shards=shards, precision=precision)
     return folder
-
-def describing_networks(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConfig, CubeConfig]]:
-    """The networks that describe a run, and the views each of them is shown, by folder; the trained one is the last.
-    Raises `TrainingError` or `ConfigError` if it is not there, or not for these views"""
-    weights = c.folder/'train/weights.safetensors'
-    if not weights.exists():
-        raise TrainingError(f"{weights}: the network is not trained yet; run `synapseclr train` first")
-    networks = dict(features_pretrained=pretrained_network(c.folder)) if c.extract.pretrained else {}
-    for path in c.extract.weights:
-        net,about = read_network(path)
-        augment = AugmentConfig(**about['augment']) if about.get('augment') else with_dataset_statistics(c.augment,
-            ChunkStore.open(c.folder/'chunks.zarr'))
-        networks[f'features_{Path(path).stem}'] = net,augment,CubeConfig(**about['cube']) if about.get(
-            'cube') else c.cube
-    net,about = load_weights(weights)
-    cube = CubeConfig(**about['cube'])
-    augment = AugmentConfig(**about['augment'])
-    other = [f'{name}.{k} = {asked} (trained with {getattr(was, k)})' for name,
-        was in (('cube', cube), ('augment', augment)) for k,asked in getattr(c, name)
-        if k not in ('mean', 'sd') and asked != getattr(was, k)]
-    if other:
-        raise ConfigError(f"{weights}: the network was trained on other views than are asked for: {', '.join(other)}; "
-            "train again (`synapseclr train --restart`), or take that back")
-    networks['features_untrained'] = SynapseNet(net.preset, about['provenance']['seed']),augment,cube
-    networks['features'] = net,augment,cube
-    return networks
 
 @queueable
 def extract_shard(
     run: str, # Run folder
     shard: int, # Of its store
 ) -> str: # As of `attempt`
-    "The task: describe the synapses of one shard"
-    c = read_config(RunConfig, Path(run)/'config.toml').model_copy(update=dict(run=run))
-    return attempt(Path(run)/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
+    "A task of a queue: compute the feature vectors of one shard"
+    c = open_run(run)
+    return attempt(c.folder/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
+
+def networks_of(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConfig, CubeConfig]]:
+    """The networks of a run with the settings of their views, by the folder of their features; the trained one is the
+    last. Raises `TrainingError` if it is not trained, and `ConfigError` if it was trained with other settings"""
+    weights = c.folder/'train/weights.safetensors'
+    if not weights.exists():
+        raise TrainingError(f'{weights}: the network is not trained yet; run `synapseclr train` first')
+    networks = {}
+    if c.extract.pretrained: networks['features_pretrained'] = pretrained_network(c.folder)
+    for path in c.extract.weights: networks[f'features_{Path(path).stem}'] = _external_network(c, path)
+    net,about = load_weights(weights)
+    settings = dict(cube=CubeConfig(**about['cube']), augment=AugmentConfig(**about['augment']))
+    _check_settings(c, settings, weights)
+    views = settings['augment'],settings['cube']
+    networks['features_untrained'] = SynapseNet(net.preset, about['provenance']['seed']),*views
+    networks['features'] = net,*views
+    return networks
+
+def _external_network(c: RunConfig, path: str) -> tuple[SynapseNet, AugmentConfig, CubeConfig]:
+    "A network from a file; what the file does not state about its views is taken from the run"
+    net,about = read_network(path)
+    cube = CubeConfig(**about['cube']) if about.get('cube') else c.cube
+    if about.get('augment'): return net,AugmentConfig(**about['augment']),cube
+    return net,with_dataset_statistics(c.augment, ChunkStore.open(c.folder/'chunks.zarr')),cube
+
+def _check_settings(c: RunConfig, trained: dict[str, Strict], weights: Path):
+    "Raise `ConfigError` if the configuration now asks for other views than the network was trained with"
+    changed = []
+    for section,settings in trained.items():
+        for name,value in getattr(c, section):
+            before = getattr(settings, name)
+            if name not in ('mean', 'sd') and value != before:
+                changed.append(f'{section}.{name} = {value} (trained with {before})')
+    if changed:
+        raise ConfigError(f"{weights}: the network was trained on other views than are asked for: "
+            f"{', '.join(changed)}; "
+            'train again (`synapseclr train --restart`), or take that back')
 
 def pretrained_network(
     run: str|Path, # Run folder, fetched
 ) -> tuple[SynapseNet, AugmentConfig, CubeConfig]:
-    "The network that comes with the package, with the z-score of the run's own data"
+    "The network that comes with the package; its input is z-scored with the run's own mean and sd"
     net,about = load_weights(asset('weights/demo.safetensors'))
-    law = AugmentConfig(**{k: v for k,v in about['augment'].items() if k not in ('mean', 'sd')})
-    return net,with_dataset_statistics(law, ChunkStore.open(Path(run)/'chunks.zarr')),CubeConfig(**about['cube'])
+    settings = {name: value for name,value in about['augment'].items() if name not in ('mean', 'sd')}
+    augment = with_dataset_statistics(AugmentConfig(**settings), ChunkStore.open(Path(run)/'chunks.zarr'))
+    return net,augment,CubeConfig(**about['cube'])
 
 def embed_stage(c: RunConfig):
-    found = embed(c.folder, c.embed)
-    told = probe_run(c.folder, known_neurons(c), c.embed.layer, reference=c.embed.feature_set)
-    write_table(told, c.folder/'probe_scores.parquet', 'probe scores',
-        provenance(c.embed, source=feature_provenance(c.folder, c.embed.feature_set)))
-    return found,told
+    table = embed(c.folder, c.embed)
+    scores = probe_run(c.folder, known_neurons(c), c.embed.layer, reference=c.embed.feature_set)
+    source = feature_provenance(c.folder, c.embed.feature_set)
+    write_table(scores, c.folder/'probe_scores.parquet', 'probe scores', provenance(c.embed, source=source))
+    return table,scores
 
 def qc_stage(c: RunConfig):
-    if c.qc.simulate_prompts and not c.phantom:
-        raise ConfigError('[qc] simulate_prompts needs a phantom, whose defects are known; here name some in [qc] '
-            'prompts')
-    return detect_defects(c.folder, c.qc, sample_true_defects(c.folder, c.phantom_folder, c.qc.simulate_prompts)
-        if c.qc.simulate_prompts else ())
+    prompts = ()
+    if c.qc.simulate_prompts:
+        if not c.phantom:
+            raise ConfigError('[qc] simulate_prompts needs a phantom, whose defects are known; '
+                'name some defects in [qc] prompts instead')
+        prompts = sample_true_defects(c.folder, c.phantom_folder, c.qc.simulate_prompts)
+    return detect_defects(c.folder, c.qc, prompts)
 
 def query_stage(c: RunConfig):
     table = compare_retrieval(c.folder, c.query.layer)
-    write_table(table, c.folder/'retrieval.parquet', 'retrieval',
-        provenance(c.query, source=feature_provenance(c.folder, 'trained')))
+    origin = provenance(c.query, source=feature_provenance(c.folder, 'trained'))
+    write_table(table, c.folder/'retrieval.parquet', 'retrieval', origin)
     return table
 
 def read_run_neurons(c: RunConfig) -> pd.DataFrame:
-    "What is known of the cells of a run"
+    "The table of neurons of a run. Raises `ConfigError` if there is none"
     if not c.source.neurons: raise ConfigError('this run has no table of neurons; name one in [data] neurons')
     return read_neurons(c.source.neurons, c.source.table_voxel_nm)
 
@@ -219,7 +244,7 @@ def known_neurons(c: RunConfig) -> pd.DataFrame|None:
 
 def impute_stage(c: RunConfig):
     neurons = read_run_neurons(c)
-    _say_of(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source.neurons)
+    _check_neurons(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source.neurons)
     scores,skipped = impute(c.folder, neurons, c.impute)
     if skipped: print(f"hint: not imputed: {'; '.join(skipped)}")
     return scores,skipped
@@ -228,31 +253,31 @@ def consensus_stage(c: RunConfig):
     return type_neurites(c.folder, c.consensus)
 
 def manifold_stage(c: RunConfig):
-    return manifold(c.folder, read_results(c.folder, known_neurons(c), include_defects=False,
-        names=('map', 'defects', 'imputed')), c.manifold)
+    table = read_results(c.folder, known_neurons(c), include_defects=False, names=('map', 'defects', 'imputed'))
+    return manifold(c.folder, table, c.manifold)
 
 def export_stage(c: RunConfig):
-    layers = {o: getattr(c.source, o) for o in ('em', 'seg', 'cleft')}
-    return export(c.folder, layers, ChunkStore.open(c.folder/'chunks.zarr').voxel_nm, c.embed.feature_set,
-        c.embed.umap_n_neighbors, c.embed.layer, known_neurons(c), c.export)
+    layers = {name: getattr(c.source, name) for name in ('em', 'seg', 'cleft')}
+    voxel_nm = ChunkStore.open(c.folder/'chunks.zarr').voxel_nm
+    return export(c.folder, layers, voxel_nm, c.embed.feature_set, c.embed.umap_n_neighbors, c.embed.layer,
+        known_neurons(c), c.export)
 
 def evaluate_stage(c: RunConfig):
-    if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no truth to compare with')
+    if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no ground truth to compare with')
     networks = {'trained': 'features', 'untrained': 'features_untrained'}
     if c.extract.pretrained: networks = {'pretrained': 'features_pretrained'} | networks
     if c.embed.features in networks: networks[c.embed.feature_set] = networks[c.embed.features]
     return evaluate([(c.folder, c.phantom_folder)], networks, c.folder)
 
-stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage, train=train_stage,
-    extract=extract_stage,
-    embed=embed_stage, qc=qc_stage, query=query_stage, impute=impute_stage, consensus=consensus_stage,
-    manifold=manifold_stage, export=export_stage,
-    evaluate=evaluate_stage)
+stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, annotate=annotate_stage,
+    train=train_stage, extract=extract_stage, embed=embed_stage, qc=qc_stage, query=query_stage, impute=impute_stage,
+    consensus=consensus_stage, manifold=manifold_stage, export=export_stage, evaluate=evaluate_stage)
 for _name,_stage in stages.items(): _stage.__doc__ = STAGES[_name].help
 
 def stages_of(c: RunConfig) -> list[str]:
-    """The stages that a run has: phantom and evaluation only with a phantom, quality control only if defects are
-    marked, imputation and consensus only with a table of neurons"""
-    marked = c.qc.prompts or c.qc.simulate_prompts or (c.folder/'labels.csv').exists()
-    has = dict(phantom=c.phantom, evaluate=c.phantom, qc=marked, impute=c.source.neurons, consensus=c.source.neurons)
-    return [s for s in stages if has.get(s, True)]
+    """The stages that apply to a run: phantom and evaluate need a phantom, qc needs labelled defects, impute and
+    consensus need a table of neurons"""
+    has_prompts = c.qc.prompts or c.qc.simulate_prompts or (c.folder/'labels.csv').exists()
+    needs = dict(phantom=c.phantom, evaluate=c.phantom, qc=has_prompts, impute=c.source.neurons,
+        consensus=c.source.neurons)
+    return [name for name in stages if needs.get(name, True)]

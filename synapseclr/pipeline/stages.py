@@ -126,7 +126,8 @@ def _advice(reason: str) -> str:
         return ('Make the window of [fetch] smaller (z, y, x), or raise max_blank_fraction; '
             '`synapseclr examples vnc` is for a thin stack')
     return ("Look at a synapse's place in the layers: are x, y, z and voxel size of the table right, are the layers "
-        "the ones that their names say and of the table's version, and is the window of [fetch] (z, y, x) large enough?")
+        "the ones that their names say and of the table's version, "
+        "and is the window of [fetch] (z, y, x) large enough?")
 
 def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, path: str):
     "Print which cell types are not recognised. Raise `ConfigError` if no cell is a partner of a synapse"

@@ -1,0 +1,99 @@
+"What pages show is what was measured: stored outputs agree with the tables beside them, and pages with each other."
+import ast, json, os, re
+from pathlib import Path
+import pandas as pd
+import pytest
+from execnb.shell import CaptureShell
+from fastcore.xtras import working_directory
+from conftest import root
+
+nbs = root/'nbs'
+notebooks = sorted(p for p in nbs.rglob('*.ipynb') if not any(o.startswith(('.', '_')) for o in p.relative_to(root).parts))
+
+def code_cells(nb):
+    "Code cells that run without flags"
+    cells = [cell for cell in json.loads(nb.read_text())['cells'] if cell['cell_type'] == 'code']
+    return [cell for cell in cells if not re.search(r'^#\| (slow|cuda|eval: false)', ''.join(cell['source']), re.M)]
+
+def names(source):
+    "Names that a cell sets and names that it uses"
+    tree = ast.parse(re.sub(r'^[%!].*$', '', source, flags=re.M))
+    sets, uses = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name): (sets if isinstance(node.ctx, ast.Store) else uses).add(node.id)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef): sets.add(node.name)
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            sets |= {(alias.asname or alias.name).split('.')[0] for alias in node.names}
+    return sets, uses
+
+def needed_cells(cells):
+    "The cells that read a measured table, those that use what these read, and all that either needs"
+    sources = [''.join(cell['source']) for cell in cells]
+    reads = ['measured/' in source and '.to_csv(' not in source for source in sources]
+    sets, uses = zip(*map(names, sources))
+    shown = set()
+    tainted = set()
+    for i in range(len(cells)):
+        if reads[i] or uses[i] & tainted:
+            shown.add(i)
+            tainted |= sets[i]
+    needed = set(shown)
+    wanted = set().union(*(uses[i] for i in shown))
+    for i in reversed(range(len(cells))):
+        stars = 'import *' in sources[i]
+        if i not in needed and (sets[i] & wanted or stars): needed.add(i)
+        if i in needed: wanted |= uses[i]
+    return sorted(needed), shown
+
+def text_of(output):
+    "What an output says; pictures are left out"
+    if output.get('output_type') == 'stream': return ''.join(output['text'])
+    data = output.get('data', {})
+    return ''.join(data.get('text/html') or data.get('text/markdown') or data.get('text/plain') or '')
+
+def said(cell):
+    texts = [text_of(output) for output in cell['outputs'] if not any(k.startswith('image') for k in output.get('data', {}))]
+    return re.sub(r'\s+', ' ', re.sub(r'<style.*?</style>', '', ' '.join(texts), flags=re.S)).strip()
+
+showing = [nb for nb in notebooks if any('measured/' in ''.join(cell['source']) for cell in code_cells(nb))]
+
+@pytest.mark.parametrize('nb', showing, ids=lambda p: p.relative_to(nbs).with_suffix('').as_posix())
+def test_outputs_are_those_of_the_tables(nb):
+    "A stored output differs from what the measured table gives now: run `make results`, or the notebook"
+    cells = code_cells(nb)
+    needed, shown = needed_cells(cells)
+    assert shown
+    with working_directory(nb.parent):
+        shell = CaptureShell(nb, mpl_format='png')
+        for i in needed:
+            now = shell.run(''.join(cells[i]['source']))
+            assert not shell.exc, shell.exc
+            if i in shown: assert said(dict(outputs=now)) == said(cells[i])
+
+def test_every_table_is_shown():
+    sources = ' '.join(''.join(cell['source']) for nb in notebooks for cell in json.loads(nb.read_text())['cells'])
+    for path in sorted((nbs/'measured').glob('*.csv')):
+        stem = path.stem
+        parts = [stem, re.sub('_[a-z]+$', '_', stem) + '{', '{kind}_']
+        assert any(f'{part}' in sources for part in parts) or f"read('{stem}')" in sources, f'{path.name}: no page reads it'
+
+def prose():
+    "Markdown of every page, with its name"
+    for nb in notebooks:
+        for cell in json.loads(nb.read_text())['cells']:
+            if cell['cell_type'] == 'markdown': yield nb.relative_to(nbs).as_posix(), ''.join(cell['source'])
+
+# One thing, one number: where several pages state it, they state the same
+stated_twice = {
+    'minutes of the demo': r'demo[^.|]{0,80}?(?:about )?(\d+|twelve) minutes',
+    'parameters of the backbone': r'(33[.,][\d]+) ?(?:M|million) parameters',
+    'newest Python': r'Python 3\.11 to (3\.\d+)',
+    'size of the environment': r'`\.venv`[^.]{0,60}\(?(\d\.\d) GB',
+}
+
+@pytest.mark.parametrize('thing', stated_twice)
+def test_pages_agree(thing):
+    texts = [*prose(), ('cli', (root/'synapseclr/cli.py').read_text()), ('Makefile', (root/'Makefile').read_text())]
+    found = {(page, value.replace('twelve', '12')) for page, text in texts for value in re.findall(stated_twice[thing], text, re.S)}
+    assert found, 'no page states it any more'
+    assert len({value for _, value in found}) == 1, found

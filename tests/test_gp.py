@@ -1,4 +1,4 @@
-"The estimators keep scikit-learn's contract, all of it."
+"The estimators pass all of scikit-learn's own checks of an estimator."
 from sklearn.utils.estimator_checks import parametrize_with_checks
 from synapseclr.analyse.gp_estimators import GPClassifier, GPRegressor
 

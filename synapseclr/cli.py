@@ -100,7 +100,7 @@ def phantom_command(
     if config: return _run_stages(['phantom'], config, set, notebook)
     import pandas as pd
     from synapseclr.phantom.build import make_phantom
-    from synapseclr.phantom.connectome import SIZES, PhantomConfig
+    from synapseclr.phantom.connectome import PhantomConfig, SIZES
     folder = make_phantom(out, PhantomConfig(seed=seed, **SIZES[size]))
     n_synapses = len(pd.read_parquet(folder/'synapses.parquet'))
     print(f'{folder}: {n_synapses} synapses; layers em, seg, cleft, mito; truth.parquet has the ground truth, for '

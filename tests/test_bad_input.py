@@ -1,148 +1,224 @@
-"Wrong input is refused before any work, with a message that says what, where and what to do, and harms nothing."
-import re, sys
+"Wrong input is refused before any work. The message says what is wrong, where, and what to do; no file is harmed."
+import re
 import numpy as np, pandas as pd, pytest
-from conftest import files, python, say, synapseclr
-from synapseclr.cli import main
+from conftest import files, python, synapseclr
 from synapseclr.pipeline.stages import stages
 
-def test_help(capsys, monkeypatch):
-    code,text = say(capsys, monkeypatch, '--help')
+@pytest.fixture
+def run_stage(run_command, tiny_config, tmp_path):
+    "A function that runs a stage on the tiny volume, in the run folder `tmp_path/'run'`"
+    def run(stage, *args):
+        return run_command(stage, '--config', tiny_config, '--set', f'run={tmp_path/"run"}', *args)
+    return run
+
+def test_help(run_command):
+    code,text = run_command('--help')
     assert code == 0
     for stage in (*stages, 'run'): assert re.search(rf'^  {stage} ', text, re.M)
     for stage in stages:
-        code,text = say(capsys, monkeypatch, stage, '--help')
-        assert code == 0 and '--config' in text and '--set' in text and ('--restart' in text) == (stage == 'train')
+        code,text = run_command(stage, '--help')
+        assert code == 0
+        assert '--config' in text
+        assert '--set' in text
+        assert ('--restart' in text) == (stage == 'train')
 
-@pytest.mark.parametrize('args', [['phantom'], ['phantom', '--out', 'a', '--config', 'b'],
-    ['phantom', '--out', 'a', '--size', 'huge'], ['phantom', '--out', 'a', '--seed', '-1'], ['fetsh'], ['fetch'],
-    ['fetch', '--config'], ['fetch', '--confg', 'a.toml']], ids=' '.join)
-def test_wrong_command_line(args, capsys, monkeypatch):
-    code,text = say(capsys, monkeypatch, *args)
-    assert code == 2 and 'Error: ' in text
+@pytest.mark.parametrize('args', [
+    ['phantom'],
+    ['phantom', '--out', 'a', '--config', 'b'],
+    ['phantom', '--out', 'a', '--size', 'huge'],
+    ['phantom', '--out', 'a', '--seed', '-1'],
+    ['fetsh'],
+    ['fetch'],
+    ['fetch', '--config'],
+    ['fetch', '--confg', 'a.toml'],
+], ids=' '.join)
+def test_wrong_command_line(args, run_command):
+    code,text = run_command(*args)
+    assert code == 2
+    assert 'Error: ' in text
 
 def test_help_loads_nothing():
-    "What does the work takes seconds to import; neither help nor a wrong option waits for it"
-    loaded = python("import sys, synapseclr.cli; print(*{o.partition('.')[0] for o in sys.modules} & {'torch', "
-        "'numpy', 'pandas', 'scipy', 'cloudvolume', 'matplotlib'})", cwd='.')
-    assert (loaded.returncode, loaded.stdout) == (0, '\n')
+    "The libraries that do the work take seconds to import; neither help nor a wrong option waits for them"
+    slow = {'torch', 'numpy', 'pandas', 'scipy', 'cloudvolume', 'matplotlib'}
+    code = f"""
+import sys, synapseclr.cli
+loaded = {{name.partition('.')[0] for name in sys.modules}}
+print(*loaded & {slow})
+"""
+    done = python(code, cwd='.')
+    assert (done.returncode, done.stdout) == (0, '\n')
 
 def test_error_exit(tmp_path):
-    "As a shell sees it: no traceback"
+    "What a shell gets: an exit code and a message without a traceback"
     (tmp_path/'empty.toml').touch()
     done = synapseclr('fetch', '--config', 'empty.toml', cwd=tmp_path)
     assert (done.returncode, done.stderr) == (1, 'error: empty.toml:\n  fetch: Field required\n')
 
-@pytest.mark.parametrize('args', [['train', '--config'], ['phantom', '--config'], ['similar'], ['explore'], ['figures'],
-    ['serve']], ids=' '.join)
-def test_what_is_not_there(args, capsys, monkeypatch):
-    code,text = say(capsys, monkeypatch, *args, 'nowhere', *['1'][:args == ['similar']])
-    assert code == 2 and "'nowhere' does not exist" in text
+@pytest.mark.parametrize('args', [
+    ['train', '--config', 'nowhere'],
+    ['phantom', '--config', 'nowhere'],
+    ['similar', 'nowhere', '1'],
+    ['explore', 'nowhere'],
+    ['figures', 'nowhere'],
+    ['serve', 'nowhere'],
+], ids=' '.join)
+def test_path_does_not_exist(args, run_command):
+    code,text = run_command(*args)
+    assert code == 2
+    assert "'nowhere' does not exist" in text
 
-@pytest.mark.parametrize('override,said', [
-    ('train.batchsize=4', "did you mean 'batch_size'?"), ('fetch.max_blank_fraction=2', 'less than or equal to 1'),
+@pytest.mark.parametrize('override,message', [
+    ('train.batchsize=4', "did you mean 'batch_size'?"),
+    ('fetch.max_blank_fraction=2', 'less than or equal to 1'),
     ('fetch.window_vx=[1,2,3]', 'state the window once'),
-    ('data.em.mip=5', 'layer em'), ('data.seg.path="nowhere"', 'layer seg'),
-    ('data.table="nowhere.csv"', 'no such file'), ('data.cleft.path="nothing"', 'layer cleft'),
-    ('phantom.seed=1', 'or a section [phantom]'), ('train', 'section.key=value'),
-    ('train.model=resnet', "'paper' or 'demo'")], ids=str)
-def test_wrong_configuration(override, said, tiny, tmp_path, capsys, monkeypatch):
-    code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', override, '--set', f'run={tmp_path/"run"}',
-        '--no-notebook')
-    assert code == 1 and text.startswith('error: ') and said in text
+    ('data.em.mip=5', 'layer em'),
+    ('data.seg.path="nowhere"', 'layer seg'),
+    ('data.table="nowhere.csv"', 'no such file'),
+    ('data.cleft.path="nothing"', 'layer cleft'),
+    ('phantom.seed=1', 'or a section [phantom]'),
+    ('train', 'section.key=value'),
+    ('train.model=resnet', "'paper' or 'demo'"),
+], ids=str)
+def test_wrong_configuration(override, message, run_stage, tmp_path):
+    code,text = run_stage('fetch', '--set', override, '--no-notebook')
+    assert code == 1
+    assert text.startswith('error: ')
+    assert message in text
     assert not (tmp_path/'run/chunks.zarr').exists()
 
-def test_error_in_a_notebook(tiny, tmp_path, capsys, monkeypatch):
-    "The message of a stage that fails inside papermill is the command's message"
-    code,text = say(capsys, monkeypatch, 'extract', '--config', tiny, '--set', f'run={tmp_path/"run"}')
-    assert code == 1 and 'Traceback' not in text and 'not trained yet' in text
+def test_error_in_a_notebook(run_stage):
+    "If a stage fails inside papermill, its message is the command's message"
+    code,text = run_stage('extract')
+    assert code == 1
+    assert 'Traceback' not in text
+    assert 'not trained yet' in text
 
-def test_unwritable_run_folder(tiny, tmp_path, capsys, monkeypatch):
+def test_unwritable_run_folder(run_command, tiny_config, tmp_path):
     (tmp_path/'file').touch()
-    code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', f'run={tmp_path/"file/run"}')
-    assert code == 1 and text.startswith('error: ') and str(tmp_path/'file') in text
+    code,text = run_command('fetch', '--config', tiny_config, '--set', f'run={tmp_path/"file/run"}')
+    assert code == 1
+    assert text.startswith('error: ')
+    assert str(tmp_path/'file') in text
 
 @pytest.mark.parametrize('stage', ['annotate', 'query'])
-def test_earlier_stage_is_missing(stage, tiny, tmp_path, capsys, monkeypatch):
-    code,text = say(capsys, monkeypatch, stage, '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook')
-    assert code == 1 and 'synapseclr run' in text
+def test_earlier_stage_is_missing(stage, run_stage):
+    code,text = run_stage(stage, '--no-notebook')
+    assert code == 1
+    assert 'synapseclr run' in text
 
-@pytest.mark.parametrize('stage,said', [('phantom', 'its synapses come from [data]'),
-    ('evaluate', 'there is no truth to compare with'), ('impute', 'no table of neurons')])
-def test_no_phantom(stage, said, tiny, tmp_path, capsys, monkeypatch):
-    code,text = say(capsys, monkeypatch, stage, '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook')
-    assert code == 1 and said in text
+@pytest.mark.parametrize('stage,message', [
+    ('phantom', 'its synapses come from [data]'),
+    ('evaluate', 'there is no truth to compare with'),
+    ('impute', 'no table of neurons'),
+])
+def test_stage_does_not_apply(stage, message, run_stage):
+    "Stages that need a phantom or a neuron table refuse a run that has neither"
+    code,text = run_stage(stage, '--no-notebook')
+    assert code == 1
+    assert message in text
 
-def test_only_training_works_in_processes(tiny, tmp_path, capsys, monkeypatch):
+def test_only_training_works_in_processes(run_stage, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', f'run={tmp_path/"run"}')
-    assert code == 1 and 'only `train` works in several processes' in text and not (tmp_path/'run/chunks.zarr').exists()
+    code,text = run_stage('fetch')
+    assert code == 1
+    assert 'only `train` works in several processes' in text
+    assert not (tmp_path/'run/chunks.zarr').exists()
 
-@pytest.mark.parametrize('option,said', [('--precision=fp8', "'auto', 'fp32', 'bf16' or 'fastest'"),
+@pytest.mark.parametrize('option,message', [
+    ('--precision=fp8', "'auto', 'fp32', 'bf16' or 'fastest'"),
     ('--set=train.compile=maybe', 'should be a valid boolean'),
-    ('--set=train.threads=-1', 'greater than or equal to 0')], ids=str)
-def test_wrong_mode(option, said, tiny, tmp_path, capsys, monkeypatch):
-    code,text = say(capsys, monkeypatch, 'train', '--config', tiny, '--set', f'run={tmp_path/"run"}', option)
-    assert code == 1 and said in text
+    ('--set=train.threads=-1', 'greater than or equal to 0'),
+], ids=str)
+def test_wrong_training_option(option, message, run_stage):
+    code,text = run_stage('train', option)
+    assert code == 1
+    assert message in text
 
-def test_another_phantom_is_there(tmp_path, capsys, monkeypatch):
+def test_another_phantom_is_there(tmp_path, run_command):
+    "The command does not overwrite a phantom of another configuration"
     from synapseclr.phantom.build import make_phantom
     from synapseclr.phantom.connectome import PhantomConfig
     make_phantom(tmp_path, PhantomConfig(shape=(64, 256, 256)))
     before = files(tmp_path, '**/*')
-    code,text = say(capsys, monkeypatch, 'phantom', '--out', tmp_path, '--size', 'small')
-    assert code == 1 and 'choose another folder' in text and files(tmp_path, '**/*') == before
+    code,text = run_command('phantom', '--out', tmp_path, '--size', 'small')
+    assert code == 1
+    assert 'choose another folder' in text
+    assert files(tmp_path, '**/*') == before
 
-def test_interrupted(tiny, tmp_path):
-    "Ctrl-C in training says how to go on, without a traceback"
-    run = f'run={tmp_path/"run"}'
-    assert synapseclr('fetch', '--config', tiny, '--set', run, '--no-notebook', cwd=tmp_path).returncode == 0
-    stop = ("import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler); import "
-        "synapseclr.learn.train as t; f = t.nt_xent; t.nt_xent = lambda *a: (os.kill(os.getpid(), signal.SIGINT), "
-        "f(*a))[1]; ")
-    done = python(stop + 'from synapseclr.cli import main; main()', 'train', '--config', tiny, '--set', run,
-        '--no-notebook', cwd=tmp_path)
-    assert done.returncode == 130 and done.stderr.strip().endswith(
-        'give the same command again to resume') and 'Traceback' not in done.stderr
+# Runs the command; the first call of the loss does what Ctrl-C does
+interrupt_in_training = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import synapseclr.learn.train as train
+from synapseclr.cli import main
+loss = train.nt_xent
+def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGINT)
+    return loss(*args)
+train.nt_xent = interrupted
+main()
+"""
+
+def test_interrupted(tiny_config, tmp_path):
+    "After Ctrl-C in training the command says how to resume, without a traceback"
+    options = ['--config', tiny_config, '--set', f'run={tmp_path/"run"}', '--no-notebook']
+    assert synapseclr('fetch', *options, cwd=tmp_path).returncode == 0
+    done = python(interrupt_in_training, 'train', *options, cwd=tmp_path)
+    assert done.returncode == 130
+    assert done.stderr.strip().endswith('give the same command again to resume')
+    assert 'Traceback' not in done.stderr
 
 @pytest.fixture
-def table(tiny): return pd.read_csv(tiny.parent/'synapses.csv')
+def table(tiny_config): return pd.read_csv(tiny_config.parent/'synapses.csv')
 
-spoil = {
-    'missing column': (lambda t: t.drop(columns=['presyn_segid', 'centroid_y_nm']),
-    ['no column for pre_root_id', 'centre of the cleft']),
-    'float ids': (lambda t: t.astype(dict(postsyn_segid=float)), ['postsyn_segid is float64']),
-    'missing id': (lambda t: t.assign(presyn_segid=t.presyn_segid.where(t.index != 3)), ['presyn_segid is float64']),
-    'duplicate ids': (lambda t: t.assign(cleft_segid=7), ['ids that came before in 11 rows']),
-    'not finite': (lambda t: t.assign(centroid_x_nm=t.centroid_x_nm.where(t.index != 2, np.inf)),
-    ['not finite in 1 row (row 2)']),
-    'out of volume': (lambda t: t.assign(centroid_z_nm=t.centroid_z_nm*1000), ['outside the volume']),
-    'pre is post': (lambda t: t.assign(postsyn_segid=t.presyn_segid.where(t.index == 5, t.postsyn_segid)),
-    ['same cell in 1 row (row 5)']),
-    'all at once': (lambda t: t.assign(cleft_segid=7, centroid_x_nm=np.nan, postsyn_segid=t.presyn_segid),
-    ['came before', 'not finite', 'same cell']),
+# Name of a fault: a function that puts it into a table, and the messages it causes
+table_faults = {
+    'missing column': (
+        lambda t: t.drop(columns=['presyn_segid', 'centroid_y_nm']),
+        ['no column for pre_root_id', 'centre of the cleft']),
+    'float ids': (
+        lambda t: t.astype(dict(postsyn_segid=float)),
+        ['postsyn_segid is float64']),
+    'missing id': (
+        lambda t: t.assign(presyn_segid=t.presyn_segid.where(t.index != 3)),
+        ['presyn_segid is float64']),
+    'duplicate ids': (
+        lambda t: t.assign(cleft_segid=7),
+        ['ids that came before in 11 rows']),
+    'not finite': (
+        lambda t: t.assign(centroid_x_nm=t.centroid_x_nm.where(t.index != 2, np.inf)),
+        ['not finite in 1 row (row 2)']),
+    'out of volume': (
+        lambda t: t.assign(centroid_z_nm=t.centroid_z_nm*1000),
+        ['outside the volume']),
+    'pre is post': (
+        lambda t: t.assign(postsyn_segid=t.presyn_segid.where(t.index == 5, t.postsyn_segid)),
+        ['same cell in 1 row (row 5)']),
+    'all at once': (
+        lambda t: t.assign(cleft_segid=7, centroid_x_nm=np.nan, postsyn_segid=t.presyn_segid),
+        ['came before', 'not finite', 'same cell']),
 }
 
 @pytest.mark.parametrize('suffix', ['.csv', '.parquet', '.feather'])
-@pytest.mark.parametrize('change,said', spoil.values(), ids=spoil)
-def test_wrong_table(change, said, suffix, table, tiny, tmp_path, capsys, monkeypatch):
-    bad = change(table)
+@pytest.mark.parametrize('spoil,messages', table_faults.values(), ids=table_faults)
+def test_wrong_table(spoil, messages, suffix, table, run_stage, tmp_path):
+    bad = spoil(table)
     path = tmp_path/f'bad{suffix}'
     if suffix == '.csv': bad.to_csv(path, index=False)
     else: getattr(bad.infer_objects(), f'to_{suffix[1:]}')(path)
-    code,text = say(capsys, monkeypatch, 'fetch', '--config', tiny, '--set', f'data.table="{path}"', '--set',
-        f'run={tmp_path/"run"}', '--no-notebook')
-    assert code == 1 and str(path) in text
-    for o in said: assert o in text
+    code,text = run_stage('fetch', '--set', f'data.table="{path}"', '--no-notebook')
+    assert code == 1
+    assert str(path) in text
+    for message in messages: assert message in text
     assert not (tmp_path/'run/chunks.zarr').exists()
 
-def test_another_table_harms_nothing(table, tiny, tmp_path, capsys, monkeypatch):
-    "A run folder that belongs to one table refuses another, and stays as it is"
-    run = ['fetch', '--config', tiny, '--set', f'run={tmp_path/"run"}', '--no-notebook']
-    monkeypatch.setattr(sys, 'argv', ['synapseclr', *map(str, run)])
-    with pytest.raises(SystemExit) as e: main()
-    assert not e.value.code
+def test_another_table_harms_nothing(table, run_stage, tmp_path):
+    "A run folder belongs to one table. Fetching with another table is refused, and the folder stays as it is"
+    code,_ = run_stage('fetch', '--no-notebook')
+    assert code == 0
     before = files(tmp_path/'run', 'chunks.zarr/**/*', 'synapses.parquet')
     table[:5].to_csv(tmp_path/'less.csv', index=False)
-    code,text = say(capsys, monkeypatch, *run, '--set', f'data.table="{tmp_path/"less.csv"}"')
-    assert code == 1 and 'another table, volume or configuration' in text
+    code,text = run_stage('fetch', '--no-notebook', '--set', f'data.table="{tmp_path/"less.csv"}"')
+    assert code == 1
+    assert 'another table, volume or configuration' in text
     assert files(tmp_path/'run', 'chunks.zarr/**/*', 'synapses.parquet') == before

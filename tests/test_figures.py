@@ -1,52 +1,62 @@
-"The paper's figures, drawn from a small run: every notebook, the command, and what is missing said by name."
+"The paper's figures from a small run: every notebook draws, the command draws all, and missing files are named."
 import shutil
 import numpy as np, pandas as pd, pytest
-from conftest import say
+from conftest import Links
 from PIL import Image
-from test_line import Links
 from synapseclr.pipeline.figures import FigureError, FigureRun, draw_figures, figure_names
 from synapseclr.core import asset
 
 @pytest.fixture(scope='module')
 def run():
-    "A run on a small phantom, with everything but its evaluation"
+    "A run on a small phantom, with all stages but `evaluate`"
     from synapseclr.dev.fixtures import tiny_phantom
-    return FigureRun(tiny_phantom('evaluate')[1][0].partition('=')[2])
+    _,overrides = tiny_phantom('evaluate')
+    return FigureRun(overrides[0].removeprefix('run='))
 
-def drawn(path):
-    "That a picture is there and not empty"
+def is_drawn(path):
+    "Whether a picture is wide enough and not empty"
     pixels = np.asarray(Image.open(path).convert('L'))
-    return pixels.shape[1] > 900 and .01 < (pixels < 250).mean() < .95
+    dark_fraction = (pixels < 250).mean()
+    return pixels.shape[1] > 900 and .01 < dark_fraction < .95
 
 @pytest.mark.parametrize('name', figure_names())
 def test_notebook_draws(name, run):
-    "In this process, which loads libraries once; papermill has its own test"
+    "In this process, which loads libraries once; `test_command` runs notebooks with papermill"
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
-    (run.folder/'figures').mkdir(exist_ok=True)
-    nb = read_nb(asset(f'figures/{name}.ipynb'))
-    parameters = next(c for c in nb.cells if 'parameters' in c.metadata.get('tags', []))
+    figures = run.folder/'figures'
+    figures.mkdir(exist_ok=True)
+    notebook = asset(f'figures/{name}.ipynb')
+    nb = read_nb(notebook)
+    parameters = next(cell for cell in nb.cells if 'parameters' in cell.metadata.get('tags', []))
     parameters.source += f'\nrun = {str(run.folder)!r}'
-    shell = CaptureShell(asset(f'figures/{name}.ipynb'), mpl_format='png')
-    shell.run_all(nb, exc_stop=True)
+    CaptureShell(notebook, mpl_format='png').run_all(nb, exc_stop=True)
     if name == 'ledger':
-        ledger = pd.read_csv(run.folder/'figures/ledger.csv').set_index('number')
-        assert len(ledger) > 15 and abs(ledger.difference['parameters of the projector, thousands']) < .5
+        ledger = pd.read_csv(figures/'ledger.csv').set_index('number')
+        assert len(ledger) > 15
+        assert abs(ledger.difference['parameters of the projector, thousands']) < .5
     else:
-        assert drawn(run.folder/f'figures/{name}.png') and (run.folder/f'figures/{name}.pdf').read_bytes()[
-            :5] == b'%PDF-'
+        assert is_drawn(figures/f'{name}.png')
+        assert (figures/f'{name}.pdf').read_bytes()[:5] == b'%PDF-'
 
-def test_command(run, tmp_path, capsys, monkeypatch):
-    "A run that was moved and has come as far as its features: what can be drawn is, and the rest is named"
+def test_command(run, tmp_path, run_command, monkeypatch):
+    """A run that was moved and has no files of later stages: the command draws the figures it can, and names what is
+    missing for the others"""
     moved = tmp_path/'moved'
     shutil.copytree(run.folder, moved, ignore=shutil.ignore_patterns('figures', 'axes.parquet', 'report'))
+    figures = moved/'figures'
     monkeypatch.setattr('synapseclr.pipeline.figures.figure_names', lambda: ['fig1', 'fig5', 'figS1'])
     done = draw_figures(moved)
-    assert done['fig1'] == done['figS1'] == '' and 'run `synapseclr manifold` first' in done['fig5']
-    page = Links((moved/'figures/index.html').read_text())
-    assert {'fig1.png', 'figS1.png'} == set(page.loads) and all((moved/'figures'/o).exists()
-        for o in page.leads) and 'synapseclr manifold' in (moved/'figures/index.html').read_text()
-    assert (moved/'figures/fig1.ipynb').exists() and drawn(moved/'figures/fig1.png')
+    assert done['fig1'] == done['figS1'] == ''
+    assert 'run `synapseclr manifold` first' in done['fig5']
+    index = (figures/'index.html').read_text()
+    links = Links(index)
+    assert {'fig1.png', 'figS1.png'} == set(links.loads)
+    assert all((figures/path).exists() for path in links.leads)
+    assert 'synapseclr manifold' in index
+    assert (figures/'fig1.ipynb').exists()
+    assert is_drawn(figures/'fig1.png')
     with pytest.raises(FigureError, match='synapseclr manifold'): draw_figures(moved, ['fig5'])
-    code,said = say(capsys, monkeypatch, 'figures', moved, '--only', 'figS1')
-    assert code == 0 and said.strip().endswith('index.html')
+    code,text = run_command('figures', moved, '--only', 'figS1')
+    assert code == 0
+    assert text.strip().endswith('index.html')

@@ -1,110 +1,117 @@
-"""The files of a run are the same bytes on one core and on two, on a busy machine, shared out among workers, and killed
-and resumed."""
+"""The files of a run are the same bytes on one core and on two, on a busy machine, shared among workers, and killed and
+resumed."""
 import os, re, shutil, signal, subprocess, sys
 from contextlib import contextmanager
 import pytest
-from conftest import command, files, kill_at, python
+from conftest import command_code, files, kill_at, python
 from synapseclr.dev.fixtures import tiny_phantom
 from synapseclr.data.tables import read_metadata
 
-everything = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.safetensors', 'train/log.jsonl',
+outputs = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.safetensors', 'train/log.jsonl',
     'features*/*.parquet', '*.parquet', 'synapses.h5ad', 'annotations/**/*']
-# In front of some code: it gets a single core; where the system cannot bind a process, it is told of one
-one_core = """
+
+# In front of other code: binds the process to a single core. Where the system cannot do that, it sets one thread
+bind_to_one_core = """
 import os
 if hasattr(os, 'sched_setaffinity'): os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 else: os.environ['OMP_NUM_THREADS'] = '1'
 """
+command_on_one_core = bind_to_one_core+command_code
 
 @contextmanager
-def load():
+def busy_cores():
     "Keep the cores busy with other work"
-    others = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(os.cpu_count())]
+    processes = [subprocess.Popen([sys.executable, '-c', 'while True: pass']) for _ in range(os.cpu_count())]
     try: yield
     finally:
-        for o in others: o.kill()
+        for process in processes: process.kill()
 
 class Run:
-    """A run on a small phantom, always at the same place: some files name it. Precision is left open, and the number of
-    threads of training is stated"""
+    """A run on a small phantom, always in the same folder, because some files contain its path. The package chooses the
+    precision; the number of training threads is set"""
     def __init__(self, cwd):
         self.cwd = cwd
         self.folder = cwd/'run'
         config,_ = tiny_phantom('phantom')
-        self.options = ['--config', config]
-        for option in ('run=run', 'cube.size=20', 'train.threads=2', 'train.precision="auto"',
-            'extract.precision="auto"'):
-            self.options += ['--set', option]
+        self.options = ['--config', config, '--set', 'run=run', '--set', 'cube.size=20', '--set', 'train.threads=2',
+            '--set', 'train.precision="auto"', '--set', 'extract.precision="auto"']
 
-    def do(self, stage, *args, code=command, **how):
-        "A command on this run, with as many threads as there are cores unless `how` says otherwise"
-        args = args or ['--no-notebook'] # a stage without its report
-        return python(code, stage, *self.options, *args, cwd=self.cwd, **dict(OMP_NUM_THREADS=None) | how)
+    def do(self, stage, *args, code=command_code, **env):
+        """Run a stage with `args`, or without notebooks if there are none. It uses as many threads as there are cores,
+        unless `env` says otherwise"""
+        env = dict(OMP_NUM_THREADS=None) | env
+        return python(code, stage, *self.options, *(args or ['--no-notebook']), cwd=self.cwd, **env)
 
-    def succeed(self, stage, *args, **how):
-        done = self.do(stage, *args, **how)
+    def succeed(self, stage, *args, **options):
+        "`do`, and check the exit code"
+        done = self.do(stage, *args, **options)
         assert done.returncode == 0, done.stderr
 
-    def made(self): return files(self.folder, *everything)
+    def start_worker(self, queue, code, n_threads):
+        return subprocess.Popen([sys.executable, '-c', code, 'worker', queue], cwd=self.cwd,
+            env=os.environ | dict(OMP_NUM_THREADS=str(n_threads)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True)
+
+    def outputs(self): return files(self.folder, *outputs)
+
+    def phantom(self):
+        phantom = files(self.folder/'phantom', '**/*')
+        return {f'phantom/{name}': content for name,content in phantom.items()}
+
+    def remove_all_but_phantom(self):
+        for path in self.folder.iterdir():
+            if path.name == 'phantom': continue
+            if path.is_dir(): shutil.rmtree(path)
+            else: path.unlink()
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory): return Run(tmp_path_factory.mktemp('same'))
 
 @pytest.fixture(scope='module')
-def quiet(run):
-    "What a run makes that nothing disturbs; afterwards only its phantom is there"
+def undisturbed(run):
+    "Files of an undisturbed run; afterwards only its phantom is left"
     run.succeed('run')
-    made = run.made()
-    phantom = files(run.folder/'phantom', '**/*')
-    said = [read_metadata(p)['provenance'] for p in run.folder.glob('features*/*.parquet')]
-    said += [read_metadata(run.folder/f'{name}.parquet')['provenance']['source']
-        for name in ('map', 'probe_scores', 'defects', 'retrieval', 'imputed', 'neurites', 'axes')]
-    # one for the whole run, and all that is made from features says which
-    assert len({o['precision'] for o in said}) == 1 and said[0]['precision'] in ('fp32', 'bf16')
-    begin_anew(run)
-    return made | {f'phantom/{name}': content for name,content in phantom.items()}
+    contents = run.outputs() | run.phantom()
+    provenance = [read_metadata(path)['provenance'] for path in run.folder.glob('features*/*.parquet')]
+    for name in ('map', 'probe_scores', 'defects', 'retrieval', 'imputed', 'neurites', 'axes'):
+        provenance.append(read_metadata(run.folder/f'{name}.parquet')['provenance']['source'])
+    # the whole run has one precision, and every table made from features states it
+    assert len({source['precision'] for source in provenance}) == 1
+    assert provenance[0]['precision'] in ('fp32', 'bf16')
+    run.remove_all_but_phantom()
+    return contents
 
-def begin_anew(run):
-    "Take away everything but the phantom"
-    for o in run.folder.iterdir():
-        if o.name == 'phantom': continue
-        shutil.rmtree(o) if o.is_dir() else o.unlink()
+def assert_same(run, undisturbed):
+    contents = run.outputs() | run.phantom()
+    assert sorted(contents) == sorted(undisturbed)
+    assert [name for name in undisturbed if contents[name] != undisturbed[name]] == []
 
-def assert_same(run, quiet):
-    made = run.made() | {f'phantom/{name}': content for name,content in files(run.folder/'phantom', '**/*').items()}
-    assert sorted(made) == sorted(quiet)
-    assert [name for name in quiet if made[name] != quiet[name]] == []
-
-def test_there_is_something_to_compare(quiet):
-    "Of every stage"
+def test_every_stage_is_compared(undisturbed):
     assert {'synapses.parquet', 'map.parquet', 'defects.parquet', 'retrieval.parquet', 'imputed.parquet',
         'neurites.parquet', 'axes.parquet', 'results.parquet', 'evaluation_targets.parquet',
-        'train/weights.safetensors', 'phantom/truth.parquet'} <= set(quiet)
-    assert len([name for name in quiet if name.startswith('features/')]) > 2
+        'train/weights.safetensors', 'phantom/truth.parquet'} <= set(undisturbed)
+    assert len([name for name in undisturbed if name.startswith('features/')]) > 2
 
-def test_one_core(run, quiet):
-    "All stages on a single core, the phantom too, and with another order of sets"
+def test_one_core(run, undisturbed):
+    "All stages on a single core, with the phantom, and with sets in another order"
     shutil.rmtree(run.folder)
-    run.succeed('run', code=one_core+command, PYTHONHASHSEED='1')
-    assert_same(run, quiet)
+    run.succeed('run', code=command_on_one_core, PYTHONHASHSEED='1')
+    assert_same(run, undisturbed)
 
-def test_busy_killed_and_shared_out(run, quiet):
-    """On a busy machine: training killed on two cores and resumed on one, features from two workers, and the stages
-    that follow side by side in notebooks"""
-    begin_anew(run)
+def test_busy_killed_and_shared(run, undisturbed):
+    """On a busy machine: training is killed on two cores and resumed on one, two workers compute the features, and the
+    stages that follow run side by side in notebooks"""
+    run.remove_all_but_phantom()
     queue = f'fq://{run.cwd}/queue'
-    with load():
-        killed = run.do('run', code=kill_at.format(module='synapseclr.learn.train', owner='module', name='nt_xent',
-            deadly=5))
+    with busy_cores():
+        killed = run.do('run', code=kill_at('synapseclr.learn.train', 'nt_xent', 5))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
-        run.succeed('train', code=one_core+command)
+        run.succeed('train', code=command_on_one_core)
         run.succeed('extract', '--queue', queue)
-        workers = [subprocess.Popen([sys.executable, '-c', code, 'worker', queue], cwd=run.cwd,
-            env=os.environ | dict(OMP_NUM_THREADS=n), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for code,n in ((one_core+command, '3'), (command, '1'))]
-        counts = [re.search(r'(\d+) tasks done, 0 tasks failed, 0 tasks dead', worker.communicate()[0])
-            for worker in workers]
-    shards = len(list((run.folder/'features').glob('*.parquet')))
-    assert sum(int(o[1]) for o in counts) == shards > 2
+        workers = [run.start_worker(queue, command_on_one_core, 3), run.start_worker(queue, command_code, 1)]
+        printed = [worker.communicate()[0] for worker in workers]
+    counts = [re.search(r'(\d+) tasks done, 0 tasks failed, 0 tasks dead', text) for text in printed]
+    n_shards = len(list((run.folder/'features').glob('*.parquet')))
+    assert sum(int(count[1]) for count in counts) == n_shards > 2
     run.succeed('run', '--notebook', OMP_NUM_THREADS='3') # stages side by side
-    assert_same(run, quiet)
+    assert_same(run, undisturbed)

@@ -10,7 +10,7 @@ from scipy.special import expit, logit
 from scipy.stats import betabinom, binom
 from ..core import Strict, SynapseCLRError, provenance, threads
 from .gp_estimators import GPClassifier
-from ..data.tables import read_table, read_metadata, write_table
+from ..data.tables import read_metadata, read_table, write_table
 
 # %% auto #0
 __all__ = ['ConsensusError', 'neurite_consensus', 'fit_intraclass_correlation', 'simulate_neurites', 'confident_errors',

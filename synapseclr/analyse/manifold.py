@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from ..core import Strict, SynapseCLRError, provenance, threads
 from .embed import coordinates
 from ..data.tables import read_metadata, write_table
-from ..metrics import percentile_interval, cluster_bootstrap
+from ..metrics import cluster_bootstrap, percentile_interval
 
 # %% auto #0
 __all__ = ['measured', 'imputed', 'nuisance', 'ManifoldError', 'umap_pca', 'axis_correlations', 'grid_of_examples',

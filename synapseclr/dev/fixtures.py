@@ -8,7 +8,7 @@ import json, os, socket, subprocess, sys, tempfile
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['tiny_volume', 'tiny_fetched', 'tiny_run', 'tiny_phantom', 'in_processes', 'toy_numbers', 'toy_types']
+__all__ = ['tiny_volume', 'tiny_fetched', 'tiny_run', 'tiny_phantom', 'in_processes', 'toy_numbers', 'toy_types', 'two_cells']
 
 # %% ../../nbs/dev/02_fixtures.ipynb #2db95031
 def tiny_volume(
@@ -180,3 +180,22 @@ def toy_types(
     x = .5*rng.normal(size=(len(neuron), d)) + .9*rng.normal(size=(n_neurons, d))[neuron]
     x[:, 0] += 2*inhibitory[neuron]
     return x, inhibitory[neuron], neuron
+
+# %% ../../nbs/dev/02_fixtures.ipynb #aa8f9ef6
+def two_cells(
+    angle:float, # Between the plane and the z axis, radians
+) -> tuple: # Painted tissue, and the signed distance of each voxel to the plane in nm
+    "Tissue of two cells on both sides of a plane"
+    import numpy as np
+    from synapseclr.phantom.neuropil import empty_tissue, paint_cells
+    tissue = empty_tissue((9, 80, 80), (40, 14.3, 14.3), np.random.default_rng(1))
+    tissue.warp[:] = 0
+    tissue.texture[:] = 0
+    z,y,x = np.meshgrid(*[(np.arange(n)-n//2)*v for n,v in zip(tissue.shape, tissue.voxel_nm)], indexing='ij')
+    distance = x*np.cos(angle) + z*np.sin(angle)
+    tissue.owner[:] = np.where(distance < 0, 1, 2)
+    tissue.rival[:] = np.where(distance < 0, 2, 1)
+    tissue.cost[:] = -np.abs(distance)
+    tissue.rival_cost[:] = np.abs(distance)
+    paint_cells(tissue, np.full(3, .66), np.zeros(3))
+    return tissue,distance

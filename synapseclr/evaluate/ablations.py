@@ -13,7 +13,7 @@ from .truth import load_with_truth, score_nuisances, score_targets
 from ..learn.extract import extract
 from ..learn.model import SynapseNet, load_weights
 from ..data.store import ChunkStore
-from ..learn.train import TrainConfig, with_dataset_statistics, train
+from ..learn.train import TrainConfig, train, with_dataset_statistics
 
 # %% auto #0
 __all__ = ['AblationConfig', 'run_ablation', 'score_ablations']

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 from ..learn.augment import Augmenter
-from ..learn.views import AugmentConfig, ViewParameters, sample_view, random_rotation
+from ..learn.views import AugmentConfig, ViewParameters, random_rotation, sample_view
 from ..core import key
 from ..data.store import CLEFT, POST, PRE
 

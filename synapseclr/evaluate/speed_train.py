@@ -14,9 +14,9 @@ from ..learn.views import AugmentConfig
 from .speed_augment import example_batch, reference_views
 from ..learn.loss import nt_xent
 from ..learn.model import SynapseNet
-from ..learn.precision import autocast, choose_mode, BASELINE_MODE
+from ..learn.precision import BASELINE_MODE, autocast, choose_mode
 from ..data.store import ChunkStore
-from ..learn.train import cached_gradient_backward, batches
+from ..learn.batches import batches, cached_gradient_backward
 
 # %% auto #0
 __all__ = ['shapes', 'in_turn', 'time_step', 'step_tflop', 'matmul_tflops', 'bench_steps', 'time_loss', 'bench_loss',

@@ -11,7 +11,7 @@ from ..core import progress
 from ..data.results import MORPHOMETRIC_COLUMNS
 from .skeleton import path_lengths_to_soma
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE
-from ..data.tables import read_table, read_metadata, write_table
+from ..data.tables import read_metadata, read_table, write_table
 
 # %% auto #0
 __all__ = ['contact_um2', 'cleft_plane', 'morphometrics', 'annotate']

@@ -11,12 +11,11 @@ import numpy as np, pandas as pd, pyarrow.parquet as pq
 from taskqueue import queueable
 from ..core import atomic, content_hash, provenance
 from ..data.store import ChunkStore, StoreError
-from ..data.tables import read_synapses, read_table, read_metadata, write_table
+from ..data.tables import read_metadata, read_synapses, read_table, write_table
 from ..data.volume import Layer, VolumeError, check_layers
-from .cutout import (DataConfig, FetchConfig, centres_to_voxels, fetch_rows, layer_windows,
-    open_layers, LAYER_ORDER)
+from .cutout import DataConfig, FetchConfig, LAYER_ORDER, centres_to_voxels, fetch_rows, layer_windows, open_layers
 from .plan import plan_blocks, plan_costs
-from .queue import QueueError, attempt, dead_letters, run_local, clear_failures
+from .queue import QueueError, attempt, clear_failures, dead_letters, run_local
 
 # %% auto #0
 __all__ = ['read_rows', 'assign_blocks', 'plan_fetch', 'n_blocks', 'describe_plan', 'fetch_block', 'fetch_tasks',

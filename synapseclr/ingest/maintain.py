@@ -11,7 +11,7 @@ from ..core import progress
 from .cutout import DataConfig, FetchConfig, fetch_rows, open_layers
 from .fetch import assign_blocks, n_blocks, read_rows
 from ..data.store import ChunkStore, EMPTY, StoreError
-from ..data.tables import TableError, read_table, read_metadata, write_table
+from ..data.tables import TableError, read_metadata, read_table, write_table
 
 # %% auto #0
 __all__ = ['verify', 'refetch', 'drop', 'missing', 'append']

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from .distributed import all_gather, get_world_size, get_rank
+from .distributed import all_gather, get_rank, get_world_size
 
 # %% auto #0
 __all__ = ['nt_xent', 'nt_xent_start', 'nt_xent_floor', 'vicreg']

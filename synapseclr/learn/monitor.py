@@ -17,7 +17,7 @@ from .distributed import single_process
 from .model import SynapseNet
 from .precision import autocast
 from ..data.store import ConcatStore
-from ..metrics import roc_auc, explained_variance, cross_val_predict_by_neuron
+from ..metrics import cross_val_predict_by_neuron, explained_variance, roc_auc
 
 # %% auto #0
 __all__ = ['rank_me', 'alignment', 'uniformity', 'knn_predict', 'online_probe', 'TrainingMonitor', 'TrainingLog']

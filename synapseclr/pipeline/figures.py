@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from ..core import SynapseCLRError, asset, atomic
-from ..analyse.embed import umap_layout, connectivities, nearest_neighbours
+from ..analyse.embed import connectivities, nearest_neighbours, umap_layout
 from ..data.results import read_results
 from ..show.plot import draw_chunk
 from .report import execute_notebook, html_page, run_parallel

@@ -50,7 +50,7 @@ narrowed: install
 	ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 $(MAKE) same_bytes
 
 same_bytes:
-	for nb in learn/06_precision learn/09_train learn/10_extract 90_cli; do OMP_NUM_THREADS=1 nbdev_test --path nbs/$$nb.ipynb || exit 1; done
+	for nb in learn/06_precision learn/10_train learn/11_extract 90_cli; do OMP_NUM_THREADS=1 nbdev_test --path nbs/$$nb.ipynb || exit 1; done
 	OMP_NUM_THREADS=1 python -m pytest -q -rs -n 2 --dist loadfile tests/test_same_numbers.py tests/test_processes.py tests/test_line.py
 
 clean:

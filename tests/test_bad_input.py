@@ -108,7 +108,7 @@ def test_earlier_stage_is_missing(stage, run_stage):
 
 @pytest.mark.parametrize('stage,message', [
     ('phantom', 'its synapses come from [data]'),
-    ('evaluate', 'there is no truth to compare with'),
+    ('evaluate', 'there is no ground truth to compare with'),
     ('impute', 'no table of neurons'),
 ])
 def test_stage_does_not_apply(stage, message, run_stage):

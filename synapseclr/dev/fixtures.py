@@ -24,7 +24,8 @@ def tiny_volume(
     folder = Path(folder)
     pitch = 900
     grid = [(z, y, x) for z in range(2) for y in range(2) for x in range(-(-n//4))][:n]
-    shape = [int(np.ceil((max(g[i] for g in grid)+1)*pitch/v)) for i,v in enumerate(voxel_nm)]
+    extent_nm = (np.max(grid, axis=0)+1)*pitch
+    shape = np.ceil(extent_nm/voxel_nm).astype(int).tolist()
     where = np.stack(np.meshgrid(*(np.arange(s)*v for s,v in zip(shape, voxel_nm)), indexing='ij'), -1)
     em = rng.normal(150, 12, shape)
     seg,cleft,mito = (np.zeros(shape, t) for t in (np.uint64, np.uint32, np.uint32))

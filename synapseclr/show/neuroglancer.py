@@ -103,7 +103,8 @@ def links(
     columns += [table[column].astype(str) for column in ('pre_root_id', 'post_root_id', 'cleft_id')]
     start = f'{viewer}/#!{pieces[0]}'
     def link(values): return start + ''.join(value+piece for value,piece in zip(values, pieces[1:]))
-    return [link(values) for values in zip(*(columns[i] for i in order))]
+    ordered = [columns[i] for i in order]
+    return [link(values) for values in zip(*ordered)]
 
 # %% ../../nbs/show/03_neuroglancer.ipynb #3d388f4a
 def record_type(

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from scipy import ndimage
 from ..core import n_cores, provenance, threads, worker_pool
-from ..metrics import cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval, roc_auc
+from synapseclr.metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval,
+    roc_auc)
 from ..data.features import FeatureError, parse_feature_name, read_features, regress_out
 from ..data.results import MORPHOMETRIC_COLUMNS
 from ..data.store import CLEFT, ChunkStore, POST, PRE

@@ -4,6 +4,8 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
+# Notebooks and tests that need the same small run share what one of them has done of it
+export SYNAPSECLR_SHARED_FIXTURES := $(CURDIR)/build/fixtures
 
 .PHONY: install demo test check notebooks site results narrowed same_bytes clean
 
@@ -30,6 +32,7 @@ check: install
 	ruff check nbs tests
 
 notebooks: install
+	rm -rf build/fixtures
 	OMP_NUM_THREADS=1 timeout 1500 nbdev_test --n_workers 2
 
 site: install

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/dev/02_fixtures.ipynb #4dc75efe
 from __future__ import annotations
-import json, os, socket, subprocess, sys, tempfile
+import fcntl, json, os, shutil, socket, subprocess, sys, tempfile
 from pathlib import Path
 
 # %% auto #0
@@ -116,18 +116,38 @@ def tiny_phantom(
 ) -> tuple: # Configuration and overrides, with all stages before `stage` done
     "The same on a small phantom, for the stages that need one"
     folder = Path(tempfile.mkdtemp())
-    (folder/'tiny.toml').write_text(_tiny_config[_tiny_config.index('[fetch]'):].replace('batch_size = 5',
-        'batch_size = 24').replace('epochs = 4', 'epochs = 1') +
-        '[phantom]\nseed = 2\nshape = [96, 384, 384]\ndefects = 0.3\n[qc]\nsimulate_prompts = 3\n')
-    return _run_until(stage, str(folder/'tiny.toml'), folder)
+    options = _tiny_config[_tiny_config.index('[fetch]'):]
+    options = options.replace('batch_size = 5', 'batch_size = 24').replace('epochs = 4', 'epochs = 1')
+    phantom = '[phantom]\nseed = 2\nshape = [96, 384, 384]\ndefects = 0.3\n[qc]\nsimulate_prompts = 3\n'
+    (folder/'tiny.toml').write_text(options + phantom)
+    return _run_until(stage, str(folder/'tiny.toml'), folder, shared='phantom')
 
-def _run_until(stage, config, folder):
-    "Do the stages before `stage`"
+def _run_until(stage, config, folder, shared=''):
+    """Do the stages before `stage`. With `SYNAPSECLR_SHARED_FIXTURES`, a folder that `make test` gives, runs of the
+    name
+    `shared` are begun from what another process has done of them"""
     from synapseclr.pipeline.stages import open_run, stages, stages_of
     overrides = [f'run={folder/"run"}']
     c = open_run(config, overrides)
     names = stages_of(c)
-    for name in names[:names.index(stage)]: stages[name](c)
+    names = names[:names.index(stage)]
+    cache = os.environ.get('SYNAPSECLR_SHARED_FIXTURES') if shared else None
+    if not cache:
+        for name in names: stages[name](c)
+        return config,overrides
+    cache = Path(cache)/shared
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache/'lock', 'w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX) # others wait, and then copy
+        done = 0
+        for i,name in enumerate(names):
+            if (cache/name).exists(): done = i+1
+        if done: shutil.copytree(cache/names[done-1], folder/'run', dirs_exist_ok=True)
+        c = open_run(config, overrides) # states its own folder
+        for name in names[done:]:
+            stages[name](c)
+            shutil.copytree(folder/'run', cache/f'{name}.part')
+            (cache/f'{name}.part').rename(cache/name)
     return config,overrides
 
 # %% ../../nbs/dev/02_fixtures.ipynb #c690a9a9

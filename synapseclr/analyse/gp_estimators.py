@@ -11,7 +11,8 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
-from .gp import Exact, GPError, Sparse, Variational, closeness, inducing_points, left_out, platt, tune_on_left_out
+from synapseclr.analyse.gp import (Exact, GPError, Sparse, Variational, closeness, inducing_points, left_out, platt,
+    tune_on_left_out)
 
 # %% auto #0
 __all__ = ['GPRegressor', 'GPClassifier']

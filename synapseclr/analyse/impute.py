@@ -14,7 +14,8 @@ from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
 from ..core import SynapseCLRError, n_cores, progress, provenance, threads, worker_pool
-from ..metrics import classification_scores, cluster_bootstrap, neuron_disjoint_folds, percentile_interval, regression_scores, roc_auc, uncentred_explained_variance
+from ..metrics import (classification_scores, cluster_bootstrap, neuron_disjoint_folds, percentile_interval,
+    regression_scores, roc_auc, uncentred_explained_variance)
 from ..data.features import FeatureChoice, feature_provenance, read_feature_sets, zscore
 from ..data.results import MORPHOMETRIC_COLUMNS
 from ..data.tables import write_table

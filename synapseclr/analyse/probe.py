@@ -10,7 +10,8 @@ from ..core import threads
 from .query import average_precision_per_query, mean_average_precision
 from ..data.features import read_feature_sets, zscore
 from ..data.store import ChunkStore
-from ..metrics import cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval, roc_auc
+from synapseclr.metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval,
+    roc_auc)
 
 # %% auto #0
 __all__ = ['probe_targets', 'mean_intensity', 'probe_feature_sets', 'probe_run']

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastcore.script import call_parse
 
 # %% auto #0
-__all__ = ['nb2md', 'stage_docs', 'mend_anchors', 'own_katex', 'docs_cli']
+__all__ = ['nb2md', 'stage_docs', 'mend_anchors', 'own_katex', 'add_explorer', 'docs_cli']
 
 # %% ../../nbs/dev/03_site.ipynb #be7b4d90
 def _fence(s, lang=''): return f'```{lang}\n{s.rstrip()}\n```'
@@ -25,12 +25,14 @@ def nb2md(
             import yaml
             fm = yaml.safe_load(src.strip('-\n '))
             res += [f"# {fm['title']}", f"> {fm['description']}"]
-        elif c['cell_type']=='markdown': res.append(src.replace('](images/', '](nbs/images/'))
+        elif c['cell_type']=='markdown': res.append(re.sub(r'\]\((images/|[\w/]+\.ipynb)', r'](nbs/\1', src))
         elif src:
-            res.append(_fence('\n'.join(l for l in src.splitlines() if not l.startswith('#|')), 'python'))
-            for o in c.get('outputs', []):
-                t = o.get('data', {}).get('text/plain') or o.get('text')
-                if t: res.append(_fence(''.join(t)))
+            if '#| echo: false' not in src:
+                res.append(_fence('\n'.join(line for line in src.splitlines() if not line.startswith('#|')), 'python'))
+            for output in c.get('outputs', []):
+                data = output.get('data', {})
+                if 'text/markdown' in data: res.append(''.join(data['text/markdown']))
+                elif text := data.get('text/plain') or output.get('text'): res.append(_fence(''.join(text)))
     return '\n\n'.join(o for o in res if o) + '\n'
 
 # %% ../../nbs/dev/03_site.ipynb #081ffcc4
@@ -113,8 +115,25 @@ def _katex(d, version='0.16.11'):
     return Path(d)/'package'/'dist'
 
 # %% ../../nbs/dev/03_site.ipynb #3a314fdf
+def add_explorer(
+    site, # Rendered site
+    run, # Run folder with a map, such as the demo's
+    slices:int=60, # Synapses with images, about 50 KB each
+):
+    """Write a static copy of the explorer into the site, and link to it from the gallery; without the run, leave out
+    the link"""
+    from synapseclr.show.explore import write_static
+    page = Path(site)/'guide/gallery.html'
+    link = ''
+    if (Path(run)/'map.parquet').exists():
+        write_static(run, Path(site)/'explorer', slices)
+        link = '<p><a href="../explorer/index.html">The map of the demo run</a>: click a synapse to see it.</p>'
+    page.write_text(page.read_text().replace('<p class="live-explorer"></p>', link))
+
 @call_parse
-def docs_cli():
+def docs_cli(
+    run:str='_runs/demo', # Run folder whose map the gallery shows, if it is there
+):
     "Write README.md and the website, from the notebooks"
     from nbdev.config import get_config
     import smalldocs.cli
@@ -129,6 +148,7 @@ def docs_cli():
         k = _katex(d)
         if k: own_katex(d/'src'/'_docs', k)
         mend_anchors(d/'src'/'_docs')
+        add_explorer(d/'src'/'_docs', run)
         shutil.rmtree(cfg.doc_path, ignore_errors=True)
         shutil.move(d/'src'/'_docs', cfg.doc_path)
     print(f'{cfg.doc_path}')

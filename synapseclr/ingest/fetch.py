@@ -13,7 +13,8 @@ from ..core import atomic, content_hash, provenance
 from ..data.store import ChunkStore, StoreError
 from ..data.tables import read_metadata, read_synapses, read_table, write_table
 from ..data.volume import Layer, VolumeError, check_layers
-from .cutout import DataConfig, FetchConfig, LAYER_ORDER, centres_to_voxels, fetch_rows, layer_windows, open_layers
+from .cutout import (DataConfig, FetchConfig, LAYER_ORDER, centres_to_voxels, fetch_rows,
+    layer_windows, open_layers)
 from .plan import plan_blocks, plan_costs
 from .queue import QueueError, attempt, clear_failures, dead_letters, run_local
 

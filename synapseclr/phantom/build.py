@@ -10,9 +10,11 @@ import numpy as np, pandas as pd
 from scipy import ndimage
 from ..core import atomic, progress, provenance
 from ..data.volume import write_layer
-from .connectome import Blueprint, Cell, PhantomConfig, PhantomError, plan_axons, plan_dendrites, plan_filler
+from synapseclr.phantom.connectome import (Blueprint, Cell, PhantomConfig, PhantomError, plan_axons, plan_dendrites,
+    plan_filler)
 from .neuropil import Tissue, empty_tissue, evenly, grow, paint_cells, unit
-from .organelles import paint_mitochondrion, paint_nucleus, paint_synapse, paint_tube, paint_vesicles, take_images
+from synapseclr.phantom.organelles import (paint_mitochondrion, paint_nucleus, paint_synapse, paint_tube,
+    paint_vesicles, take_images)
 
 # %% auto #0
 __all__ = ['LATENTS', 'paint', 'add_defects', 'write_tables', 'make_phantom']

@@ -44,7 +44,8 @@ def draw_slices(
     gap = 4
     upper_scale = width/extent_nm[2] # pixels per nm
     lower_scale = (width-gap)/(extent_nm[2]+extent_nm[0]) # the two lower slices share the width, and a scale
-    lower_height,lower_width = round(extent_nm[0]*lower_scale),round(extent_nm[2]*lower_scale)
+    lower_height = round(extent_nm[0]*lower_scale)
+    lower_width = round(extent_nm[2]*lower_scale)
     top = _slice(chunk.em[z], chunk.mask[z], round(extent_nm[1]*upper_scale), width)
     left = _slice(chunk.em[:, y], chunk.mask[:, y], lower_height, lower_width)
     right = _slice(chunk.em[:, :, x].T, chunk.mask[:, :, x].T, round(extent_nm[1]*lower_scale), width-gap-lower_width)

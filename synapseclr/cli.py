@@ -398,8 +398,8 @@ def bench_maps_command(sizes: Annotated[str, typer.Option(help='N,N,...; a milli
 
 # %% ../nbs/90_cli.ipynb #6a150bb0
 def main():
-    """The `synapseclr` command: exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130
-    if it was interrupted"""
+    """The `synapseclr` command.
+    Exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"""
     try: app(prog_name='synapseclr')
     except SynapseCLRError as e: sys.exit(f'error: {e}')
     except OSError as e: sys.exit(f"error: {e.filename or ''}: {e.strerror or e}")

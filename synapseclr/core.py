@@ -74,8 +74,8 @@ class Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra='forbid')
 
     def model_copy(self, *, update: dict|None = None, deep: bool = False):
-        """A copy with some options changed, as in pydantic. Raises `ConfigError` for an unknown option; the values are
-        not checked"""
+        """A copy with some options changed, as in pydantic.
+        Raises `ConfigError` for an unknown option; the values are not checked"""
         unknown = set(update or ()) - set(type(self).model_fields)
         if unknown: raise ConfigError(f"{type(self).__name__}: no such option: {', '.join(sorted(unknown))}")
         return super().model_copy(update=update, deep=deep)
@@ -145,8 +145,8 @@ os.umask(_umask)
 
 @contextmanager
 def atomic(path: str|Path):
-    """Yield the path of a temporary file to write to. At the end of the block the file is renamed to `path`, or deleted
-    if the block failed"""
+    """Yield the path of a temporary file to write to.
+    At the end of the block the file is renamed to `path`, or deleted if the block failed"""
     path = Path(path)
     # unique, because another process may be writing the same file, on this machine or elsewhere
     temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
@@ -224,8 +224,8 @@ def write_toml(
 
 # %% ../nbs/00_core.ipynb #1e6de048
 def n_cores() -> int:
-    """Number of processor cores that this process may use: `OMP_NUM_THREADS` if it is set, else the physical cores that
-    the system grants"""
+    """Number of processor cores that this process may use.
+    It is `OMP_NUM_THREADS` if that is set, else the physical cores that the system grants"""
     if limit := os.environ.get('OMP_NUM_THREADS'): return max(1, int(limit.split(',')[0]))
     from joblib import cpu_count # respects CPU affinity and the limits of containers
     return cpu_count(only_physical_cores=True)

@@ -73,8 +73,8 @@ def cross_val_predict_by_neuron(
 
 # %% ../nbs/01_metrics.ipynb #65dbbbef
 def roc_auc(y: np.ndarray, score: np.ndarray, weight: np.ndarray|None = None) -> float:
-    """Area under the ROC curve; nan if there is only one class. The result equals that of scikit-learn, but takes a
-    tenth of the time, for the bootstrap"""
+    """Area under the ROC curve; nan if there is only one class.
+    The result equals that of scikit-learn, but takes a tenth of the time, for the bootstrap"""
     weight = np.ones(len(y)) if weight is None else weight
     use = np.isfinite(score) & (weight > 0)
     y = y[use]
@@ -94,8 +94,9 @@ def explained_variance(y: np.ndarray, score: np.ndarray, weight: np.ndarray|None
     return float(1 - variance(y[use]-score[use])/variance(y[use]))
 
 def average_precision(y: np.ndarray, score: np.ndarray, prevalence: float|None = None) -> float:
-    """Average precision; with `prevalence`, reweighted as if that fraction of all were positive. nan if there is only
-    one class"""
+    """Average precision.
+    With `prevalence` it is reweighted as if that fraction of all were positive. It is nan if there is only one
+    class"""
     if not 0 < y.sum() < len(y): return np.nan
     if prevalence is None: return float(average_precision_score(y, score))
     weight = np.where(y, prevalence/y.mean(), (1-prevalence)/(1-y.mean()))

@@ -28,8 +28,9 @@ def neurite_consensus(
     rho: float = 0., # Correlation of the evidence within neurites; with 1 and a prior of 0.5, the paper's rule
     min_confidence: float = .95, # Of a call; below it a neurite abstains
 ) -> pd.DataFrame: # One row for each neurite
-    """Type neurites by their synapses. The columns are `neurite_id`, `n_synapses` that vote, `log_odds`, `p_inhibitory`
-    and `call` (E, I or abstain). Raises `ConsensusError` for values out of range and ids that are not whole numbers"""
+    """Type neurites by their synapses.
+    The columns are `neurite_id`, `n_synapses` that vote, `log_odds`, `p_inhibitory` and `call` (E, I or abstain).
+    Raises `ConsensusError` for values out of range and ids that are not whole numbers"""
     p = np.asarray(p_inhibitory, float)
     neurite_id = np.asarray(neurite_id)
     if len(p) != len(neurite_id):
@@ -86,8 +87,8 @@ def simulate_neurites(
     seed: int = 0,
     separation: float = 1.5, # Of the types, in standard deviations of the evidence
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # Of each synapse: P(inhibitory), neurite, type
-    """Synapses that are calibrated one by one, with errors that are correlated within neurites. P(inhibitory) is at a
-    prior of one half; the type is True if inhibitory"""
+    """Synapses that are calibrated one by one, with errors that are correlated within neurites.
+    P(inhibitory) is at a prior of one half; the type is True if inhibitory"""
     rng = np.random.default_rng(seed)
     size = rng.geometric(.08, n_neurites)
     inhibitory = rng.random(n_neurites) < .5
@@ -144,9 +145,9 @@ def censor(
     params: tuple|None = None, # As in `GPClassifier`
     seed: int = 0,
 ) -> pd.DataFrame: # A row for each test synapse
-    """Type the synapses whose labels were hidden; at least two neurons (or synapses) of each type stay labelled. The
-    columns are `neurite`, `inhibitory`, `n_synapses` of its neurite that vote, and whether the synapse is typed right
-    by itself (`single`) and by `consensus`"""
+    """Type the synapses whose labels were hidden; at least two neurons (or synapses) of each type stay labelled.
+    The columns are `neurite`, `inhibitory`, `n_synapses` of its neurite that vote, and whether the synapse is typed
+    right by itself (`single`) and by `consensus`"""
     rng = np.random.default_rng(seed)
     unit = np.asarray(neurite) if by == 'neurons' else np.arange(len(neurite))
     unit_type = pd.Series(inhibitory).groupby(unit).first()
@@ -174,8 +175,8 @@ def label_fraction_experiment(
     repeats: int = 10,
     bins=(1, 2, 5, 10, 20, 50), # Smallest number of synapses per neurite in each bin
 ) -> pd.DataFrame: # A row for each way of censoring, completeness, repeat, type and bin
-    """The experiment of Fig. 4B for one polarity: accuracy of single synapses and by consensus. The parameters of the
-    kernel are tuned once"""
+    """The experiment of Fig. 4B for one polarity: accuracy of single synapses and by consensus.
+    The parameters of the kernel are tuned once"""
     params = GPClassifier().fit(x, inhibitory, neurite).params_
     tables = []
     for by in ('neurons', 'synapses'):
@@ -204,9 +205,10 @@ def type_neurites(
     run: str|Path, # Run folder, imputed
     config: ConsensusConfig|None = None,
 ) -> tuple[pd.DataFrame, dict]: # Neurites, and the settings of each polarity
-    """Consensus of all neurites: writes `neurites.parquet`, and for each synapse `synapse_types.parquet`, to the run
-    folder. The table has the known `label` of a neurite, nan if unknown. The settings are `prior`, `rho`, and whether
-    the type is predicted `above_chance`. Raises `ConsensusError` if no types were imputed"""
+    """Type all neurites of a run by consensus.
+    Writes `neurites.parquet`, and for each synapse `synapse_types.parquet`. The table has the known `label` of a
+    neurite, nan if unknown. The settings are `prior`, `rho`, and whether the type is predicted `above_chance`.
+    Raises `ConsensusError` if no types were imputed"""
     run = Path(run)
     config = config or ConsensusConfig()
     table = read_table(run/'synapses.parquet', 'synapses').set_index('id')

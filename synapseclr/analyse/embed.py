@@ -39,8 +39,8 @@ def nearest_neighbours(
     recall: float = .95, # Requested recall if there are more synapses than that
     seed: int = 0, # Random seed of the k-means cells and of the sample on which recall is measured
 ) -> Neighbours:
-    """Find the nearest neighbours of each synapse. Raises `EmbedError` for fewer than three synapses, or if features
-    are not finite"""
+    """Find the nearest neighbours of each synapse.
+    Raises `EmbedError` for fewer than three synapses, or if features are not finite"""
     x = np.ascontiguousarray(x, np.float32)
     if len(x) < 3: raise EmbedError(f'{len(x)} synapses are too few: nearest neighbours need at least 3')
     finite = np.isfinite(x).all(1)
@@ -60,8 +60,8 @@ def nearest_neighbours(
     return Neighbours(rows.astype(np.int32), distances, measured_recall)
 
 def _knn(pool: Executor, queries: np.ndarray, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances and rows, like `faiss.knn`, but the same for any number of threads (in `faiss.knn` the last
-    digits depend on it): each block of fixed size is searched in one thread"""
+    """Squared distances and rows, like `faiss.knn`, but the same for any number of threads.
+    In `faiss.knn` the last digits depend on it; here each block of fixed size is searched in one thread"""
     blocks = pool.map(lambda start: faiss.knn(queries[start:start+1024], x, k), range(0, len(queries), 1024))
     squares,rows = zip(*blocks)
     return np.concatenate(squares),np.concatenate(rows)
@@ -107,8 +107,8 @@ def _search_cells(
     return squares,rows,float((rank < n_searched).mean())
 
 def _without_self(rows: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Remove each synapse from its own neighbours. If duplicates have displaced it there, the last neighbour is removed
-    instead"""
+    """Remove each synapse from its own neighbours.
+    If duplicates have displaced it there, the last neighbour is removed instead"""
     remove = rows == np.arange(len(rows))[:, None]
     remove[~remove.any(1), -1] = True
     shape = len(rows),rows.shape[1]-1

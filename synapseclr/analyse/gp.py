@@ -58,8 +58,8 @@ class Exact:
 
     @staticmethod
     def tune(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> np.ndarray:
-        """Parameters of the highest marginal likelihood. If each group is one synapse there is no group effect: its
-        logarithm is minus infinity"""
+        """Parameters of the highest marginal likelihood.
+        If each group is one synapse there is no group effect: its logarithm is minus infinity"""
         close = _self_closeness(kernel, x)
         same = _same_group(groups)
         has_effect = len(np.unique(groups)) < len(groups)
@@ -111,8 +111,8 @@ def _same_group(groups: np.ndarray) -> Tensor:
     return groups[:, None] == groups
 
 def _add_noise(c: Tensor, same: Tensor, noise: Tensor, effect: Tensor) -> Tensor:
-    """Add white noise to the diagonal and the group effect within groups, in place; both are given as logarithms. A
-    tiny extra on the diagonal keeps rounding from making the matrix indefinite"""
+    """Add white noise to the diagonal and the group effect within groups, in place; both are given as logarithms.
+    A tiny extra on the diagonal keeps rounding from making the matrix indefinite"""
     c.diagonal().add_(noise.exp() + 1e-10*c.diagonal().max())
     return c.add_(same, alpha=float(effect.exp()))
 
@@ -225,8 +225,8 @@ def platt(
     # `(N,)` neurons; the slope is shrunk towards that of a correct regression, with the weight of one neuron
     groups: np.ndarray|None = None,
 ) -> tuple[float, float]: # Slope, not negative, and offset
-    """Logistic curve from scores to probabilities. As in Platt (1999), targets are moved inwards a little, so that
-    perfect scores do not make the curve a step"""
+    """Logistic curve from scores to probabilities.
+    As in Platt (1999), targets are moved inwards a little, so that perfect scores do not make the curve a step"""
     target = np.where(y, (y.sum()+1)/(y.sum()+2), 1/((~y).sum()+2))
     expected = 1/y.std()
     shrunk = groups is not None

@@ -30,8 +30,8 @@ class _GP(BaseEstimator):
         self.seed = seed
 
     def _check(self, y, groups) -> np.ndarray:
-        """Groups as whole numbers from 0; each row is a group if `groups` is None. Raises `GPError` for unknown options
-        and unusable groups"""
+        """Groups as whole numbers from 0; each row is a group if `groups` is None.
+        Raises `GPError` for unknown options and unusable groups"""
         kernels = ('rbf', 'laplace', 'linear')
         methods = ('exact', 'sgpr', 'vsgp')
         for name,value,allowed in (('kernel', self.kernel, kernels), ('method', self.method, methods)):
@@ -163,8 +163,8 @@ class GPRegressor(RegressorMixin, _GP):
     def loo(self,
         groups=None, # `(N,)` what is left out together; as in the fit if absent
     ) -> tuple[np.ndarray, np.ndarray]: # `(N,)` mean and standard deviation
-        """Prediction for each target without its group. Without groups here and in the fit, each target is left out
-        alone"""
+        """Prediction for each target without its group.
+        Without groups here and in the fit, each target is left out alone"""
         check_is_fitted(self)
         return self._moments(*self._left_out(self.posterior_, groups))
 
@@ -262,6 +262,6 @@ class GPClassifier(ClassifierMixin, _GP):
         return expit(_log_odds(*self._left_out(posterior, groups), curve))
 
 def _log_odds(mean: np.ndarray, var: np.ndarray, curve: tuple|None) -> np.ndarray:
-    """Log-odds by the logistic curve. Without a curve, `mean` is the log-odds already; it is averaged over its
-    uncertainty (MacKay's approximation)"""
+    """Log-odds by the logistic curve.
+    Without a curve, `mean` is the log-odds already; it is averaged over its uncertainty (MacKay's approximation)"""
     return mean/np.sqrt(1+np.pi*var/8) if curve is None else curve[0]*mean+curve[1]

@@ -116,8 +116,8 @@ def cross_val_predictions(
     groups: np.ndarray, # `(N,)` neurons
     folds: Iterable[tuple[np.ndarray, np.ndarray]], # Train and test
 ) -> list[tuple[np.ndarray, np.ndarray]]: # For each fold: its test rows, and their `predictions`
-    """Predict the test part of each fold by a model that was fitted to its training part. A fold is left out if its
-    training part does not have both types (or two values), or not two neurons"""
+    """Predict the test part of each fold by a model that was fitted to its training part.
+    A fold is left out if its training part does not have both types (or two values), or not two neurons"""
     predicted = []
     for train,test in folds:
         if len(np.unique(y[train])) < 2 or len(np.unique(groups[train])) < 2: continue
@@ -131,8 +131,9 @@ def score_trait(
     predicted: np.ndarray, # `(N, 4 or 1)` from `predictions`
     location: float, scale: float, # Mean and standard deviation of the logarithm of a number
 ) -> tuple[dict, tuple]: # Scores; metric, truth and prediction for the bootstrap
-    """Accuracy of predictions. Numbers are compared as z-scored logarithms, in which their intervals are symmetric. The
-    second result has what the first of the scores is computed from"""
+    """Accuracy of predictions.
+    Numbers are compared as z-scored logarithms, in which their intervals are symmetric. The second result has what
+    the first of the scores is computed from"""
     if trait.is_type:
         truth = y.astype(bool)
         return classification_scores(truth, predicted[:, 0]),(roc_auc, truth, predicted[:, 0])
@@ -164,8 +165,9 @@ def cross_validate_trait(
     pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
     config: ImputeConfig,
 ) -> tuple[pd.DataFrame, np.ndarray, tuple]: # Scores, out-of-fold predictions, parameters
-    """How well a trait is imputed from each feature set. Predictions `(N, 4 or 1)` and parameters are those of the
-    chosen features; predictions are nan where `y` is not known"""
+    """How well a trait is imputed from each feature set.
+    Predictions `(N, 4 or 1)` and parameters are those of the chosen features; predictions are nan where `y` is not
+    known"""
     rows = np.flatnonzero(np.isfinite(y))
     y = y[rows]
     pre = pre[rows]
@@ -219,8 +221,8 @@ def _add_intervals(rows: list[dict], inputs: list[tuple], groups: np.ndarray, ch
 
 def _tuned_predictions(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray, groups: np.ndarray,
     folds: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[list, tuple|None]:
-    """`cross_val_predictions` with parameters tuned once on all rows, and these parameters. With few groups, the
-    parameters are tuned in each fold"""
+    """`cross_val_predictions` with parameters tuned once on all rows, and these parameters.
+    With few groups, the parameters are tuned in each fold"""
     params = clone(model).fit(x, y, groups).params_ if model.method != 'vsgp' else None
     enough = len(np.unique(groups)) >= MIN_NEURONS
     fold_model = clone(model).set_params(params=params if enough else None)
@@ -246,8 +248,8 @@ def traits_above_chance(
     return chosen.lo95 > np.where(is_type, .5, 0)
 
 def _n_parallel(config: ImputeConfig, targets: pd.DataFrame) -> int:
-    """How many traits to fit at the same time: as many as there are cores, if there is memory for them. An exact
-    process needs some ten matrices of all pairs of known synapses"""
+    """How many traits to fit at the same time: as many as there are cores, if there is memory for them.
+    An exact process needs some ten matrices of all pairs of known synapses"""
     if config.method == 'vsgp': return 1 # Pyro cannot run in threads
     bytes_each = 10*8*int(targets.notna().sum().max())**2 if config.method == 'exact' else 0
     n_fitting = int(psutil.virtual_memory().available//max(1, bytes_each))
@@ -274,9 +276,10 @@ def impute(
     neurons: pd.DataFrame, # From `read_neurons`
     config: ImputeConfig|None = None,
 ) -> tuple[pd.DataFrame, list[str]]: # Scores; which traits are skipped and why
-    """Cross-validate and impute all traits. Writes to the run folder `imputation_scores.parquet` (all scores),
-    `imputed.parquet` (predictions for every synapse) and `out_of_fold.parquet` (for known synapses, the predictions of
-    models that have not seen their neurons). Raises `ImputeError` if there is no trait to learn"""
+    """Cross-validate and impute all traits.
+    Writes to the run folder `imputation_scores.parquet` (all scores), `imputed.parquet` (predictions for every
+    synapse) and `out_of_fold.parquet` (for known synapses, the predictions of models that have not seen their
+    neurons). Raises `ImputeError` if there is no trait to learn"""
     run = Path(run)
     config = config or ImputeConfig()
     table,sets = read_feature_sets(run, config.layer, reference=config.feature_set)

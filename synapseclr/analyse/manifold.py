@@ -82,8 +82,9 @@ def grid_of_examples(
     rows: int = 5, # Grid points along the second axis
     prefer: np.ndarray|None = None, # `(N,)` bool: only these synapses are shown
 ) -> np.ndarray: # `(rows, columns)` row numbers of the synapses; -1 if there is none within half a step
-    """Choose synapses that show what changes along the axes. The first row is the highest on the second axis. No
-    synapse is shown twice. Raises `ManifoldError` for a map of one dimension"""
+    """Choose synapses that show what changes along the axes.
+    The first row is the highest on the second axis. No synapse is shown twice. Raises `ManifoldError` for a map of
+    one dimension"""
     position = along[:, :2]
     if position.shape[1] < 2: raise ManifoldError('a grid of examples needs two axes')
     lo,hi = np.quantile(position, [.05, .95], 0)
@@ -143,9 +144,10 @@ def axes_of(
     table: pd.DataFrame, # From `read_results`, without defects
     config: ManifoldConfig|None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # Positions along the axes, and correlations
-    """Axes of all islands. The positions have `pc_1` ..., `id`, `island` and `dimensions` for each synapse of an
-    island. The correlations are those of `axis_correlations`, with `island`, `dimensions`, and `variance`: the fraction
-    of variance of the axis. Raises `ManifoldError` if there is no map, or if no island is large enough"""
+    """Axes of all islands.
+    The positions have `pc_1` ..., `id`, `island` and `dimensions` for each synapse of an island. The correlations
+    are those of `axis_correlations`, with `island`, `dimensions`, and `variance`: the fraction of variance of the
+    axis. Raises `ManifoldError` if there is no map, or if no island is large enough"""
     config = config or ManifoldConfig()
     if 'island' not in table: raise ManifoldError('the synapses are not on a map; run `synapseclr embed` first')
     dimensions = [d for d in range(2, 20) if set(coordinates(d)) <= set(table)]

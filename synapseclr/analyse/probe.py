@@ -59,8 +59,8 @@ def probe_feature_sets(
     min_known: int = 20, # Targets with fewer known values are left out
     n_draws: int = 200, # Bootstrap draws
 ) -> pd.DataFrame: # `target`, `group`, `features`, `metric`, `value`, `lo95`, `hi95`, `n`
-    """Score the predictions of a linear probe for held-out neurons, with 95 % intervals over presynaptic neurons. The
-    table has one row for each target and feature set"""
+    """Score the predictions of a linear probe for held-out neurons, with 95 % intervals over presynaptic neurons.
+    The table has one row for each target and feature set"""
     pre = table.pre_root_id.to_numpy()
     post = table.post_root_id.to_numpy()
     rows = []

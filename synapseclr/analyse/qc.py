@@ -52,8 +52,8 @@ class DefectDetector(BaseEstimator):
         clean=(), # Synapses that people have labelled as clean
         ids: np.ndarray|None = None, # `(N,)` synapse id of each row
     ) -> DefectDetector:
-        """Fit the direction of the prompts, and the scores that null sets give by chance. Raises `QCError` for prompts
-        that are not in the table"""
+        """Fit the direction of the prompts, and the scores that null sets give by chance.
+        Raises `QCError` for prompts that are not in the table"""
         x = np.asarray(features, float)
         rng = np.random.default_rng(self.seed)
         prompts,clean = self._checked_rows(x, prompts, clean, ids)
@@ -189,8 +189,8 @@ def detect_defects(
     config: QCConfig|None = None,
     marked: list[int]|tuple = (), # More prompts
 ) -> pd.DataFrame: # `id`, `score`, `fdr`, `prompt`, `removed`
-    """Score every synapse, and write `run/defects.parquet`. Raises `QCError` for ids that are not in the run, or if
-    there are no prompts"""
+    """Score every synapse, and write `run/defects.parquet`.
+    Raises `QCError` for ids that are not in the run, or if there are no prompts"""
     run = Path(run)
     config = config or QCConfig()
     table,sets = read_feature_sets(run, config.layer, [config.feature_set], include_defects=True)

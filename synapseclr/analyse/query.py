@@ -182,8 +182,8 @@ def compare_retrieval(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone',
 ) -> pd.DataFrame: # One row for each feature set and set of synapses
-    """Mean average precision over presynaptic neurites, without pairs of one cleft. `trained_gain` is by how much the
-    trained features are better"""
+    """Mean average precision over presynaptic neurites, without pairs of one cleft.
+    `trained_gain` is by how much the trained features are better"""
     table,sets = read_feature_sets(run, layer, ['trained', 'untrained', 'morphometrics'])
     sets['morphometrics'] = zscore(sets['morphometrics'])
     subsets = {'all kept': np.ones(len(table), bool)}
@@ -210,8 +210,9 @@ def find_similar(
     features: str = 'trained', # Feature set, as in `read_feature_sets`
     metric: str = 'cosine', # As in `SimilarityIndex`
 ) -> pd.DataFrame: # Rows of `read_results`, nearest first, and `distance`
-    """Find synapses that look alike. If the run has been exported, the table has a column `neuroglancer` with links.
-    Raises `QueryError` if `where` cannot be evaluated"""
+    """Find synapses that look alike.
+    If the run has been exported, the table has a column `neuroglancer` with links. Raises `QueryError` if `where`
+    cannot be evaluated"""
     table,sets = read_feature_sets(run, names=[features])
     results = read_results(run, include_defects=False)
     exported_path = Path(run)/'results.parquet'

@@ -23,8 +23,9 @@ def read_features(
     folder: str|Path, # Of feature files
     layer: str = 'backbone', # Or `hidden`, `projection`
 ) -> tuple[np.ndarray, np.ndarray]: # ids `(N,)` int64, features `(N, d)` float32
-    """Read one layer for all synapses. Raises `FeatureError`, which names the file, if a synapse is missing, occurs
-    twice, or has features that are not finite"""
+    """Read one layer for all synapses.
+    Raises `FeatureError`, which names the file, if a synapse is missing, occurs twice, or has features that are not
+    finite"""
     paths = sorted(Path(folder).glob('*.parquet'))
     if not paths: raise FeatureError(f"{folder}: there are no features; make them with `synapseclr extract`")
     n_synapses = _common_provenance(paths)['n_synapses']
@@ -88,8 +89,8 @@ def feature_provenance(
     run: str|Path, # Run folder, extracted and annotated
     features: str, # Name of a feature set, as for `read_feature_sets`
 ) -> dict: # As of `core.provenance`
-    """The provenance of features (weights, views, precision), to be stored with what is computed from them. Raises
-    `FeatureError` if there are no such features"""
+    """The provenance of features (weights, views, precision), to be stored with what is computed from them.
+    Raises `FeatureError` if there are no such features"""
     network = parse_feature_name(features)[0]
     known_patterns = dict(morphometrics='synapses.parquet', trained='features/*.parquet')
     pattern = known_patterns.get(network, f'features_{network}/*.parquet')
@@ -102,8 +103,8 @@ def regress_out(
     table: pd.DataFrame, # `N` synapses, in the same order
     nuisances: list[Nuisance], # Variables in `NUISANCE_COLUMNS`; an unknown value is replaced by the mean
 ) -> np.ndarray: # `(N, d)`
-    """Residuals of the features after a least-squares fit, quadratic in each nuisance. They are uncorrelated with each
-    nuisance and its square"""
+    """Residuals of the features after a least-squares fit, quadratic in each nuisance.
+    They are uncorrelated with each nuisance and its square"""
     if not nuisances: return x
     terms = [np.ones(len(x))]
     for nuisance in nuisances:
@@ -121,8 +122,8 @@ def read_feature_sets(
     include_defects: bool = False, # As for `read_kept`
     reference: str|None = None, # A feature set that comes first
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses, and `(N, d)` float features of each set
-    """Features of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms);
-    each also with nuisances regressed out (`trained - cutting_angle`), fitted to all synapses that fetch kept.
+    """Feature sets of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms).
+    Each can also have nuisances regressed out (`trained - cutting_angle`), fitted to all synapses that fetch kept.
     Raises `FeatureError`, which names the folder, if there is no such set or if it lacks a synapse of the table"""
     run = Path(run)
     all_kept = read_kept(run, include_defects=True)

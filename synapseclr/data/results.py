@@ -22,8 +22,8 @@ def read_kept(
     run: str|Path, # Run folder, annotated
     include_defects: bool = False, # Also the synapses that quality control removed
 ) -> pd.DataFrame: # Rows of the synapse table
-    """The synapses that fetch kept and quality control did not remove. Raises `TableError` if the morphometrics are not
-    computed yet"""
+    """The synapses that fetch kept and quality control did not remove.
+    Raises `TableError` if the morphometrics are not computed yet"""
     run = Path(run)
     table = read_table(run/'synapses.parquet', 'synapses')
     if missing := [column for column in MORPHOMETRIC_COLUMNS if column not in table]:

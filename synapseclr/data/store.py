@@ -31,8 +31,9 @@ class Chunk(NamedTuple):
 
 # %% ../../nbs/data/03_store.ipynb #6da26eb1
 class ChunkStore:
-    """The chunks of a run. `len(store)`, `store[i]` and `store.batch(indices)` count the synapses in the order of their
-    places, without the empty places"""
+    """The chunks of a run.
+    `len(store)`, `store[i]` and `store.batch(indices)` count the synapses in the order of their places, without the
+    empty places"""
     format = 'synapseclr.chunks'
 
     def __init__(self, path, group: zarr.Group):
@@ -79,8 +80,9 @@ class ChunkStore:
         path: str|Path, # Folder
         unfinished: bool = False, # Open it for writing, complete or not
     ) -> ChunkStore:
-        """Open a store. Raises `StoreError` if it is absent, of another format or version, or, unless `unfinished` is
-        true, not complete or without one of its shards"""
+        """Open a store.
+        Raises `StoreError` if it is absent, of another format or version, or, unless `unfinished` is true, not
+        complete or without one of its shards"""
         if not (Path(path)/'zarr.json').exists():
             raise StoreError(f"{path}: there is no chunk store; make it with `synapseclr fetch`")
         group = zarr.open_group(path, mode='r+' if unfinished else 'r')

@@ -33,8 +33,8 @@ def write_table(
     with atomic(path) as f: pq.write_table(table, f)
 
 def read_metadata(path: str|Path) -> dict:
-    """The format, version and provenance of a parquet file that `write_table` wrote; empty for any other. Raises
-    `TableError` if the file does not exist or is not parquet"""
+    """The format, version and provenance of a parquet file that `write_table` wrote; empty for any other.
+    Raises `TableError` if the file does not exist or is not parquet"""
     try: metadata = pq.read_schema(path).metadata or {}
     except FileNotFoundError:
         raise TableError(f"{path}: there is no such file; an earlier stage makes it, and `synapseclr run` runs all "
@@ -142,8 +142,8 @@ def read_synapses(
     bounds_nm: tuple|None = None, # Lowest and highest position of the volume, each `(z, y, x)`
     columns: dict[str, str]|None = None, # For each of our column names, its name in this table
 ) -> pd.DataFrame: # One row per synapse, in the file's order, our columns first
-    """Read a synapse table in our, Synaptor's or MICrONS' schema. Raises `TableError`, which lists everything that is
-    wrong with the table"""
+    """Read a synapse table in our, Synaptor's or MICrONS' schema.
+    Raises `TableError`, which lists everything that is wrong with the table"""
     path = Path(path)
     table = _renamed(path, _load(path), columns or {})
     if not len(table): raise TableError(f"{path}: no rows")
@@ -204,8 +204,8 @@ def _columns_hint(table: pd.DataFrame) -> str:
     return f"it has {names}; [data] columns says which is which, as in {example}"
 
 def _whole_numbers(column: pd.Series) -> np.ndarray|None:
-    """`column` as integers, with 0 for a missing one; None if it holds anything else, or floating point of 2^53 and
-    more, which has lost digits"""
+    """`column` as integers, with 0 for a missing one.
+    None if it holds anything else, or floating point of 2^53 and more, which has lost digits"""
     if not pd.api.types.is_numeric_dtype(column.dtype): return None
     column = column.fillna(0)
     if pd.api.types.is_integer_dtype(column.dtype):

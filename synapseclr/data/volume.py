@@ -117,8 +117,8 @@ def write_layer(
     chunk_vx: tuple[int, int, int] = (32, 64, 64), # Size of a storage chunk
     ids: np.ndarray|None = None, # The id to write for each value of `voxels`; the value itself if None
 ) -> str: # The path, for `LayerSource`
-    """Write `voxels` as a precomputed layer: uint8 as an image, wider integers as a segmentation. Some rows of storage
-    chunks are written at a time"""
+    """Write `voxels` as a precomputed layer: uint8 as an image, wider integers as a segmentation.
+    Some rows of storage chunks are written at a time"""
     path = str(path) if '://' in str(path) else f'file://{path}'
     dtype = voxels.dtype if ids is None else ids.dtype
     is_image = dtype == np.uint8
@@ -147,8 +147,9 @@ def check_layers(
     layers: dict[str, Layer], # Open layers by name, including `em`
     centres_vx: np.ndarray|None = None, # `(n, 3)` voxels `(z, y, x)` that have to be inside every layer
 ):
-    """Raise `VolumeError`, which lists all problems, unless the EM is uint8, all other layers hold integers, and every
-    layer has voxels of the EM's size, overlaps the EM, and contains all centres"""
+    """Check that layers fit each other and the table.
+    Raises `VolumeError`, which lists all problems, unless the EM is uint8, all other layers hold integers, and
+    every layer has voxels of the EM's size, overlaps the EM, and contains all centres"""
     em = layers['em']
     problems = []
     if (dtype := em.volume.dtype) != np.uint8:

@@ -123,9 +123,9 @@ def tiny_phantom(
     return _run_until(stage, str(folder/'tiny.toml'), folder, shared='phantom')
 
 def _run_until(stage, config, folder, shared=''):
-    """Do the stages before `stage`. With `SYNAPSECLR_SHARED_FIXTURES`, a folder that `make test` gives, runs of the
-    name
-    `shared` are begun from what another process has done of them"""
+    """Do the stages before `stage`.
+    With `SYNAPSECLR_SHARED_FIXTURES`, a folder that `make test` gives, runs of the name `shared` are begun from
+    what another process has done of them"""
     from synapseclr.pipeline.stages import open_run, stages, stages_of
     overrides = [f'run={folder/"run"}']
     c = open_run(config, overrides)
@@ -157,8 +157,8 @@ def in_processes(
     *args, # Of the command line
     **env, # More of the environment
 ) -> list: # What each printed
-    """Run `code` in `n` processes that can meet through `torch.distributed`. Raises `RuntimeError` with what the first
-    one that failed wrote"""
+    """Run `code` in `n` processes that can meet through `torch.distributed`.
+    Raises `RuntimeError` with what the first one that failed wrote"""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]

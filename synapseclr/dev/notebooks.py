@@ -66,8 +66,8 @@ def take_outputs(
     executed, # Notebook that papermill left
     nb, # The one it was made of
 ):
-    """Give `nb` the outputs of `executed`, large pictures in 256 colours. Raises `ValueError` if their code is not the
-    same"""
+    """Give `nb` the outputs of `executed`, large pictures in 256 colours.
+    Raises `ValueError` if their code is not the same"""
     import base64, io
     from PIL import Image
     from execnb.nbio import read_nb, write_nb
@@ -97,8 +97,9 @@ def nb_cli(
     flags:str='', # Test flags to run that are normally skipped, such as `slow`
     executed:str='', # For `take`: the notebook that papermill left
 ):
-    """Edit the notebook as text: `pull` writes `_txt/...py`, `push` puts it back, runs it, cleans it and exports; `run`
-    only the last three; `take` gives it the outputs of one that was executed elsewhere"""
+    """Edit a notebook as text.
+    `pull` writes `_txt/...py`; `push` puts it back, runs it, cleans it and exports; `run` does only the last three;
+    `take` gives it the outputs of one that was executed elsewhere"""
     from nbdev.doclinks import nbdev_export
     txt = Path('_txt')/Path(nbs).with_suffix('.py')
     if cmd=='pull': return pull_nb(nbs, txt)

@@ -15,8 +15,9 @@ def collect_tables(
     run, # Run folder of the demo, finished
     measured, # Folder for the CSV files
 ):
-    """Write `demo_run_targets.csv`, linear probes against the ground truth, and `demo_imputation.csv`, scores of
-    imputed traits"""
+    """Write the tables of a run that pages show.
+    `demo_run_targets.csv` has linear probes against the ground truth, `demo_imputation.csv` the scores of imputed
+    traits"""
     from synapseclr.data.tables import read_table
     run = Path(run)
     measured = Path(measured)

@@ -54,8 +54,8 @@ def stage_docs(
     dest, # Folder to make
     n_workers:int=1, # Processes; each imports the libraries anew
 ):
-    """Run nbdev's documentation processors, and lay the result out in `dest` as a site whose pages have their final
-    names"""
+    """Run nbdev's documentation processors, and lay the result out as a site.
+    In `dest` the pages have their final names"""
     import yaml
     from nbdev import doclinks
     from nbdev.config import get_config
@@ -120,8 +120,8 @@ def add_explorer(
     run, # Run folder with a map, such as the demo's
     slices:int=60, # Synapses with images, about 50 KB each
 ):
-    """Write a static copy of the explorer into the site, and link to it from the gallery; without the run, leave out
-    the link"""
+    """Write a static copy of the explorer into the site, and link to it from the gallery.
+    Without the run, the link is left out"""
     from synapseclr.show.explore import write_static
     page = Path(site)/'guide/gallery.html'
     link = ''

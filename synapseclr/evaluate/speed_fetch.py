@@ -32,8 +32,9 @@ def serve(
     fault=lambda path, n: None,
     announce=print, # Gets the port
 ):
-    """Serve layers over HTTP until the process ends. `GET /count` returns how many storage chunks were asked for, their
-    bytes decoded, and how many answers were spoilt"""
+    """Serve layers over HTTP until the process ends.
+    `GET /count` returns how many storage chunks were asked for, their bytes decoded, and how many answers were
+    spoilt"""
     counts = dict(requests=0, decoded=0, spoilt=0)
     times_asked = {}
     lock = threading.Lock()
@@ -185,8 +186,8 @@ def bench_fetch(
     latency_ms: float = 5, # Of the server
     n_one_by_one: int = 150, # Synapses that the two slower ways fetch
 ) -> pd.DataFrame: # A row for each way and number of synapses
-    """Requests, decoded bytes, synapses per second and memory: blocks of an eighth, of a quarter and of the whole
-    volume, and two slower ways"""
+    """Requests, decoded bytes, synapses per second and memory of fetching.
+    Compared are blocks of an eighth, of a quarter and of the whole volume, and two slower ways"""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -109,8 +109,8 @@ def matmul_tflops(dtype: torch.dtype, n: int = 2048, repeats: int = 5) -> dict:
     return dict(tflops=2*n**3/min(seconds[1:])/1e12)
 
 def bench_steps(rounds: int = 3) -> pd.DataFrame:
-    """Seconds per synapse of a training step, compared with the baseline, and the fraction of the machine's matrix
-    product that the network reaches"""
+    """Seconds per synapse of a training step, compared with the baseline.
+    Also the fraction of the machine's matrix product that the network reaches"""
     sizes = dict(paper=2, demo=64)
     implementations = {}
     for preset,batch in sizes.items():

@@ -60,10 +60,10 @@ def bench_gp(
     recipe_steps: int = 0, # Steps of the variational GP on one fold of the fifth trait, for its scores; 20,000 is all
     timed: int = 10, # Steps that are timed of each trait
 ) -> pd.DataFrame: # A row for each trait, and one for all
-    """Time the exact process on all traits and folds, with parameters tuned in each fold, and a step of the paper's
-    recipe on the same data. `exact_s` are processor seconds of all folds, and the scores are means over folds.
-    `recipe_s` is the time of 20,000 steps in each fold, and `times` the ratio. `fold0_...` and `recipe_fold0_...` are
-    scores of both on one fold, for the trait where `recipe_steps` were done"""
+    """Time exact Gaussian processes, tuned in each fold, and a step of the paper's recipe on the same data.
+    `exact_s` are processor seconds of all traits and folds, and the scores are means over folds. `recipe_s` is the
+    time of 20,000 steps in each fold, and `times` the ratio. `fold0_...` and `recipe_fold0_...` are scores of both
+    on one fold, for the trait where `recipe_steps` were done"""
     x,traits,neuron = example_traits(n, d)
     splits = list(GroupKFold(folds).split(x, groups=neuron))
     first_train,first_test = splits[0]

@@ -61,8 +61,9 @@ def load_with_truth(
     networks: dict[str, str], # Names, as of `parse_feature_name`, and folders of features in each run folder
     layer: str = 'backbone',
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses that fetch kept, and `(N, d)` of each feature set
-    """Join table, truth and all feature sets of some runs. Raises `FeatureError` if the features of a network were not
-    made by the same network in each run: one probe cannot read both"""
+    """Join table, truth and all feature sets of some runs.
+    Raises `FeatureError` if the features of a network were not made by the same network in each run: one probe
+    cannot read both"""
     tables = []
     sets = {}
     settings_of = {}
@@ -229,8 +230,9 @@ def score_defects(
     sets: dict[str, np.ndarray],
     n_prompts: int = 5, n_draws: int = 20, seed: int = 0,
 ) -> pd.DataFrame: # For each kind of defect and feature set: count, fraction, and average precision at both rates
-    """Average precision of `DefectDetector` for one kind of defect among clean synapses. `n` and `share` are count and
-    fraction of that kind, prompts included; kinds with fewer than `n_prompts` + 3 defects are left out"""
+    """Average precision of `DefectDetector` for one kind of defect among clean synapses.
+    `n` and `share` are count and fraction of that kind, prompts included; kinds with fewer than `n_prompts` + 3
+    defects are left out"""
     defect = table.defect.to_numpy()
     scores = benchmark_detection(sets, defect, None, counts=(n_prompts,), fdr=None, n_draws=n_draws,
         seed=np.random.default_rng(seed))

@@ -82,9 +82,9 @@ def annotate(
     run: str|Path, # Run folder, fetched
     skeletons: str|None = None, # For path lengths to the soma, see `skeleton_reader`
 ) -> pd.DataFrame: # The table with its measurements
-    """Add the measurements of every kept synapse to `run/synapses.parquet`, shard by shard; resumes where it was
-    stopped. Raises `TableError` or `StoreError` if the run is not fetched, `SkeletonError` if skeletons cannot be
-    read"""
+    """Add the measurements of every kept synapse to `run/synapses.parquet`, shard by shard.
+    Resumes where it was stopped. Raises `TableError` or `StoreError` if the run is not fetched, `SkeletonError` if
+    skeletons cannot be read"""
     run = Path(run)
     path = run/'synapses.parquet'
     table = read_table(path, 'synapses')

@@ -114,8 +114,9 @@ def _along_rows(inside, voxel_nm, far, square):
 
 @numba.njit(cache=True, fastmath=True)
 def _over_rows(square, voxel_nm, limit, out):
-    """For each voxel, the minimum over the rows of a plane within `limit`: the squared distance in that row plus the
-    squared distance between the rows. Rows count as one voxel nearer than they are"""
+    """For each voxel, the minimum over the rows of a plane within `limit`.
+    What is minimised is the squared distance in that row plus the squared distance between the rows. Rows count as
+    one voxel nearer than they are"""
     far = np.float32(4*limit**2)
     reach = int(limit/voxel_nm)+1
     for z in range(square.shape[0]):
@@ -159,8 +160,9 @@ def fetch_rows(
     config: FetchConfig, # Window and rules
     salvage: bool = False, # Reject single synapses that cannot be read, instead of raising for all of them
 ) -> tuple: # ids `(n,)`, em and mask `(n, Z, Y, X)`, a record for each row, and the histogram of grey values `(256,)`
-    """Cut out the synapses of a block. A rejected synapse has the id `EMPTY`, and its record has the reason. The
-    histogram counts the EM inside the masks. Raises `VolumeError` if layers cannot be read"""
+    """Cut out the synapses of a block.
+    A rejected synapse has the id `EMPTY`, and its record has the reason. The histogram counts the EM inside the
+    masks. Raises `VolumeError` if layers cannot be read"""
     n = len(rows)
     voxel_nm = layers['em'].voxel_nm
     windows = layer_windows(layers, config)

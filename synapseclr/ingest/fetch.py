@@ -77,8 +77,8 @@ def _pin_timestamps(
     data: DataConfig, # As configured
     before: dict, # `data` of an earlier plan of the run, if there is one
 ) -> DataConfig:
-    """Give layers that people still edit the time at which the run was planned, so that all blocks read the same
-    state, whenever they are fetched"""
+    """Give layers that people still edit the time at which the run was planned.
+    All blocks then read the same state, whenever they are fetched"""
     pinned = {}
     for name in LAYER_ORDER:
         source = getattr(data, name)
@@ -93,8 +93,8 @@ def plan_fetch(
     config: FetchConfig, # Window and rules
     run: str|Path, # Run folder
 ):
-    """Write the plan of a run and make its empty store, unless they are there. Raises `TableError`, `VolumeError` or
-    `StoreError` if the table, the layers or the run folder cannot be used"""
+    """Write the plan of a run and make its empty store, unless they are there.
+    Raises `TableError`, `VolumeError` or `StoreError` if the table, the layers or the run folder cannot be used"""
     run = Path(run)
     path = run/'fetch/plan.parquet'
     layers = open_layers(data)
@@ -128,8 +128,8 @@ _differences = dict(config='[fetch] differs', table='the table differs', layers=
     voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
 
 def _discard_other_fetch(run: Path, identity: dict):
-    """If the plan of a run is that of another fetch which kept nothing, delete the plan and the store. Raises
-    `StoreError` if the other fetch kept something"""
+    """If the plan of a run is that of another fetch which kept nothing, delete the plan and the store.
+    Raises `StoreError` if the other fetch kept something"""
     before = read_metadata(run/'fetch/plan.parquet')['provenance']
     differing = [name for name in {*before, *identity} - {'job'} if before.get(name) != identity.get(name)]
     if not differing: return
@@ -239,8 +239,8 @@ def summarize_fetch(table: pd.DataFrame) -> str:
     return ', '.join([f"{is_kept.sum()} of {len(table)} synapses kept", *rejected])
 
 def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
-    """Join the records of the blocks to `run/synapses.parquet`, and mark the store as complete. Raises `QueueError` if
-    blocks are missing"""
+    """Join the records of the blocks to `run/synapses.parquet`, and mark the store as complete.
+    Raises `QueueError` if blocks are missing"""
     run = Path(run)
     plan = read_table(run/'fetch/plan.parquet', 'fetch plan')
     made_by = read_metadata(run/'fetch/plan.parquet')['provenance']

@@ -103,16 +103,16 @@ def refetch(
     run: str|Path, # Run folder
     ids, # Of synapses; dropped ones come back
 ):
-    """Let the next `fetch` fetch the blocks of some synapses again. Raises `StoreError` if the run has no plan,
-    `TableError` if it has no such synapse"""
+    """Let the next `fetch` fetch the blocks of some synapses again.
+    Raises `StoreError` if the run has no plan, `TableError` if it has no such synapse"""
     _set_dropped(Path(run), ids, False)
 
 def drop(
     run: str|Path, # Run folder
     ids, # Of synapses
 ):
-    """Take synapses out of a run; the next `fetch` makes their blocks without them. Raises `StoreError` if the run has
-    no plan, `TableError` if it has no such synapse"""
+    """Take synapses out of a run; the next `fetch` makes their blocks without them.
+    Raises `StoreError` if the run has no plan, `TableError` if it has no such synapse"""
     _set_dropped(Path(run), ids, True)
 
 def missing(run: str|Path) -> list[int]:
@@ -127,8 +127,9 @@ def append(
     run: str|Path, # Run folder, fetched
     table: str|Path, # Synapse table of the same volume
 ) -> int: # How many synapses are new
-    """Add the synapses of a second table to the plan of a run; the next `fetch` gets them. Raises `StoreError` if the
-    run has no plan, `TableError` or `VolumeError` if the table does not fit the run or the layers"""
+    """Add the synapses of a second table to the plan of a run; the next `fetch` gets them.
+    Raises `StoreError` if the run has no plan, `TableError` or `VolumeError` if the table does not fit the run or
+    the layers"""
     run = Path(run)
     plan,made_by = _plan(run)
     data,config = _job(made_by)

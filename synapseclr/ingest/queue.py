@@ -28,8 +28,8 @@ def attempt(
     unit: str, # Name of the unit of work
     do: Callable, # Called with whether this is the last attempt
 ) -> str: # `done`, `failed`: try again, or `dead`: it will not be tried again
-    """Do a unit of work, unless it has been attempted `MAX_ATTEMPTS` times. Errors of `do` are noted, not raised; only
-    a full disk and an interruption are raised"""
+    """Do a unit of work, unless it has been attempted `MAX_ATTEMPTS` times.
+    Errors of `do` are noted, not raised; only a full disk and an interruption are raised"""
     attempts = folder/'attempts'/unit
     dead_letter = folder/'dead'/f'{unit}.json'
     n_before = len(list(attempts.glob('*.json')))

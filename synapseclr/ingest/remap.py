@@ -56,9 +56,10 @@ def remap(
     # Size of the table's voxels, `(z, y, x)`, if its points are in voxels
     voxel_nm: tuple[float, float, float]|None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # The table with today's ids, and the changes of ids
-    """Look up the partners of synapses in another version of the segmentation. The table gets `pre_remap` and
-    `post_remap`: `same`, `changed` or `nothing there`. The changes count the synapses for each old and new id of a
-    side, in the columns side, old, new, status and synapses. Raises `TableError` if points are missing"""
+    """Look up the partners of synapses in another version of the segmentation.
+    The table gets `pre_remap` and `post_remap`: `same`, `changed` or `nothing there`. The changes count the
+    synapses for each old and new id of a side, in the columns side, old, new, status and synapses. Raises
+    `TableError` if points are missing"""
     table = table.copy()
     id_changes = []
     for side in ('pre', 'post'):

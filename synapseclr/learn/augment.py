@@ -54,8 +54,8 @@ def apply_lut(
 def fill_sections(
     em: Tensor, # `(B, Z, Y, X)` uint8
 ) -> Tensor: # `(B, Z, Y, X)` uint8
-    """Replace each section that is 0 throughout by a copy of the nearest other; by the one above if two are equally
-    near"""
+    """Replace each section that is 0 throughout by a copy of the nearest other.
+    It is the one above if two are equally near"""
     z = torch.arange(em.shape[1], device=em.device)
     present = em.flatten(2).amax(2) > 0
     above = torch.where(present, z, -10**6).cummax(1).values
@@ -155,8 +155,8 @@ def blur(
     x: Tensor, # `(B, D, D, D)`
     sigma: np.ndarray, # `(B,)` in voxels; 0 for no blur
 ) -> Tensor:
-    """Gaussian of 3 x 3 x 3 voxels, normalised; the outermost voxels are repeated, so that the faces of a cube do not
-    get darker"""
+    """Gaussian blur of 3 x 3 x 3 voxels, normalised.
+    The outermost voxels are repeated, so that the faces of a cube do not get darker"""
     neighbour = np.where(sigma > 0, np.exp(-.5/np.square(np.maximum(sigma, 1e-3))), 0)
     weights = np.stack([neighbour, np.ones_like(neighbour), neighbour], 1)/(1+2*neighbour)[:, None]
     kernel = torch.tensor(weights, dtype=x.dtype, device=x.device)
@@ -197,8 +197,8 @@ def touching_cleft(
     mask: Tensor, # `(B, D, D, D)` bool
     cleft: Tensor, # `(B, D, D, D)` bool
 ) -> Tensor: # `(B, D, D, D)` bool
-    """The connected components of each mask that touch its cleft, by cc3d on the host; all of the mask if there is no
-    cleft in the cube"""
+    """The connected components of each mask that touch its cleft, by cc3d on the host.
+    If there is no cleft in the cube, all of the mask"""
     out = np.empty(mask.shape, bool)
     for i,(inside,in_cleft) in enumerate(zip(mask.cpu().numpy(), cleft.cpu().numpy())):
         labels = cc3d.connected_components(inside, connectivity=26)

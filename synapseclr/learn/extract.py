@@ -56,8 +56,9 @@ def agreed_precision(
     precision: Precision, # As of `ExtractConfig`
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Literal['fp32', 'bf16']:
-    """The precision of all features of a run: bf16 only if it suits all networks. If `precision` leaves it open, the
-    first process that asks decides it on the first synapses, and writes it to the run folder for all other processes"""
+    """The precision of all features of a run: bf16 only if it suits all networks.
+    If `precision` leaves it open, the first process that asks decides it on the first synapses, and writes it to
+    the run folder for all other processes"""
     if precision in ('fp32', 'bf16'): return precision
     run = Path(run)
     hashes = [[weights_digest(net), content_hash(augment), content_hash(cube)] for net,augment,cube in networks]
@@ -86,9 +87,9 @@ def extract(
     precision: Literal['fp32', 'bf16'] = 'fp32', # From `agreed_precision`, if it is left open
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
 ) -> Path: # The folder
-    """Write the features of all synapses of a run, shard by shard; resumes an extraction that was stopped. The files do
-    not depend on the number of cores, nor on which process made which shard.
-    Raises `FeatureError` unless every synapse is there once (not checked if `shards` are given)"""
+    """Write the features of all synapses of a run, shard by shard; resumes an extraction that was stopped.
+    The files do not depend on the number of cores, nor on which process made which shard. Raises `FeatureError`
+    unless every synapse is there once (not checked if `shards` are given)"""
     folder = Path(run)/out
     store = ChunkStore.open(Path(run)/'chunks.zarr')
     rotations = dict(rotation='so3', flip=True) if views > 1 else {}

@@ -25,9 +25,9 @@ def nt_xent(
     neurites: Tensor|None = None,
     rows: int = 512, # Number of rows of the similarity matrix that are in memory at a time
 ) -> Tensor: # Scalar
-    """NT-Xent of a batch of positive pairs (Methods, loss function). In several processes: the partial loss of this
-    process; the partial losses add up to the loss of all batches together.
-    Raises `ValueError` for fewer than two pairs or unequal shapes"""
+    """NT-Xent of a batch of positive pairs (Methods, loss function).
+    In several processes: the partial loss of this process; the partial losses add up to the loss of all batches
+    together. Raises `ValueError` for fewer than two pairs or unequal shapes"""
     n = _n_pairs(z1, z2)
     all_z = torch.cat([all_gather(F.normalize(_at_least_fp32(z), dim=1)) for z in (z1, z2)])
     all_cells = None if neurites is None else torch.cat([all_gather(cells) for cells in neurites])
@@ -79,9 +79,9 @@ def vicreg(
     variance: float = 25., # Weight of the hinge at standard deviation 1
     covariance: float = 1., # Weight of the covariances between dimensions
 ) -> Tensor: # Scalar
-    """VICReg of a batch of positive pairs. In several processes: the partial loss of this process; the partial losses
-    add up to the loss of all batches together.
-    Raises `ValueError` for fewer than two pairs or unequal shapes"""
+    """VICReg of a batch of positive pairs.
+    In several processes: the partial loss of this process; the partial losses add up to the loss of all batches
+    together. Raises `ValueError` for fewer than two pairs or unequal shapes"""
     _n_pairs(z1, z2)
     views = [all_gather(_at_least_fp32(z)) for z in (z1, z2)]
     loss = invariance*F.mse_loss(*views)

@@ -154,16 +154,16 @@ class SynapseNet(nn.Module):
     def from_released(cls,
         path: str|Path, # Checkpoint of the published SynapseCLR, with or without `module.` before its names
     ) -> SynapseNet: # In evaluation mode
-        """Read published weights; their input is made by `AugmentConfig.released()`. Raises `ModelError` if an array is
-        absent, unknown or of another shape"""
+        """Read published weights; their input is made by `AugmentConfig.released()`.
+        Raises `ModelError` if an array is absent, unknown or of another shape"""
         return _load_into(cls('paper'), path, _released_name)
 
     @classmethod
     def from_medicalnet(cls,
         path: str|Path, # Its `resnet_18.pth` or `resnet_18_23dataset.pth`
     ) -> SynapseNet: # In evaluation mode; the projector is random
-        """Read MedicalNet's weights, as a baseline. Raises `ModelError` if an array is absent, unknown or of another
-        shape"""
+        """Read MedicalNet's weights, as a baseline.
+        Raises `ModelError` if an array is absent, unknown or of another shape"""
         return _load_into(cls('medicalnet'), path, _medicalnet_name)
 
 # %% ../../nbs/learn/03_model.ipynb #719ac9a6

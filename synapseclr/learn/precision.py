@@ -159,8 +159,8 @@ def forward_features(
     views: Tensor, # `(B, 1, D, D, D)`
     mode: dict, # With the keys of `BASELINE_MODE`
 ) -> Features: # fp32
-    """Compute the features of views. A CPU takes as many views at a time as suit its cache: one of 96 voxels a side,
-    all of 28 voxels a side"""
+    """Compute the features of views.
+    A CPU takes as many views at a time as suit its cache: one of 96 voxels a side, all of 28 voxels a side"""
     views_at_once = len(views) if views.is_cuda else max(1, 2**20//views[0].numel())
     with autocast(views.device, mode):
         layers = zip(*map(net, views.split(views_at_once)))
@@ -171,8 +171,8 @@ def choose_forward_mode(
     views: Tensor, # `(B, 1, D, D, D)` real input
     precision: Precision = 'fp32',
 ) -> dict: # With the keys of `BASELINE_MODE`, and `cosine` if the precisions were compared
-    """Choose the mode in which features are computed. `cosine` is the smallest cosine between features in fp32 and in
-    bf16, over synapses and layers"""
+    """Choose the mode in which features are computed.
+    `cosine` is the smallest cosine between features in fp32 and in bf16, over synapses and layers"""
     device = views.device
     if precision in ('fp32', 'bf16'): return mode_of(precision, device)
     if not has_bf16_units(device): return mode_of('fp32', device)

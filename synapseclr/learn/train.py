@@ -78,8 +78,8 @@ def learning_rate(
     step: int, # Counted from the start of the run
     steps_per_epoch: int,
 ) -> float:
-    """Cosine from `lr` to `lr_min`, again every `cosine_period_epochs` (Methods, *Training Schedule*). At the start of
-    the run the rate rises linearly over `warmup_steps`"""
+    """Cosine from `lr` to `lr_min`, again every `cosine_period_epochs` (Methods, *Training Schedule*).
+    At the start of the run the rate rises linearly over `warmup_steps`"""
     phase = step/steps_per_epoch % config.cosine_period_epochs/config.cosine_period_epochs
     rate = config.lr_min + (config.lr-config.lr_min)*(1+math.cos(math.pi*phase))/2
     return rate*min(1, (step+1)/max(1, config.warmup_steps))
@@ -213,8 +213,8 @@ def _set_up(
     run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeConfig, restart: bool, device: torch.device,
     types: pd.Series|None,
 ) -> _Setup:
-    """Read the data, and begin a training or load its newest checkpoint. Raises `TrainingError` if the data do not
-    suffice or differ from those of the checkpoint"""
+    """Read the data, and begin a training or load its newest checkpoint.
+    Raises `TrainingError` if the data do not suffice or differ from those of the checkpoint"""
     folder = run/'train'
     data = _read_data(run, config, types)
     augment = with_dataset_statistics(augment, data.store)
@@ -264,8 +264,8 @@ def _agree_on_mode(data: _Data, net: SynapseNet, augmenter: Augmenter) -> dict: 
     return choices[0]
 
 def _choose_mode(config: TrainConfig, net: SynapseNet, views: Tensor, n_synapses: int) -> tuple[dict, list[dict]]:
-    """How all steps are computed, and the modes that were compared to choose it; `n_synapses` is how many this process
-    will compute"""
+    """How all steps are computed, and the modes that were compared to choose it.
+    `n_synapses` is how many this process will compute"""
     threads = config.threads or n_cores()
     torch.set_num_threads(threads)
     mode,compared = choose_mode(net, views, config.precision, config.compile)
@@ -306,9 +306,9 @@ def train(
     # Of some neurons, by root id: whether they are inhibitory. For the monitor only, never for training
     types: pd.Series|None = None,
 ) -> Path: # The weights
-    """Train on the synapses of a run into `run/train/`, with all processes that `torchrun` started; resumes from the
-    newest checkpoint.
-    Raises `TrainingError` if training cannot start, if the loss is not a number, or if the features have collapsed"""
+    """Train on the synapses of a run, into `run/train/`, with all processes that `torchrun` started.
+    Resumes from the newest checkpoint. Raises `TrainingError` if training cannot start, if the loss is not a
+    number, or if the features have collapsed"""
     augment = augment or AugmentConfig()
     cube = cube or CubeConfig()
     with process_group(device) as own_device, worker_pool(2) as pool:

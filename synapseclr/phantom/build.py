@@ -218,8 +218,8 @@ def write_tables(
     root: np.ndarray, # Root id of each label
     rng: np.random.Generator,
 ) -> np.ndarray: # `(n,)` synapse id of each cleft number
-    """Write what a laboratory has, `synapses.parquet`, `neurons.csv` and skeletons; and what only the generator knows,
-    `truth.parquet`"""
+    """Write what a laboratory has, and what only the generator knows.
+    The first are `synapses.parquet`, `neurons.csv` and skeletons; the second is `truth.parquet`"""
     ids = np.zeros(int(table.number.max())+1, np.uint32)
     ids[table.number] = rng.permutation(len(table)) + 1
     synapse_id = ids[table.number].astype(np.int64)
@@ -297,8 +297,9 @@ def make_phantom(
     folder: str|Path, # Where to write it
     config: PhantomConfig|None = None, # The demo size if absent
 ) -> Path: # `folder`
-    """Write a phantom: layers em, seg, cleft and mito, tables and skeletons. A complete phantom of the same options is
-    left as it is. Raises `PhantomError` if the folder holds a phantom of other options, or if the block is too small"""
+    """Write a phantom: layers em, seg, cleft and mito, tables and skeletons.
+    A complete phantom of the same options is left as it is. Raises `PhantomError` if the folder holds a phantom of
+    other options, or if the block is too small"""
     folder = Path(folder)
     config = config or PhantomConfig()
     note = folder/'phantom.json'

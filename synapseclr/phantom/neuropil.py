@@ -213,8 +213,8 @@ def _gap(cost, rival_cost, owner, z, y, x, cell):
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def membrane(cost, rival_cost, owner, voxel, z, y, x):
-    """Distance of a voxel to the membrane of its cell, nm, and tilt of the membrane: 0 where it is perpendicular to the
-    section, 1 where it is parallel to it"""
+    """Distance of a voxel to the membrane of its cell, in nm, and tilt of the membrane.
+    The tilt is 0 where the membrane is perpendicular to the section, 1 where it is parallel to it"""
     nz,ny,nx = cost.shape
     cell = owner[z, y, x]
     z0 = max(z-1, 0)

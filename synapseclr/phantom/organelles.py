@@ -25,8 +25,8 @@ def _box(points, margin, voxel, shape):
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def paint_mitochondrion(points, radius, cell, number, phase, cost, rival_cost, owner, warp, texture, voxel, em, mito):
-    """Paint a bent capsule along `points` inside one cell: double membrane, dark matrix, wavy cristae. Returns its
-    number of voxels"""
+    """Paint a bent capsule along `points` inside one cell: double membrane, dark matrix, wavy cristae.
+    Returns its number of voxels"""
     box = _box(points, radius+100, voxel, cost.shape)
     n_voxels = 0
     axis = points[-1] - points[0]
@@ -101,8 +101,9 @@ def paint_synapse(
     detected_nm, # A voxel nearer to the membrane than this belongs to the cleft
     cost, rival_cost, owner, rival, warp, texture, voxel, em, mito, cleft, # Arrays of the tissue
 ):
-    """Paint densities on both sides of the contact between `pre` and `post` within `radius` of `centre`, and label the
-    cleft. Returns its number of voxels and the sum of their positions"""
+    """Paint the densities on both sides of a contact, and label the cleft.
+    The contact is that between `pre` and `post` within `radius` of `centre`. Returns the number of voxels of the
+    cleft and the sum of their positions"""
     box = _box(centre.reshape(1, 3), radius+120, voxel, cost.shape)
     n_voxels = 0
     total = np.zeros(3)

@@ -120,8 +120,8 @@ def draw_figures(
     only: Iterable[str] = (), # Names of figures; all that the run has the data for if none
     at_once: int = 2, # Notebooks that run side by side
 ) -> dict[str, str]: # For each figure, why it could not be drawn, or an empty text
-    """Draw figures into `RUN/figures`. Raises `FigureError` for a name that there is not, and if one of `only` cannot
-    be drawn"""
+    """Draw figures into `RUN/figures`.
+    Raises `FigureError` for a name that there is not, and if one of `only` cannot be drawn"""
     out = Path(run)/'figures'
     names = figure_names()
     only = list(only)

@@ -19,8 +19,8 @@ __all__ = ['headless', 'execute_notebook', 'run_notebook', 'html_page', 'run_par
 # %% ../../nbs/pipeline/03_report.ipynb #aa17a155
 @contextmanager
 def headless(**variables: str):
-    """Inside, kernels that are started draw into their notebooks, whatever the user's screen is; `variables` of the
-    environment are set too"""
+    """Inside, kernels that are started draw into their notebooks, whatever the user's screen is.
+    `variables` of the environment are set too"""
     changed = dict(SYNAPSECLR_HEADLESS='1', MPLBACKEND='module://matplotlib_inline.backend_inline') | variables
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
@@ -35,8 +35,8 @@ def execute_notebook(
     out: Path, # Executed notebook; its HTML page is written beside it
     **parameters, # Values for the parameters
 ):
-    """Execute a notebook with papermill, without a screen. Raises `SynapseCLRError` with the message of an error of
-    this package"""
+    """Execute a notebook with papermill, without a screen.
+    Raises `SynapseCLRError` with the message of an error of this package"""
     import papermill
     out.parent.mkdir(parents=True, exist_ok=True)
     _print_progress_of_papermill()

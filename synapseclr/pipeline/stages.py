@@ -86,8 +86,9 @@ def open_run(
     config: str|Path, # TOML file, or the folder of a run that was begun
     overrides: list[str]|tuple = (), # `section.key=value`
 ) -> RunConfig:
-    """Read the configuration of a run. Given a file, the configuration is also written to `RUN/config.toml`. Given a
-    run folder, which may have been moved, nothing is written. Raises `ConfigError` naming what is wrong in the file"""
+    """Read the configuration of a run.
+    Given a file, the configuration is also written to `RUN/config.toml`. Given a run folder, which may have been
+    moved, nothing is written. Raises `ConfigError` naming what is wrong in the file"""
     if Path(config).is_dir():
         c = read_config(RunConfig, Path(config)/'config.toml', overrides)
         return c.model_copy(update=dict(run=str(config)))
@@ -167,8 +168,9 @@ def extract_shard(
     return attempt(c.folder/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
 
 def networks_of(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConfig, CubeConfig]]:
-    """The networks of a run with the settings of their views, by the folder of their features; the trained one is the
-    last. Raises `TrainingError` if it is not trained, and `ConfigError` if it was trained with other settings"""
+    """The networks of a run with the settings of their views, by the folder of their features.
+    The trained one is the last. Raises `TrainingError` if it is not trained, and `ConfigError` if it was trained
+    with other settings"""
     weights = c.folder/'train/weights.safetensors'
     if not weights.exists():
         raise TrainingError(f'{weights}: the network is not trained yet; run `synapseclr train` first')
@@ -276,8 +278,8 @@ stages: dict[str, Callable] = dict(phantom=phantom_stage, fetch=fetch_stage, ann
 for _name,_stage in stages.items(): _stage.__doc__ = STAGES[_name].help
 
 def stages_of(c: RunConfig) -> list[str]:
-    """The stages that apply to a run: phantom and evaluate need a phantom, qc needs labelled defects, impute and
-    consensus need a table of neurons"""
+    """The stages that apply to a run.
+    Phantom and evaluate need a phantom, qc needs labelled defects, impute and consensus need a table of neurons"""
     has_prompts = c.qc.prompts or c.qc.simulate_prompts or (c.folder/'labels.csv').exists()
     needs = dict(phantom=c.phantom, evaluate=c.phantom, qc=has_prompts, impute=c.source.neurons,
         consensus=c.source.neurons)

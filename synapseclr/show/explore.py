@@ -91,8 +91,9 @@ _missing = _n_colours+1
 def encode_column(
     values: pd.Series, # One for each synapse
 ) -> tuple[dict, bytes]: # Description, and the uint8 code or float32 number of each synapse
-    """Encode a column for the page. The description has `kind`; for a category also `values`, `n_values` and `counts`,
-    and for a number `lo`, `hi` and `n_missing`"""
+    """Encode a column for the page.
+    The description has `kind`; for a category also `values`, `n_values` and `counts`, and for a number `lo`, `hi`
+    and `n_missing`"""
     return _encode_category(values) if _is_category(values) else _encode_number(values)
 
 def _is_category(values: pd.Series) -> bool:
@@ -134,8 +135,9 @@ def _as_text(value) -> str:
     return f'{value:.1f}' if abs(value) >= 1000 else f'{value:.4g}'
 
 class ExplorerData:
-    """The synapses of a table, as the files that the page requests. Raises `ExploreError` if the table has no map, if
-    its ids are not unique whole numbers, or if it has no column `colour`"""
+    """The synapses of a table, as the files that the page requests.
+    Raises `ExploreError` if the table has no map, if its ids are not unique whole numbers, or if it has no column
+    `colour`"""
     rows_in_page = 100
 
     def __init__(self,
@@ -334,8 +336,8 @@ def serve(
     port: int = 8765,
     colour: str|None = None, # Column to begin with
 ):
-    """Show the map of a run at http://127.0.0.1:PORT, until it is interrupted. Raises `ExploreError` if there is no
-    map, no such column, or if the port cannot be used"""
+    """Show the map of a run at http://127.0.0.1:PORT, until it is interrupted.
+    Raises `ExploreError` if there is no map, no such column, or if the port cannot be used"""
     labels = Path(run)/'labels.csv'
     data = open_map(run, colour)
     with make_server(data, labels, port) as server:
@@ -363,8 +365,8 @@ def write_static(
     slices: int = 500, # Number of synapses with pictures, about 50 KB each
     colour: str|None = None, # Column to begin with
 ):
-    """Write the page and everything that it requests to a folder for any static file server. Raises `ExploreError` if
-    the folder is not empty"""
+    """Write the page and everything that it requests to a folder for any static file server.
+    Raises `ExploreError` if the folder is not empty"""
     write_map(open_map(run, colour), out, slices)
 
 def write_map(

@@ -125,8 +125,8 @@ def export(
     neurons: pd.DataFrame|None = None, # From `read_neurons`
     config: ExportConfig|None = None,
 ) -> pd.DataFrame: # The table
-    """Write `results.parquet`, `synapses.h5ad` and `annotations/` into the run folder. Raises `ExportError` if there is
-    no map, or if it is of other synapses than the table"""
+    """Write `results.parquet`, `synapses.h5ad` and `annotations/` into the run folder.
+    Raises `ExportError` if there is no map, or if it is of other synapses than the table"""
     run = Path(run)
     config = config or ExportConfig()
     if not (run/'map.parquet').exists():

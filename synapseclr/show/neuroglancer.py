@@ -34,8 +34,8 @@ def layer_urls(
     local_url: str, # Where the root folder is served
     extra_folders: tuple[str|Path, ...] = (), # Further local folders that have to be in the root folder
 ) -> tuple[dict[str, str], Path|None]: # Address of each layer for neuroglancer; root folder, None if no layer is local
-    """Addresses of layers for a browser, which cannot read files. The root folder is the innermost folder that contains
-    all local layers"""
+    """Addresses of layers for a browser, which cannot read files.
+    The root folder is the innermost folder that contains all local layers"""
     local = {name: _local_path(source) for name,source in layers.items() if _is_local(source)}
     root = None
     if local:
@@ -110,8 +110,8 @@ def links(
 def record_type(
     properties: pd.DataFrame, # Columns of 4, 2 or 1 bytes; categories become enums
 ) -> tuple[np.dtype, list[dict]]: # Of a point with its properties; the properties as the layer's `info` has them
-    """Layout of a record: the position, then the properties from large to small, padded to four bytes. Raises
-    `ExportError` if a column cannot be a property"""
+    """Layout of a record: the position, then the properties from large to small, padded to four bytes.
+    Raises `ExportError` if a column cannot be a property"""
     type_names = {'f4': 'float32', 'u4': 'uint32', 'i4': 'int32', 'u2': 'uint16', 'i2': 'int16', 'u1': 'uint8',
         'i1': 'int8'}
     type_codes = {name: _type_code(dtype) for name,dtype in properties.dtypes.items()}
@@ -166,8 +166,9 @@ def levels(
     limit: int = 1000, # Synapses in the fullest cell of a level, on average
     seed: int = 0,
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]: # For each level, coarse to fine
-    """Distribute the synapses over the levels of the spatial index. For each level: the shape of its grid `(3,)`, the
-    size of a cell `(3,)`, the rows of its `n` synapses, and the cell of each `(n, 3)`"""
+    """Distribute the synapses over the levels of the spatial index.
+    For each level: the shape of its grid `(3,)`, the size of a cell `(3,)`, the rows of its `n` synapses, and the
+    cell of each `(n, 3)`"""
     rng = np.random.default_rng(seed)
     remaining = np.arange(len(at_nm))
     grid = np.ones(3, int)
@@ -307,8 +308,8 @@ def layer_server(
     folder: str|Path, # Only files in it are served
     port: int = 9000, # 0 for any free port
 ) -> http.server.ThreadingHTTPServer: # Started by its `serve_forever`
-    """A server of layers for neuroglancer that only this machine can reach. Raises `ExportError` if there is no such
-    folder, or if the port is taken"""
+    """A server of layers for neuroglancer that only this machine can reach.
+    Raises `ExportError` if there is no such folder, or if the port is taken"""
     if not Path(folder).is_dir(): raise ExportError(f'{folder}: there is no such folder')
     try: return http.server.ThreadingHTTPServer(('127.0.0.1', port), partial(_Layers, directory=str(folder)))
     except OSError as e: raise ExportError(f'port {port}: {e.strerror}; choose another with --port') from None

@@ -31,8 +31,8 @@ def draw_chunk(
     title: str = '',
     masked: bool = False, # Show only the EM of the two cells and the cleft
 ):
-    """Draw the section of a chunk that is nearest to its middle and not blank, with outlines of its parts and a bar of
-    250 nm"""
+    """Draw the section of a chunk that is nearest to its middle and not blank.
+    Outlines show its parts, and a bar is 250 nm long"""
     sections = np.flatnonzero(chunk.em.any((1, 2)))
     z = min(sections, key=lambda z: abs(z-chunk.em.shape[0]//2), default=0)
     em = chunk.em[z]
@@ -211,8 +211,9 @@ def training_curve(
     steps: list[dict], # From `train.read_log`, a row per step
     epochs: list[dict], # From `train.read_log`, a row per epoch
 ) -> plt.Figure:
-    """Draw the loss per step, its mean per epoch and the loss of held-out synapses (Fig. S1B). Lines show the loss
-    if all features are identical, and its lower bound. Below are the effective rank, and any online probes"""
+    """Draw the loss per step, its mean per epoch and the loss of held-out synapses (Fig.
+    S1B). Lines show the loss if all features are identical, and its lower bound. Below are the effective rank, and
+    any online probes"""
     probes = [name for name in ('type_auc', 'orientation_r2', 'blank_sections_r2') if name in epochs[-1]]
     height_ratios = [2, 1, 1] if probes else [2, 1]
     fig,axes = plt.subplots(len(height_ratios), 1, figsize=(6, 3.4+bool(probes)), sharex=True,

@@ -13,23 +13,13 @@ from fastcore.script import call_parse
 # %% ../../nbs/dev/05_results.ipynb #1fd31713
 def collect_tables(
     run, # Run folder of the demo, finished
-    measured, # Folder for the CSV files
+    measured, # Folder for the CSV file
 ):
-    """Write the tables of a run that pages show.
-    `demo_run_targets.csv` has linear probes against the ground truth, `demo_imputation.csv` the scores of imputed
-    traits"""
+    "Write `demo_run_targets.csv`: how well linear probes predict the ground truth from each feature set"
     from synapseclr.data.tables import read_table
-    run = Path(run)
-    measured = Path(measured)
-    targets = read_table(run/'evaluation_targets.parquet', 'evaluation targets')
+    targets = read_table(Path(run)/'evaluation_targets.parquet', 'evaluation targets')
     targets = targets[['target', 'subset', 'features', 'value', 'lo95', 'hi95']]
-    targets.to_csv(measured/'demo_run_targets.csv', index=False, float_format='%.4f')
-    scores = read_table(run/'imputation_scores.parquet', 'imputation scores')
-    scores = scores[scores.split == 'neurons']
-    is_type = scores.AUC.notna()
-    scores = scores.assign(metric=is_type.map({True: 'AUC', False: 'EV'}), value=scores.AUC.where(is_type, scores.EV))
-    scores = scores[['trait', 'metric', 'features', 'value', 'lo95', 'hi95', 'n', 'neurons']]
-    scores.to_csv(measured/'demo_imputation.csv', index=False, float_format='%.4f')
+    targets.to_csv(Path(measured)/'demo_run_targets.csv', index=False, float_format='%.4f')
 
 # %% ../../nbs/dev/05_results.ipynb #834e4a2e
 def shown_tables(

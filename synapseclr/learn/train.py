@@ -217,6 +217,7 @@ def _set_up(
     Raises `TrainingError` if the data do not suffice or differ from those of the checkpoint"""
     folder = run/'train'
     data = _read_data(run, config, types)
+    data.parts() # a bad micro_batch is refused before an earlier training is deleted
     augment = with_dataset_statistics(augment, data.store)
     origin = provenance(
         config.model_copy(update=dict(extra_stores=[], exclude=None)),

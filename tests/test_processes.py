@@ -75,8 +75,8 @@ def counted(store, steps, indices):
         if batch[0] == fatal_step: os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 train.batches = counted
-config = train.TrainConfig(model='demo', batch_size=4, epochs=5, restart_epochs=5, lr=1e-3, checkpoint_steps=3,
-    precision='fp32')
+config = train.TrainConfig(model='demo', batch_size=4, epochs=5, cosine_period_epochs=5, lr=1e-3,
+    checkpoint_every_steps=3, precision='fp32')
 train.train(sys.argv[1], config, AugmentConfig(inflation=(1, 2)), CubeConfig(size=16, voxel_nm=45.), device='cpu')
 print(json.dumps('done'))
 """

@@ -176,7 +176,7 @@ def test_all_stages_on_a_phantom(tmp_path):
     targets = read_table(tmp_path/'run/evaluation_targets.parquet', 'evaluation targets')
     assert set(targets.features) == {'trained', 'trained - cutting_angle', 'untrained', 'morphometrics', 'intensity',
         'handcrafted', 'latents'}
-    type_scores = targets[(targets.target == 'presynaptic type') & (targets.within == 'all')]
+    type_scores = targets[(targets.target == 'presynaptic type') & (targets.subset == 'all')]
     assert type_scores.set_index('features').value['latents'] > .9
     assert_runs_of_two_networks_are_refused(tmp_path/'run', tmp_path/'other')
 

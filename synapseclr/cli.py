@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 import typer
+import synapseclr
 from .core import ConfigError, SynapseCLRError, asset, provenance
 from .pipeline.catalogue import STAGES
 
@@ -27,6 +28,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
     'typed synapses with them.',
     epilog='Start with `synapseclr demo`. For your own data write a configuration and call `synapseclr run --config '
     'FILE`.')
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option('--version', help='Print the version')] = False):
+    if not version: return
+    print(f'synapseclr {synapseclr.__version__}')
+    raise typer.Exit
 
 def _command(name: str, help: str, group: typer.Typer = app):
     "Make a function a command; its help is also its docstring and its line in the list of commands"
@@ -289,6 +296,8 @@ def similar_command(
     if out:
         table.to_csv(out, index=False)
         return print(f'{len(table)} synapses are in {out}')
+    if not len(table): return print(f"no synapse of this run satisfies {where}")
+    print(f'{features} features, cosine distance')
     shown = ['id', 'distance', 'cleft_um3', 'p_inhibitory_pre', 'p_inhibitory_post', 'cluster']
     shown += [column for column in table if re.search(rf'\b{column}\b', where) and column not in shown]
     print(table[[column for column in shown if column in table]].round(4).to_string(index=False))
@@ -338,7 +347,7 @@ def remap_command(
     changes.to_csv(out.with_suffix('.changed.csv'), index=False)
     print(summarize_remap(changes))
 
-bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory, compared with a baseline implementation')
+bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory against a baseline')
 app.add_typer(bench, name='bench')
 _Repeats = Annotated[int, typer.Option('--rounds', help='Repeats of each implementation', min=1)]
 

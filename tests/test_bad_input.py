@@ -2,6 +2,7 @@
 import re
 import numpy as np, pandas as pd, pytest
 from conftest import files, python, synapseclr
+from synapseclr.dev.fixtures import tiny_volume
 from synapseclr.pipeline.stages import stages
 
 @pytest.fixture
@@ -222,3 +223,12 @@ def test_another_table_harms_nothing(table, run_stage, tmp_path):
     assert code == 1
     assert 'another table, volume or configuration' in text
     assert files(tmp_path/'run', 'chunks.zarr/**/*', 'synapses.parquet') == before
+
+def test_hints_are_printed_in_notebook_mode(tmp_path):
+    "What a stage hints at is printed by the command, even if it comes after a progress bar"
+    tiny_volume(tmp_path)
+    options = ['fetch.window_nm=[880,1000,1000]', 'fetch.max_blank_fraction=0.065', f'run={tmp_path/"run"}']
+    done = synapseclr('fetch', '--config', tmp_path/'tiny.toml', *[part for o in options for part in ('--set', o)],
+        cwd=tmp_path)
+    assert done.returncode == 0 and '3 of 12 synapses kept' in done.stdout
+    assert 'hint: most of the 12 synapses are rejected: blank EM' in done.stderr

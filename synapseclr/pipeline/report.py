@@ -72,7 +72,7 @@ def _print_progress_of_papermill():
     if log.handlers: return
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter('  %(message)s'))
-    handler.addFilter(lambda record: '%|' in record.getMessage() or record.getMessage().startswith('hint:'))
+    handler.addFilter(lambda record: re.search(r'%\||^hint:', record.getMessage(), re.M))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -139,8 +139,10 @@ def _trait_table(scores: pd.DataFrame, feature_set: str) -> pd.DataFrame:
         gain = scores[scores.features == baseline].set_index('trait').reindex(chosen.index)
         table[f'gain over {baseline}'] = [f'{row.gain:+.2f} [{row.gain_lo95:+.2f}, {row.gain_hi95:+.2f}]'
             for row in gain.itertuples()]
-    best = scores.loc[scores.groupby('trait').value.idxmax()].set_index('trait').reindex(chosen.index)
-    table['best feature set'] = [f'{row.features} ({row.value:.2f})' for row in best.itertuples()]
+    clear = scores[scores.above_chance]
+    best = clear.loc[clear.groupby('trait').value.idxmax()].set_index('trait')
+    names = {row.Index: f'{row.features} ({row.value:.2f})' for row in best.itertuples()}
+    table['best feature set'] = [names.get(trait, '–') for trait in table.index]
     return table.rename(index=TRAIT_NAMES).rename_axis(None)
 
 def _trait_sentences(scores: pd.DataFrame, feature_set: str) -> list[str]:
@@ -157,7 +159,8 @@ def _trait_sentences(scores: pd.DataFrame, feature_set: str) -> list[str]:
     rest = f'; the other {_plural(n_rest, "trait")} {"is" if n_rest == 1 else "are"} not above chance' if n_rest else ''
     baseline = scores[scores.features == 'morphometrics'].set_index('trait')
     better = [TRAIT_NAMES[trait] for trait in clear.index if baseline.gain_lo95.get(trait, -1) > 0]
-    worse = [TRAIT_NAMES[trait] for trait in chosen.index if baseline.gain_hi95.get(trait, 1) < 0]
+    worse = [TRAIT_NAMES[trait] for trait in chosen.index
+        if baseline.gain_hi95.get(trait, 1) < 0 and baseline.above_chance.get(trait, False)]
     comparison = (f'They are clearly better than morphometrics for {_join(better)}.' if better else 'For no trait are '
         'they clearly better than morphometrics.')
     if worse: comparison += f' Morphometrics are clearly better for {_join(worse)}.'
@@ -171,7 +174,8 @@ def _traits(c: RunConfig) -> Part:
         note = f' With fewer than {MIN_NEURONS} labelled neurons a score above chance can be luck.'
     text = (f'<p>Predicted from the {html.escape(feature_set)} features, scored on held-out neurons; 95 % intervals '
         'by bootstrap over neurons. '
-        f'EV: fraction of variance explained. AUC: area under the ROC curve, 0.5 is chance.{note}</p>')
+        f'EV: fraction of variance explained. AUC: area under the ROC curve, 0.5 is chance. Morphometrics are used '
+        f'without the measurement that is predicted.{note}</p>')
     return Part(_trait_sentences(scores, feature_set), 'Imputed traits',
         text + _table(_trait_table(scores, feature_set)))
 

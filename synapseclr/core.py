@@ -217,9 +217,10 @@ def version_problem(
 def write_toml(
     config: Strict, # Options
     path: str|Path, # TOML file to write
+    exclude: dict[str, set[str]]|None = None, # Options to leave out, by section
 ):
     "Write all options of `config`, including defaults, so that the file alone documents what was done"
-    text = tomli_w.dumps(config.model_dump(mode='json', exclude_none=True))
+    text = tomli_w.dumps(config.model_dump(mode='json', exclude_none=True, exclude=exclude))
     with atomic(path) as f: f.write_text(text)
 
 # %% ../nbs/00_core.ipynb #1e6de048

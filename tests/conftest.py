@@ -108,3 +108,11 @@ class Links(HTMLParser):
 def tiny_config(tmp_path_factory):
     "Configuration file of a run on the tiny volume; the layers and the table lie beside it"
     return tiny_volume(tmp_path_factory.mktemp('tiny'), n=12)
+
+# Files that take longest; begun first, so that the workers end at about the same time
+longest = ['test_same_numbers', 'test_line', 'test_processes', 'test_figures', 'test_bad_input', 'test_faults']
+
+def pytest_collection_modifyitems(items):
+    "The longest files first; the order within a file stays"
+    rank = {name: i for i,name in enumerate(longest)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(longest)))

@@ -94,7 +94,8 @@ def open_run(
         return c.model_copy(update=dict(run=str(config)))
     c = read_config(RunConfig, config, overrides)
     c = c.model_copy(update=dict(run=c.run or f'_runs/{Path(config).stem}'))
-    write_toml(c, c.folder/'config.toml')
+    measured = {'mean', 'sd'} - c.augment.model_fields_set # left open: those of the run's own data are used
+    write_toml(c, c.folder/'config.toml', exclude=dict(augment=measured))
     return c
 
 # %% ../../nbs/pipeline/02_stages.ipynb #12c326e0

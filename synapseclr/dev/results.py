@@ -41,7 +41,9 @@ def results_cli(
     run = Path(run)
     nbs = Path(get_config().nbs_path)
     collect_tables(run, nbs/'measured')
-    for executed in sorted((run/'figures').glob('*.ipynb')): take_outputs(executed, nbs/'figures'/executed.name)
+    for executed in sorted((run/'figures').glob('*.ipynb')):
+        if executed.stem == 'figS7': continue # its page shows networks that were trained for it
+        take_outputs(executed, nbs/'figures'/executed.name)
     shutil.copy2(run/'figures/picture.png', nbs/'images/picture.png')
     pages = [nb for nb in sorted(nbs.rglob('*.ipynb')) if shown_tables(nb) or nb.stem == 'gallery']
     for nb in pages: print(f'{nb.relative_to(nbs)}: {run_nb(nb):.0f} s', flush=True)

@@ -160,11 +160,12 @@ train.nt_xent = interrupted
 main()
 """
 
-def test_interrupted(tiny_config, tmp_path):
+def test_interrupted(run_stage, tiny_config, tmp_path):
     "After Ctrl-C in training the command says how to resume, without a traceback"
-    options = ['--config', tiny_config, '--set', f'run={tmp_path/"run"}', '--no-notebook']
-    assert synapseclr('fetch', *options, cwd=tmp_path).returncode == 0
-    done = python(interrupt_in_training, 'train', *options, cwd=tmp_path)
+    code,_ = run_stage('fetch', '--no-notebook')
+    assert code == 0
+    done = python(interrupt_in_training, 'train', '--config', tiny_config, '--set', f'run={tmp_path/"run"}',
+        '--no-notebook', cwd=tmp_path)
     assert done.returncode == 130
     assert done.stderr.strip().endswith('give the same command again to resume')
     assert 'Traceback' not in done.stderr

@@ -328,12 +328,12 @@ def _tables(): "With one command only, typer would drop its name; a callback kee
 @_command('remap', 'Look up the partners of synapses in another version of the segmentation', tables)
 def remap_command(
     table: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help='Synapse table with points on both sides')],
-    seg: Annotated[str, typer.Option(help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, '
-    'its state at that time')],
+    seg: Annotated[str, typer.Option(
+        help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
     out: Annotated[Path, typer.Option(help='Parquet file to write; the changed ids are written beside it')],
     mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
     voxel_nm: Annotated[str, typer.Option(
-    help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
+        help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
 ):
     from synapseclr.data.tables import read_synapses, write_table
     from synapseclr.data.volume import LayerSource, open_layer
@@ -366,8 +366,8 @@ def bench_augment_command(
 def bench_gp_command(
     n: Annotated[int, typer.Option(help='Synapses', min=100)] = 5000,
     d: Annotated[int, typer.Option(help='Features', min=2)] = 512,
-    recipe_steps: Annotated[int, typer.Option(help='Steps of the variational GP on one fold, for its scores; 20000 is '
-    'all', min=0)] = 0,
+    recipe_steps: Annotated[int, typer.Option(min=0,
+        help='Steps of the variational GP on one fold, for its scores; 20000 is all')] = 0,
 ):
     from synapseclr.evaluate.speed_typing import bench_gp
     print(bench_gp(n, d, recipe_steps=recipe_steps).round(3).T.to_string(header=False))
@@ -410,5 +410,5 @@ def main():
     """The `synapseclr` command.
     Exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"""
     try: app(prog_name='synapseclr')
-    except SynapseCLRError as e: sys.exit(f'error: {e}')
-    except OSError as e: sys.exit(f"error: {e.filename or ''}: {e.strerror or e}")
+    except SynapseCLRError as error: sys.exit(f'error: {error}')
+    except OSError as error: sys.exit(f"error: {error.filename or ''}: {error.strerror or error}")

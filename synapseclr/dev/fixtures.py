@@ -107,7 +107,7 @@ def tiny_fetched(
 def tiny_run(
     stage:str, # Stage that is to be run next
 ) -> tuple: # Configuration and overrides, with all stages before `stage` done
-    "A run on the tiny volume, as far as `stage` needs it: what a run notebook works on when nobody tells it better"
+    "A run on the tiny volume, with the stages before `stage` done; run notebooks use it if they get no configuration"
     folder = Path(tempfile.mkdtemp())
     return _run_until(stage, str(tiny_volume(folder)), folder)
 

@@ -26,7 +26,7 @@ __all__ = ['FIGURE_STYLE', 'FigureError', 'FigureRun', 'panel_label', 'figure_na
 
 # %% ../../nbs/pipeline/05_figures.ipynb #c5808489
 class FigureError(SynapseCLRError):
-    "A figure that this run has not what is needed for"
+    "A figure cannot be drawn from this run"
 
 FIGURE_STYLE = {'font.size': 6, 'axes.titlesize': 7, 'axes.labelsize': 6, 'axes.linewidth': .5, 'xtick.labelsize': 5,
     'ytick.labelsize': 5, 'xtick.major.width': .5, 'ytick.major.width': .5,
@@ -34,7 +34,7 @@ FIGURE_STYLE = {'font.size': 6, 'axes.titlesize': 7, 'axes.labelsize': 6, 'axes.
     'savefig.dpi': 300, 'figure.dpi': 110, 'axes.spines.top': False, 'axes.spines.right': False}
 
 class FigureRun:
-    "A finished run. Raises `FigureError` if there is none, or it has not come far enough"
+    "A run to draw figures from. Raises `FigureError` if the folder is not a run"
     def __init__(self,
         folder: str|Path, # Run folder; it may have been moved
     ):
@@ -48,28 +48,28 @@ class FigureRun:
         "Raise `FigureError` unless these files are in the run folder"
         makers = {'map.parquet': 'embed', 'defects.parquet': 'qc', 'imputation_scores.parquet': 'impute',
             'neurites.parquet': 'consensus', 'axes.parquet': 'manifold', 'train/log.jsonl': 'train'}
-        for f in files:
-            if not (self.folder/f).exists():
-                raise FigureError(f"{self.folder/f} is not there; run `synapseclr {makers[f]}` first")
+        for file in files:
+            if not (self.folder/file).exists():
+                raise FigureError(f"{self.folder/file} is not there; run `synapseclr {makers[file]}` first")
 
     @cached_property
     def neurons(self) -> pd.DataFrame|None: return known_neurons(self.config)
     @cached_property
     def everything(self) -> pd.DataFrame:
-        "All that is known of each synapse, also of those that quality control removed"
+        "The results of each synapse, also of those that quality control removed"
         return read_results(self.folder, self.neurons)
     @cached_property
     def table(self) -> pd.DataFrame:
-        "All that is known of each sound synapse"
-        return self.everything[~self.everything.removed].reset_index(
-            drop=True) if 'removed' in self.everything else self.everything
+        "The results of each non-defective synapse"
+        if 'removed' not in self.everything: return self.everything
+        return self.everything[~self.everything.removed].reset_index(drop=True)
     @cached_property
     def store(self) -> ChunkStore: return ChunkStore.open(self.folder/'chunks.zarr')
     @cached_property
-    def _row_of(self) -> dict: return {int(s): i for i,s in enumerate(self.store.ids)}
+    def _row_of(self) -> dict: return {int(synapse): row for row,synapse in enumerate(self.store.ids)}
 
     def chunk(self, synapse: int):
-        "What was cut out for a synapse"
+        "The chunk of a synapse"
         return self.store[self._row_of[int(synapse)]]
 
     def read(self, name: str, format: str) -> pd.DataFrame:
@@ -77,24 +77,24 @@ class FigureRun:
         return read_table(self.folder/name, format)
 
     def features(self, layer: str = 'backbone', name: str|None = None) -> np.ndarray:
-        "Features of the sound synapses, `(N, d)`: of the kind that the map is drawn of, or another"
+        "Feature vectors of the non-defective synapses, `(N, d)`; of the feature set of the map if `name` is absent"
         name = name or self.config.embed.feature_set
         return read_feature_sets(self.folder, layer, [name])[1][name]
 
     def map_of(self, x: np.ndarray) -> np.ndarray:
-        "A map of other features, `(N, 2)`, drawn as the run's own"
+        "UMAP of other features, `(N, 2)`, with the options of the run"
         c = self.config.embed
-        return umap_layout(connectivities(nearest_neighbours(x, c.n_neighbors, c.metric), c.umap_n_neighbors), x, 2,
-            c.min_dist, c.n_epochs or None, c.seed)
+        graph = connectivities(nearest_neighbours(x, c.n_neighbors, c.metric), c.umap_n_neighbors)
+        return umap_layout(graph, x, 2, c.min_dist, c.n_epochs or None, c.seed)
 
     @cached_property
     def feature_names(self) -> list[str]:
-        "Kinds of features that the run has"
-        return ['trained', *sorted(p.name.removeprefix('features_') for p in self.folder.glob('features_*')),
-            'morphometrics']
+        "Feature sets of the run"
+        others = sorted(path.name.removeprefix('features_') for path in self.folder.glob('features_*'))
+        return ['trained', *others, 'morphometrics']
 
     def draw(self, ax: plt.Axes, synapse: int, title: str = '', masked: bool = True):
-        "The middle section of a synapse, its surroundings masked out as in the paper"
+        "Draw the middle section of a synapse, with its surroundings masked out as in the paper"
         draw_chunk(ax, self.chunk(synapse), self.store.voxel_nm, title, masked)
 
     def save(self, fig: plt.Figure, name: str):
@@ -112,38 +112,45 @@ def panel_label(ax: plt.Axes, text: str, x: float = 0., y: float = 1.):
 
 # %% ../../nbs/pipeline/05_figures.ipynb #962e9907
 def figure_names() -> list[str]:
-    "Figures that there are notebooks of"
-    return sorted(p.stem for p in asset('figures').glob('*.ipynb'))
+    "Names of all figures"
+    return sorted(path.stem for path in asset('figures').glob('*.ipynb'))
 
 def draw_figures(
     run: str|Path, # Run folder
-    only: Iterable[str] = (), # Names of figures; all that the run has the data for if none
-    at_once: int = 2, # Notebooks that run side by side
+    only: Iterable[str] = (), # Names of figures; all that the run has the data for if empty
+    at_once: int = 2, # Notebooks that run at the same time
 ) -> dict[str, str]: # For each figure, why it could not be drawn, or an empty text
     """Draw figures into `RUN/figures`.
-    Raises `FigureError` for a name that there is not, and if one of `only` cannot be drawn"""
+    Raises `FigureError` for an unknown name, and if one of `only` cannot be drawn"""
     out = Path(run)/'figures'
     names = figure_names()
     only = list(only)
-    if unknown := [o for o in only if o not in names]:
-        raise FigureError(f"there is no figure '{unknown[0]}'; there are {', '.join(names)}")
+    unknown = [name for name in only if name not in names]
+    if unknown: raise FigureError(f"there is no figure '{unknown[0]}'; there are {', '.join(names)}")
     c = FigureRun(run).config
+
     def draw(name):
         try: execute_notebook(asset(f'figures/{name}.ipynb'), out/f'{name}.ipynb', run=str(Path(run).resolve()))
-        except SynapseCLRError as e:
-            if only: raise FigureError(f'{name}: {e}') from None
-            return str(e)
+        except SynapseCLRError as error:
+            if only: raise FigureError(f'{name}: {error}') from None
+            return str(error)
         return ''
-    order = (only or names)[::-1] # the table at the end takes longest
-    done = dict(run_parallel({name: partial(draw, name) for name in order}, at_once=at_once))
-    drawn = [n for n in names if (out/f'{n}.html').exists()]
-    def shown(name):
-        return f'<h2><a href="{name}.html">{name}</a></h2>' + (f'<p><a href="{name}.pdf"><img alt="{name}" '
-            f'src="{name}.png"></a></p>' if (out/f'{name}.png').exists() else '')
-    missing = ''.join(f'<li>{n}: {html.escape(why)}</li>' for n,why in done.items() if why)
-    body = (f"<h1>Figures</h1><p>Drawn from the run {html.escape(Path(run).resolve().name)}; a click leads to the "
-        f"notebook or to the vector graphic.</p>{''.join(map(shown, drawn))}"
-        + (f'<h2>Not drawn</h2><ul>{missing}</ul>' if missing else ''))
-    with atomic(out/'index.html') as f: f.write_text(html_page('figures', body))
+
+    order = (only or names)[::-1] # the table, which is the last, takes longest
+    problems = dict(run_parallel({name: partial(draw, name) for name in order}, at_once=at_once))
+    with atomic(out/'index.html') as f: f.write_text(html_page('figures', _index(Path(run), problems)))
     if (c.folder/'report').exists(): write_index(c)
-    return done
+    return problems
+
+def _index(run: Path, problems: dict[str, str]) -> str:
+    "HTML of the page that shows all figures of a run"
+    out = run/'figures'
+    body = (f'<h1>Figures</h1><p>Drawn from the run {html.escape(run.resolve().name)}. '
+        'A title links to the notebook, a picture to the vector graphic.</p>')
+    for name in figure_names():
+        if not (out/f'{name}.html').exists(): continue
+        body += f'<h2><a href="{name}.html">{name}</a></h2>'
+        if (out/f'{name}.png').exists():
+            body += f'<p><a href="{name}.pdf"><img alt="{name}" src="{name}.png"></a></p>'
+    missing = ''.join(f'<li>{name}: {html.escape(problem)}</li>' for name,problem in problems.items() if problem)
+    return body + (f'<h2>Not drawn</h2><ul>{missing}</ul>' if missing else '')

@@ -90,12 +90,13 @@ def annotate(
     table = read_table(path, 'synapses')
     made_by = read_metadata(path)['provenance']
     store = ChunkStore.open(run/'chunks.zarr')
-    if not set(MORPHOMETRIC_COLUMNS) <= set(table):
+    if made_by.get('annotated') != _version:
         shard_of = store.places//store.per_shard
         parts = []
         for shard in progress(np.unique(shard_of), desc='annotate', unit='shard'):
             parts.append(_measure_shard(run, store, int(shard), np.flatnonzero(shard_of == shard)))
-        table = table.merge(pd.concat(parts), on='id', how='left', validate='1:1')
+        table = table.merge(pd.concat(parts), on='id', how='left', validate='1:1', suffixes=(None, None))
+        made_by['annotated'] = _version
         write_table(table, path, 'synapses', made_by)
     if skeletons and made_by.get('skeletons') != skeletons:
         lengths = path_lengths_to_soma(table, skeletons)
@@ -104,12 +105,14 @@ def annotate(
         write_table(table, path, 'synapses', made_by | dict(skeletons=skeletons))
     return table
 
+_version = 1 # Of the measurements
+
 def _measure_shard(run: Path, store: ChunkStore, shard: int, members: np.ndarray) -> pd.DataFrame:
     "The measurements of a shard; those of an earlier time if the record of the shard is still the same"
     path = run/'annotate'/f'{shard:06d}.parquet'
     record = run/'fetch'/f'{shard:06d}.json'
     record_hash = hashlib.sha256(record.read_bytes()).hexdigest()[:16] if record.exists() else None
-    made_by = dict(record=record_hash, version=1)
+    made_by = dict(record=record_hash, version=_version)
     if record_hash and path.exists() and read_metadata(path)['provenance'] == made_by:
         return read_table(path, 'annotations')
     rows = []

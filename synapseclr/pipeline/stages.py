@@ -12,7 +12,8 @@ from ..core import ConfigError, Strict, asset, provenance, read_config, write_to
 from ..data.features import feature_provenance
 from ..data.results import read_results
 from ..data.store import ChunkStore
-from ..data.tables import read_neurons, read_table, unrecognised_cell_types, write_table
+from ..data.neurons import read_neurons, unrecognised_cell_types
+from ..data.tables import read_table, write_table
 from ..data.volume import LayerSource
 from ..ingest.annotate import annotate
 from ..ingest.cutout import DataConfig, FetchConfig
@@ -240,7 +241,7 @@ def query_stage(c: RunConfig):
 def read_run_neurons(c: RunConfig) -> pd.DataFrame:
     "The table of neurons of a run. Raises `ConfigError` if there is none"
     if not c.source.neurons: raise ConfigError('this run has no table of neurons; name one in [data] neurons')
-    return read_neurons(c.source.neurons, c.source.table_voxel_nm)
+    return read_neurons(c.source.neurons, c.source.table_voxel_nm, c.source.neuron_columns, c.source.types)
 
 def known_neurons(c: RunConfig) -> pd.DataFrame|None:
     "As `read_run_neurons`; None if the run has no such table"

@@ -15,7 +15,8 @@ from .tables import TableError
 
 # %% auto #0
 __all__ = ['COLUMN_ALIASES', 'CENTRE_PATTERNS_NM', 'CENTRE_PATTERNS_VX', 'ID_COLUMNS', 'column_sources', 'column_problems',
-           'columns_hint', 'unusable', 'id_problem', 'read_synapses', 'read_ids', 'random_order', 'draw_synapses']
+           'columns_hint', 'unusable', 'id_problem', 'read_synapses', 'moved_columns', 'read_ids', 'random_order',
+           'draw_synapses']
 
 # %% ../../nbs/data/07_synapses.ipynb #ffd4f544
 COLUMN_ALIASES = dict(
@@ -171,6 +172,14 @@ def _with_rest(ours: dict[str, np.ndarray], rest: pd.DataFrame) -> pd.DataFrame:
             new_name = f'table_{new_name}'.replace('/', '_')
         table[new_name] = column
     return pd.DataFrame(table)
+
+def moved_columns(
+    path: str|Path, # Synapse table
+    table: pd.DataFrame, # The same as read, or the table of a run
+) -> list[str]:
+    "The columns that have another name than in the file"
+    names = column_names(path)
+    return [name for name in table if name.startswith('table_') and name not in names]
 
 # %% ../../nbs/data/07_synapses.ipynb #683fe540
 def read_ids(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..core import progress
+from ..core import content_hash, progress
 from ..data.results import MORPHOMETRIC_COLUMNS
 from .skeleton import path_lengths_to_soma
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE
@@ -98,12 +98,21 @@ def annotate(
         table = table.merge(pd.concat(parts), on='id', how='left', validate='1:1', suffixes=(None, None))
         made_by['annotated'] = _version
         write_table(table, path, 'synapses', made_by)
-    if skeletons and made_by.get('skeletons') != skeletons:
+    origin = _skeleton_hash(skeletons) if skeletons else None
+    if skeletons and made_by.get('skeletons') != origin:
         lengths = path_lengths_to_soma(table, skeletons)
         table = table.drop(columns=[column for column in lengths if column in table])
         table = pd.concat([table, lengths], axis=1)
-        write_table(table, path, 'synapses', made_by | dict(skeletons=skeletons))
+        write_table(table, path, 'synapses', made_by | dict(skeletons=origin))
     return table
+
+def _skeleton_hash(source: str) -> str:
+    "A hash of an address, or of the names, sizes and times of local files"
+    path = Path(source)
+    if '://' in source or not path.exists(): return content_hash(source)
+    files = sorted(path.rglob('*')) if path.is_dir() else [path]
+    stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files if file.is_file()]
+    return content_hash([(name, stat.st_size, stat.st_mtime_ns) for name,stat in stats])
 
 _version = 1 # Of the measurements
 

@@ -31,6 +31,10 @@ class DataConfig(Strict):
     skeletons: Source|None = None
     voxel_nm: tuple[float, float, float]|None = None # True voxel size, `(z, y, x)`, where the layers' metadata is wrong
     neurons: Source|None = None # What is known of cells: csv, parquet or feather, see `read_neurons`
+    # Names that the table of neurons gives to our columns: `{root_id = "nucleus", cell_type = "class"}`
+    neuron_columns: dict[str, str] = {}
+    # Words of that table for types: `{excitatory = ["23P", "L4IT"], inhibitory = ["BC"]}`
+    types: dict[Literal['excitatory', 'inhibitory'], list[str]] = {}
 
 # %% ../../nbs/ingest/02_cutout.ipynb #802222c3
 class FetchConfig(Strict):

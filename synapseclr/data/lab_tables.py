@@ -200,7 +200,7 @@ def read_lab_table(
     "Read a table from outside. Raises `TableError` if the file cannot be read"
     is_text = table_suffix(path) in ('.csv', '.tsv')
     parts = [part if rows is None else part[rows(part)] for part in read_parts(path)]
-    table = pd.concat(parts, ignore_index=True)
+    table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
     del parts
     if is_text: table = table.apply(_typed) if len(table) else table
     return plain_columns(table)

@@ -42,13 +42,22 @@ def column_sources(
 
 def _centre_columns(names: set[str], columns: dict[str, str]) -> tuple[list[str], bool]:
     "The columns with x, y and z of the centre, and whether they are in voxels; an empty list if there are none"
-    for table_names in (columns, {}): # what is stated comes first
-        for pattern in CENTRE_PATTERNS_NM + CENTRE_PATTERNS_VX:
-            ours = [pattern.format(axis) for axis in 'xyz']
-            if table_names and not names & set(map(table_names.get, ours)): continue
-            found = [table_names.get(name, name) for name in ours]
-            if set(found) <= names: return found,pattern in CENTRE_PATTERNS_VX
+    units = ((CENTRE_PATTERNS_NM, False), (CENTRE_PATTERNS_VX, True))
+    for patterns,in_vx in units: # what is stated comes first, for the other axes also any name of this unit
+        ours = [[pattern.format(axis) for pattern in patterns] for axis in 'xyz']
+        if not any(name in columns for name in sum(ours, [])): continue
+        sources = [column_sources(names, {axis: axis_names}, {axis: _stated(axis_names, columns)})[axis]
+            for axis,axis_names in zip('xyz', ours)]
+        if None not in sources: return sources,in_vx
+    for patterns,in_vx in units:
+        for pattern in patterns:
+            found = [pattern.format(axis) for axis in 'xyz']
+            if set(found) <= names: return found,in_vx
     return [],False
+
+def _stated(names: list[str], columns: dict[str, str]) -> str|None:
+    "The column that the configuration states for one of several names"
+    return next((columns[name] for name in names if name in columns), None)
 
 def column_problems(
     names: Iterable[str], # Columns of the table

@@ -276,7 +276,8 @@ def describe_plan(
         "{task_gb:.2g} GB of memory for the largest block"
     ).format(**costs)
     if config.sample: text = f"{_describe_sample(config, len(rows), n_rows)}\n{text}"
-    if len(rows) < len(table): text = f"{text}\n{summarize_fetch(table)}"
+    for reason,n in table.reject_reason[table.reject_reason != ''].value_counts().items():
+        text += f"\n{n} rows cannot be used: {reason}"
     if not n_outside: return text
     return (f"{text}\n{n_outside} synapses will be rejected: {config.max_blank_fraction:.0%} or more of their window "
         "is outside the volume")

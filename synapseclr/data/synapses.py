@@ -43,11 +43,10 @@ def column_sources(
 def _centre_columns(names: set[str], columns: dict[str, str]) -> tuple[list[str], bool]:
     "The columns with x, y and z of the centre, and whether they are in voxels; an empty list if there are none"
     units = ((CENTRE_PATTERNS_NM, False), (CENTRE_PATTERNS_VX, True))
-    for patterns,in_vx in units: # what is stated comes first, for the other axes also any name of this unit
-        ours = [[pattern.format(axis) for pattern in patterns] for axis in 'xyz']
-        if not any(name in columns for name in sum(ours, [])): continue
-        sources = [column_sources(names, {axis: axis_names}, {axis: _stated(axis_names, columns)})[axis]
-            for axis,axis_names in zip('xyz', ours)]
+    for patterns,in_vx in units: # what is stated comes first; for the other axes, any name of the same unit will do
+        stated = [_stated_column(axis, patterns, columns) for axis in 'xyz']
+        if not any(stated): continue
+        sources = [name or _any_column(axis, patterns, names) for name,axis in zip(stated, 'xyz')]
         if None not in sources: return sources,in_vx
     for patterns,in_vx in units:
         for pattern in patterns:
@@ -55,9 +54,13 @@ def _centre_columns(names: set[str], columns: dict[str, str]) -> tuple[list[str]
             if set(found) <= names: return found,in_vx
     return [],False
 
-def _stated(names: list[str], columns: dict[str, str]) -> str|None:
-    "The column that the configuration states for one of several names"
-    return next((columns[name] for name in names if name in columns), None)
+def _stated_column(axis: str, patterns: list[str], columns: dict[str, str]) -> str|None:
+    "The column that the configuration states for an axis"
+    return next((columns[pattern.format(axis)] for pattern in patterns if pattern.format(axis) in columns), None)
+
+def _any_column(axis: str, patterns: list[str], names: set[str]) -> str|None:
+    "The first column of the table that has a known name for an axis"
+    return next((pattern.format(axis) for pattern in patterns if pattern.format(axis) in names), None)
 
 def column_problems(
     names: Iterable[str], # Columns of the table

@@ -15,6 +15,7 @@ from ..data.tables import read_metadata, read_synapses, read_table, write_table
 from ..data.volume import Layer, VolumeError, check_layers
 from .cutout import (DataConfig, FetchConfig, LAYER_ORDER, centres_to_voxels, fetch_rows,
     layer_windows, open_layers)
+from .layer_checks import check_clefts, check_ids, check_window, missing_file
 from .plan import plan_blocks, plan_costs
 from .queue import QueueError, attempt, clear_failures, dead_letters, run_local
 
@@ -29,24 +30,31 @@ def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -
     versions = {}
     for name,layer in sorted(layers.items()):
         versions[name] = [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp]
+    if data.cleft.kind != 'ids': versions['kind of clefts'] = data.cleft.kind
     columns = dict(columns=data.columns) if data.columns else {}
     return provenance(config, table=table_hash, layers=content_hash(versions), voxel_nm=list(layers['em'].voxel_nm),
         **columns)
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
-    "Try `n` synapses. Raises `VolumeError` if all of them lack the same layer"
-    if len(rows) < n: return
-    spread = rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)]
+    """Try `n` synapses.
+    Raises `VolumeError` if the window does not fit, if a layer is not what its name says, or if all lack the same
+    layer"""
+    check_window(layers, rows, config)
+    check_ids(layers, rows)
+    spread = rows.iloc[np.linspace(0, len(rows)-1, min(n, len(rows))).astype(int)]
     keep_blank = config.model_copy(update=dict(max_blank_fraction=1))
-    *_,records,_ = fetch_rows(layers, spread, keep_blank, salvage=True)
+    *_,mask,records,_ = fetch_rows(layers, spread, keep_blank, salvage=True)
+    check_clefts(layers, spread, config, mask, records)
     reasons = {record['reject_reason'] for record in records}
-    if len(reasons) > 1: return
+    if len(rows) < n or len(reasons) > 1: return
     reason = reasons.pop()
-    lacking = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg'}
+    lacking = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg',
+        'no contact of the cells': 'seg'}
     if reason not in lacking: return
     name = lacking[reason]
+    file = missing_file(layers[name], centres_to_voxels(spread, layers['em'].voxel_nm)[0])
     raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {reason} at any of {n} synapses that were "
-        "tried: wrong mip, another version than the table's, or no permission to read its chunks")
+        f"tried: wrong mip, another version than the table's, or no permission to read its chunks{file}")
 
 def read_rows(
     table: str|Path, # csv, parquet or feather
@@ -82,7 +90,8 @@ def _pin_timestamps(
     pinned = {}
     for name in LAYER_ORDER:
         source = getattr(data, name)
-        if source is None or source.timestamp is not None or not source.path.startswith('graphene://'): continue
+        if source is None or source.timestamp is not None: continue
+        if not (source.path or '').startswith('graphene://'): continue
         source_before = before.get(name) or {}
         timestamp = source_before.get('timestamp') if source_before.get('path') == source.path else None
         pinned[name] = source.model_copy(update=dict(timestamp=timestamp or int(time.time())))
@@ -158,22 +167,26 @@ def describe_plan(
     layers = open_layers(data)
     check_layers(layers)
     rows = read_rows(data.table, data, layers)
+    check_window(layers, rows, config)
     voxel_nm = layers['em'].voxel_nm
     windows = layer_windows(layers, config)
     centres = centres_to_voxels(rows, voxel_nm)
     block = plan_blocks(windows, centres, config.capacity(voxel_nm))
     synapse_bytes = 2*int(np.prod(config.shapes(voxel_nm)[1]))
     costs = plan_costs(windows, centres, block, config.memory_gb*1e9/2, synapse_bytes)
-    n_outside = (1-windows[0].share_inside(centres) >= config.max_blank_fraction).sum()
+    outside = 1-windows[0].share_inside(centres)
+    n_outside = (outside >= config.max_blank_fraction).sum()
     text = (
         "{synapses} synapses in {blocks} blocks, {reads} reads of every layer\n"
         "{chunks} storage chunks to decode, {gb_decoded:.3g} GB: {times_needed:.2g} times what is needed, "
         "{times_less:.2g} times less than synapse by synapse ({gb_synapse_major:.3g} GB)\n"
         "{task_gb:.2g} GB of memory for the largest block"
     ).format(**costs)
-    if not n_outside: return text
-    return (f"{text}\n{n_outside} synapses will be rejected: {config.max_blank_fraction:.0%} or more of their window "
-        "is outside the volume")
+    if n_outside:
+        text += (f"\n{n_outside} synapses will be rejected as blank EM: {config.max_blank_fraction:.0%} or more of their "
+            "window is outside the volume")
+    elif outside.max() > .5: text += f"\nup to {outside.max():.0%} of a window is outside the volume"
+    return text
 
 # %% ../../nbs/ingest/04_fetch.ipynb #f08dbd79
 @queueable
@@ -272,8 +285,8 @@ def _report_missing(run: Path, plan: pd.DataFrame, missing_blocks: list[int]):
 def _add_records(plan: pd.DataFrame, records: list[dict]) -> pd.DataFrame:
     "The synapses of a plan, in the order of the source table, with what the records of the blocks say of them"
     synapses = [synapse for record in records for synapse in record['synapses']]
-    synapses += [dict(id=int(i), blank_fraction=0., cleft_id=0, visible_fraction=0., reject_reason='dropped')
-        for i in plan.id[plan.plan_dropped]]
+    synapses += [dict(id=int(i), blank_fraction=0., cleft_id=0, visible_fraction=0., reject_reason='dropped',
+        mito_measured=False) for i in plan.id[plan.plan_dropped]]
     fetched = pd.DataFrame(synapses)
     rows = plan.sort_values('plan_row', ignore_index=True)
     replaced = {*fetched, 'plan_block', 'plan_row', 'plan_dropped'} - {'id'}
@@ -287,9 +300,9 @@ def fetch(
     processes: int = 1, # At once, each with the memory of a task
 ) -> pd.DataFrame: # The table of `run/synapses.parquet`
     """Fetch all synapses of a table into `run/chunks.zarr` and `run/synapses.parquet`; resumes where it was stopped.
-    The table gets the columns `blank_fraction`, `reject_reason`, `cleft_id` and `visible_fraction`. Raises
-    `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder cannot be
-    used, and `QueueError` if blocks failed"""
+    The table gets the columns `blank_fraction`, `reject_reason`, `cleft_id`, `visible_fraction` and `mito_measured`.
+    Raises `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder cannot
+    be used, and `QueueError` if blocks failed"""
     run = Path(run)
     path = run/'synapses.parquet'
     plan_fetch(data, config, run)

@@ -183,8 +183,8 @@ def describe_plan(
         "{task_gb:.2g} GB of memory for the largest block"
     ).format(**costs)
     if n_outside:
-        text += (f"\n{n_outside} synapses will be rejected as blank EM: {config.max_blank_fraction:.0%} or more of their "
-            "window is outside the volume")
+        text += (f"\n{n_outside} synapses will be rejected as blank EM: {config.max_blank_fraction:.0%} or more of "
+            "their window is outside the volume")
     elif outside.max() > .5: text += f"\nup to {outside.max():.0%} of a window is outside the volume"
     return text
 

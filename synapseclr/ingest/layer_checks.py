@@ -31,9 +31,9 @@ def check_window(
             f"{config.memory_gb:g}; make the window smaller")
     outside = 1-layer_windows(layers, config)[0].share_inside(centres_to_voxels(rows, em.voxel_nm))
     if (outside < config.max_blank_fraction).any(): return
-    raise VolumeError(f"{text}, the EM has {', '.join(map(str, em.box.shape))}: all synapses would be rejected as blank "
-        f"EM, because {outside.min():.0%} or more of their windows is outside the volume, and max_blank_fraction is "
-        f"{config.max_blank_fraction:g}; make the window smaller")
+    raise VolumeError(f"{text}, the EM has {', '.join(map(str, em.box.shape))}: all synapses would be rejected as "
+        f"blank EM, because {outside.min():.0%} or more of their windows is outside the volume, and max_blank_fraction "
+        f"is {config.max_blank_fraction:g}; make the window smaller")
 
 # %% ../../nbs/ingest/03_layer_checks.ipynb #ed5eb192
 def check_ids(
@@ -45,8 +45,8 @@ def check_ids(
         if name not in layers or layers[name].kind != 'ids' or column not in rows: continue
         largest = int(rows[column].max())
         if largest > np.iinfo(layers[name].volume.dtype).max:
-            raise VolumeError(f"{_described(layers[name])}, cannot hold the ids in column {column} of the table, such as "
-                f"{largest}: is it a mask or an image, not ids?")
+            raise VolumeError(f"{_described(layers[name])}, cannot hold the ids in column {column} of the table, such "
+                f"as {largest}: is it a mask or an image, not ids?")
 
 def _described(layer: Layer) -> str:
     "Name, address and type of a layer"
@@ -77,7 +77,8 @@ def check_clefts(
         'the cleft reaches three or more faces of the window': np.array(n_faces) >= 3}
     if layer.kind == 'ids':
         cleft_ids = np.array([records[i]['cleft_id'] for i in fetched])
-        suspicions['the cleft is also that of a synapse outside of the window'] = _shared_far(cleft_ids, centres, window)
+        is_shared = _shared_far(cleft_ids, centres, window)
+        suspicions['the cleft is also that of a synapse outside of the window'] = is_shared
         partners = rows[['pre_root_id', 'post_root_id']].to_numpy()[fetched]
         suspicions['the cleft has the id of one of the two cells'] = (partners == cleft_ids[:, None]).any(1)
     for suspicion,is_wrong in suspicions.items():
@@ -86,8 +87,8 @@ def check_clefts(
         if layer.kind == 'mask':
             raise VolumeError(f"{_described(layer)}, is not a mask with a part for each cleft: {found}; a map of "
                 "probabilities has to be cut at a threshold first")
-        raise VolumeError(f"{_described(layer)}, is a mask, probabilities or cells, not ids of clefts: {found}; give "
-            'the layer of ids, or, for a mask whose clefts do not touch, say cleft = {path = ..., kind = "mask"}')
+        raise VolumeError(f"{_described(layer)}, is a mask, probabilities or cells, not ids of clefts: {found}; "
+            'give the layer of ids, or, for a mask whose clefts do not touch, say cleft = {path = ..., kind = "mask"}')
 
 def _values_at_centre(layer: Layer, box: Box) -> int:
     "How many values the connected part has that is nearest to the centre"

@@ -5,7 +5,6 @@
 # %% ../../nbs/ingest/07_skeleton.ipynb #60d6c0c0
 from __future__ import annotations
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
@@ -30,7 +29,8 @@ class Skeleton(NamedTuple):
     somata: np.ndarray # Numbers of the nodes that are soma; empty if the soma is not known
 
 def _from_nodes(table: pd.DataFrame, source) -> Skeleton:
-    "A skeleton from nodes with `node`, `type` (1 is soma), `x_nm`, `y_nm`, `z_nm` and `parent` (-1 for none, or 0 if no node is 0)"
+    """A skeleton from nodes with `node`, `type` (1 is soma), `x_nm`, `y_nm`, `z_nm` and `parent`.
+    The parent of a root is -1, or 0 if no node has the number 0"""
     n_repeated = table.node.duplicated().sum()
     if n_repeated:
         raise SkeletonError(f"{source}: {n_repeated} nodes have the number of another node; numbers have to be unique")
@@ -70,8 +70,8 @@ def _read_precomputed(layer: CloudVolume, root_id: int) -> Skeleton|None:
     return Skeleton(nodes_nm, skeleton.edges.astype(int), np.flatnonzero(vertex_types == 1))
 
 def skeleton_reader(
-    # Folder of `ROOT_ID.swc` or `NAME_ROOT_ID.swc` in nm; a precomputed layer, as CloudVolume takes it; or a table with `root_id`, `node`,
-    # `type`, `x_nm`, `y_nm`, `z_nm`, `parent`
+    # Folder of `ROOT_ID.swc` or `NAME_ROOT_ID.swc` in nm; a precomputed layer, as CloudVolume takes it; or a table with
+    # `root_id`, `node`, `type`, `x_nm`, `y_nm`, `z_nm`, `parent`
     source: str,
 ): # Function of a root id that gives a `Skeleton`, or None
     "Open a source of skeletons. Raises `SkeletonError` if it cannot be opened"
@@ -164,8 +164,8 @@ def skeleton_hints(
         n = reasons.value_counts()
         n_found = len(reasons) - n.get('no skeleton', 0)
         if n_far := n.get(_FAR, 0):
-            text = (f"{source}: {n_far} of {n_found} synapses are more than {MAX_SNAP_NM/1e3:g} um from the skeleton of "
-                f"their {side}synaptic cell; is it in nm, and of the same version of the segmentation?")
+            text = (f"{source}: {n_far} of {n_found} synapses are more than {MAX_SNAP_NM/1e3:g} um from the skeleton "
+                f"of their {side}synaptic cell; is it in nm, and of the same version of the segmentation?")
             if n_far > n_found/2: raise SkeletonError(text)
             hints.append(text)
         if not n_found:

@@ -414,7 +414,7 @@ def main():
     except OSError as error:
         if _is_home(error.filename):
             sys.exit(f"error: the home folder {os.path.expanduser('~')} cannot be written to ({error.strerror}); "
-                'CloudVolume and task-queue keep credentials there. Set HOME to a folder that can be, such as HOME=/tmp')
+                'CloudVolume and task-queue keep credentials there. Set HOME to one that can be, such as HOME=/tmp')
         sys.exit(f"error: {error.filename or ''}: {error.strerror or error}")
 
 def _is_home(path: str|None) -> bool:

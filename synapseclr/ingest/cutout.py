@@ -13,8 +13,8 @@ from ..data.volume import Layer, LayerSource, VolumeError, mark_missing, open_la
 from .plan import LayerWindow, plan_reads
 
 # %% auto #0
-__all__ = ['LAYER_ORDER', 'CONTACT_NM', 'DataConfig', 'FetchConfig', 'select_cleft', 'nearest_part', 'contact_cleft',
-           'visible_mask', 'open_layers', 'layer_windows', 'centres_to_voxels', 'fetch_rows']
+__all__ = ['LAYER_ORDER', 'CONTACT_NM', 'CONTACT_RADIUS_NM', 'DataConfig', 'FetchConfig', 'select_cleft', 'nearest_part',
+           'contact_cleft', 'visible_mask', 'open_layers', 'layer_windows', 'centres_to_voxels', 'fetch_rows']
 
 # %% ../../nbs/ingest/02_cutout.ipynb #c225021b
 LAYER_ORDER = ['em', 'cleft', 'seg', 'mito'] # Layers, in the order in which they are read
@@ -91,23 +91,30 @@ def select_cleft(
 ) -> int: # Id of the cleft; 0 if there is none
     "Which cleft of a window belongs to the synapse at its centre"
     if wanted is not None: return wanted if (cleft == wanted).any() else 0
-    positions = np.stack(np.unravel_index(np.flatnonzero(cleft != 0), cleft.shape), 1)
-    if not len(positions): return 0
-    offset_nm = (positions - np.array(cleft.shape)//2)*voxel_nm
-    nearest = (offset_nm**2).sum(1).argmin()
-    return int(cleft[tuple(positions[nearest])])
+    nearest = _nearest_voxel(cleft != 0, voxel_nm)
+    return int(cleft[nearest]) if nearest else 0
+
+def _nearest_voxel(inside: np.ndarray, voxel_nm) -> tuple|None:
+    "The voxel of `inside` that is nearest to the centre of the window; None if there is none"
+    positions = np.stack(np.unravel_index(np.flatnonzero(inside), inside.shape), 1)
+    if not len(positions): return None
+    offset_nm = (positions - np.array(inside.shape)//2)*voxel_nm
+    return tuple(positions[(offset_nm**2).sum(1).argmin()].tolist())
 
 # %% ../../nbs/ingest/02_cutout.ipynb #e339c31f
 def nearest_part(
     inside: np.ndarray, # `(z, y, x)` bool
     voxel_nm, # `(z, y, x)`
 ) -> np.ndarray: # `(z, y, x)` bool; all false if there is none
-    "The connected part (26 neighbours) that is nearest to the centre"
-    parts = cc3d.connected_components(inside, connectivity=26)
-    return inside & (parts == select_cleft(parts, voxel_nm))
+    "The connected part that is nearest to the centre; gaps of two voxels connect"
+    nearest = _nearest_voxel(inside, voxel_nm)
+    if nearest is None: return inside
+    parts = cc3d.connected_components(ndimage.binary_dilation(inside, np.ones((3, 3, 3))), connectivity=26)
+    return inside & (parts == parts[nearest])
 
 # %% ../../nbs/ingest/02_cutout.ipynb #6373cecb
-CONTACT_NM = 50. # Voxels within this distance of both cells are their contact
+CONTACT_NM = 40. # Voxels within this distance of both cells are their contact ...
+CONTACT_RADIUS_NM = 250. # ... within this distance of its voxel nearest to the centre
 
 def contact_cleft(
     seg: np.ndarray, # `(z, y, x)` cells
@@ -120,7 +127,13 @@ def contact_cleft(
         in_cell = seg == root_id
         if not in_cell.any(): return in_cell
         near &= ndimage.distance_transform_edt(~in_cell, sampling=voxel_nm) <= max(CONTACT_NM, *voxel_nm)
-    return nearest_part(near, voxel_nm)
+    nearest = _nearest_voxel(near, voxel_nm)
+    if nearest is None: return near
+    contact = np.argwhere(nearest_part(near, voxel_nm))
+    is_far = (((contact-nearest)*voxel_nm)**2).sum(1) > CONTACT_RADIUS_NM**2
+    cleft = np.zeros(seg.shape, bool)
+    cleft[tuple(contact[~is_far].T)] = True
+    return cleft
 
 # %% ../../nbs/ingest/02_cutout.ipynb #1ff62abb
 def visible_mask(

@@ -77,10 +77,11 @@ def check_clefts(
         'the cleft reaches three or more faces of the window': np.array(n_faces) >= 3}
     if layer.kind == 'ids':
         cleft_ids = np.array([records[i]['cleft_id'] for i in fetched])
-        is_shared = _shared_far(cleft_ids, centres, window)
-        suspicions['the cleft is also that of a synapse outside of the window'] = is_shared
         partners = rows[['pre_root_id', 'post_root_id']].to_numpy()[fetched]
-        suspicions['the cleft has the id of one of the two cells'] = (partners == cleft_ids[:, None]).any(1)
+        is_shared = _shared_far(cleft_ids, centres, window)
+        suspicions = {
+            'the cleft has the id of one of the two cells': (partners == cleft_ids[:, None]).any(1),
+            'the cleft is also that of a synapse outside of the window': is_shared} | suspicions
     for suspicion,is_wrong in suspicions.items():
         if is_wrong.mean() <= .5: continue
         found = f"at {is_wrong.sum()} of {len(fetched)} synapses that were tried, {suspicion}"

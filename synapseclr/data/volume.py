@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Annotated, Literal
 import botocore.exceptions, google.auth.exceptions, numpy as np, pydantic
 from cloudfiles.interfaces import HttpInterface
@@ -80,7 +81,7 @@ def open_layer(
     except ScaleUnavailableError:
         mips = ', '.join(map(str, CloudVolume(path).available_mips))
         raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has {mips}") from None
-    except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e)}") from e
+    except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e, path)}") from e
     x,y,z = (float(size) for size in volume.resolution)
     lo = tuple(int(index) for index in volume.bounds.minpt)[::-1]
     hi = tuple(int(index) for index in volume.bounds.maxpt)[::-1]
@@ -88,14 +89,50 @@ def open_layer(
 
 _NO_CREDENTIALS = (google.auth.exceptions.DefaultCredentialsError, botocore.exceptions.NoCredentialsError)
 
-def _plain(e: Exception) -> str:
-    "Type and message of `e`, without terminal colours"
-    return re.sub(r'\x1b\[[\d;]*m', '', f'{type(e).__name__}: {e}').strip()
+def _plain(e: Exception, reader: str) -> str:
+    "Type and message of `e`, without terminal colours; for Zarr and N5 also what can be read"
+    text = re.sub(r'\x1b\[[\d;]*m', '', f'{type(e).__name__}: {e}').strip(':. ')
+    return text + (f'. {_ZARR_LIMITS}' if re.search(r'\b(zarr[23]?|n5)(://|\.metadata)', reader) else '')
+
+# %% ../../nbs/data/01_volume.ipynb #f7ab69de
+_ZARR_LIMITS = ('CloudVolume reads OME-Zarr 0.4 (arrays 0, 1 ... or s0, s1 ...) and 0.5, with the codecs blosc, zstd '
+    'and gzip and without shards, and N5 (arrays s0, s1 ...); other layers have to be converted')
 
 def _check_format(volume: CloudVolume):
-    "Raise an error unless all that the storage chunks of a layer are encoded with can be decoded"
+    "Raise an error unless the package is installed that decodes the storage chunks of a layer"
     check_installed(volume.encoding)
+    meta = volume.meta
+    if not hasattr(meta, 'zarrays'): return
+    _find_arrays(meta)
+    codecs = [volume.encoding]
+    if hasattr(meta, 'codecs'): codecs = [codec['name'] for codec in meta.codecs(volume.mip)]
+    if 'sharding_indexed' in codecs: raise NotImplementedError('the array has shards')
+    if 'blosc' in codecs and not find_spec('blosc'):
+        raise ImportError('the codec blosc is not installed: pip install blosc')
 
+def _find_arrays(meta):
+    "Let CloudVolume find the arrays of a Zarr layer by the names in its metadata; it expects 0, 1 ..."
+    is_zarr2 = hasattr(meta, '_is_group')
+    if is_zarr2:
+        meta._is_group = bool(meta.datasets()[0].get('path'))
+        with_separator = meta.chunk_name
+        def chunk_name(mip: int, *indices) -> str:
+            "As CloudVolume's, but with a slash behind the name of the array, whatever separates the indices"
+            name = meta.key(mip) if meta.is_group() else ''
+            rest = with_separator(mip, *indices).removeprefix(name)
+            return f'{name}/{rest[1:]}' if name else rest
+        meta.chunk_name = chunk_name
+    def pattern(mip: int) -> re.Pattern:
+        "Of the file names of storage chunks, with the mip and the indices as groups"
+        indices = [rf"(?P<{axis['name']}>\d+)" for axis in meta.axes()]
+        axes = re.escape(meta.dimension_separator(mip)).join(indices)
+        name = re.escape(meta.key(mip)) if meta.is_group() else ''
+        if is_zarr2: name = re.sub(f'{mip}$', f'(?P<mip>{mip})', name) # compared with the mip, as a number
+        else: name = name and f'(?P<mip>{name})' # compared with the name
+        prefix = '' if is_zarr2 or meta.chunk_key_encoding(mip)['name'] == 'v2' else 'c'
+        folders = [name, prefix, axes]
+        return re.compile('/'.join(filter(None, folders)) + '$')
+    meta.filename_regexp = pattern
 
 # %% ../../nbs/data/01_volume.ipynb #fe6d7d29
 def read(
@@ -109,7 +146,9 @@ def read(
     z,y,x = inside.slices()
     try: voxels = np.asarray(layer.volume[x, y, z])
     except Exception as e:
-        raise VolumeError(f"layer {layer.name}, voxels {inside.lo} to {inside.hi} (z, y, x): {_plain(e)}") from e
+        reader = type(layer.volume.meta).__module__
+        text = _plain(e, reader)
+        raise VolumeError(f"layer {layer.name}, voxels {inside.lo} to {inside.hi} (z, y, x): {text}") from e
     if inside == box: return voxels[..., 0].T
     out[inside.slices(box.lo)] = voxels[..., 0].T
     return out

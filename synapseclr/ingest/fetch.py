@@ -252,7 +252,7 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     grey = np.sum([record['grey'] for record in records], 0)
     any_kept = (table.reject_reason == '').any()
     mean,sd = intensity_mean_sd(grey) if any_kept else (None, None)
-    ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
+    ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd, records=content_hash(records))
     del made_by['job']
     write_table(table, run/'synapses.parquet', 'synapses', made_by)
     return table

@@ -147,7 +147,7 @@ def censor(
 ) -> pd.DataFrame: # A row for each test synapse
     """Type the synapses whose labels were hidden; at least two neurons (or synapses) of each type stay labelled.
     The columns are `neurite`, `inhibitory`, `n_synapses` of its neurite that vote, and whether the synapse is typed
-    right by itself (`single`) and by `consensus`"""
+    right by itself (`single`) and by `consensus`. There is no row if all stay labelled"""
     rng = np.random.default_rng(seed)
     unit = np.asarray(neurite) if by == 'neurons' else np.arange(len(neurite))
     unit_type = pd.Series(inhibitory).groupby(unit).first()
@@ -156,6 +156,7 @@ def censor(
         n_shown = max(2, round(completeness*len(of_type)))
         shown.append(rng.choice(of_type.index, n_shown, replace=False))
     train = np.isin(unit, np.concatenate(shown))
+    if train.all(): return pd.DataFrame(columns=['neurite', 'inhibitory', 'n_synapses', 'single', 'consensus'])
     test_neurite = neurite[~train]
     model = GPClassifier(params=params).fit(x[train], inhibitory[train], neurite[train])
     p = expit(model.decision_function(x[~train])-logit(model.prior_))
@@ -183,6 +184,7 @@ def label_fraction_experiment(
         for fraction in completeness:
             for seed in range(repeats):
                 synapses = censor(x, neurite, inhibitory, fraction, by, params, seed)
+                if synapses.empty: continue
                 synapses['bin'] = np.array(bins)[np.digitize(synapses.n_synapses, bins)-1]
                 accuracy = synapses.groupby(['inhibitory', 'bin'], as_index=False).agg(
                     single=('single', 'mean'),

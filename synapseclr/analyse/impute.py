@@ -13,7 +13,7 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
-from ..core import NothingToDo, SynapseCLRError, n_cores, progress, provenance, threads, worker_pool
+from ..core import NothingToDo, n_cores, progress, provenance, threads, worker_pool
 from ..metrics import (classification_scores, cluster_bootstrap, neuron_disjoint_folds, percentile_interval,
     regression_scores, roc_auc, uncentred_explained_variance)
 from ..data.features import FeatureChoice, feature_provenance, read_feature_sets, zscore
@@ -22,8 +22,8 @@ from ..data.tables import write_table
 from .gp_estimators import GPClassifier, GPRegressor
 
 # %% auto #0
-__all__ = ['TRAITS', 'MIN_NEURONS', 'Trait', 'ImputeError', 'known_targets', 'model_for', 'predictions', 'cross_val_predictions',
-           'score_trait', 'ImputeConfig', 'cross_validate_trait', 'hide_labels', 'traits_above_chance', 'impute']
+__all__ = ['TRAITS', 'MIN_NEURONS', 'Trait', 'known_targets', 'model_for', 'predictions', 'cross_val_predictions', 'score_trait',
+           'ImputeConfig', 'cross_validate_trait', 'hide_labels', 'traits_above_chance', 'impute']
 
 # %% ../../nbs/analyse/08_impute.ipynb #4a8800f7
 @dataclass(frozen=True)
@@ -47,9 +47,6 @@ TRAITS = (
     Trait('inhibitory_post', 'inhibitory', 'post'),
     Trait('mito_pre', 'pre_mito_um3', 'pre'),
     Trait('mito_post', 'post_mito_um3', 'post'))
-
-class ImputeError(SynapseCLRError):
-    "Nothing can be imputed"
 
 def known_targets(
     table: pd.DataFrame, # Synapses

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/ingest/04_fetch.ipynb #d4c4e1b0
 from __future__ import annotations
-import ctypes, hashlib, json, shutil, sys, time
+import ctypes, hashlib, json, shutil, sys, time, zlib
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow.parquet as pq
@@ -194,9 +194,11 @@ def _fetch_block(run: Path, block: int, is_last: bool):
     rows = pd.read_parquet(plan_path, filters=[('plan_block', '==', block)])
     *chunks,records,grey = fetch_rows(layers, rows[~rows.plan_dropped], config, salvage=is_last)
     store.write_shard(block, *chunks)
+    _,em,mask = chunks
+    checksum = zlib.crc32(mask, zlib.crc32(em)) # shows whether chunks that are fetched again differ
     with atomic(_record_path(run, block)) as f:
-        f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
-    del chunks,records
+        f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist(), checksum=checksum)))
+    del chunks,em,mask,records
     _release_memory()
 
 def _release_memory():

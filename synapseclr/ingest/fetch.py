@@ -4,7 +4,7 @@
 
 # %% ../../nbs/ingest/04_fetch.ipynb #d4c4e1b0
 from __future__ import annotations
-import ctypes, hashlib, json, shutil, sys, time
+import ctypes, hashlib, json, shutil, sys, time, zlib
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow.parquet as pq
@@ -225,7 +225,7 @@ def replace_rejected(
     job = read_metadata(path)['provenance']['job']
     config = FetchConfig(**job['fetch'])
     if config.sample is None or fetch_tasks(run): return 0
-    table = _fetched_table(run)
+    table = _add_records(read_table(path, 'fetch plan'), _records(run))
     n_lacking = config.sample - table.reject_reason.isin(['', 'dropped']).sum()
     if n_lacking <= 0: return 0
     data = DataConfig(**job['data'])
@@ -320,9 +320,11 @@ def _fetch_block(run: Path, block: int, is_last: bool):
     rows = pd.read_parquet(plan_path, filters=[('plan_block', '==', block)])
     *chunks,records,grey = fetch_rows(layers, rows[rows.reject_reason == ''], config, salvage=is_last)
     store.write_shard(block, *chunks)
+    _,em,mask = chunks
+    checksum = zlib.crc32(mask, zlib.crc32(em)) # shows whether chunks that are fetched again differ
     with atomic(_record_path(run, block)) as f:
-        f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
-    del chunks,records
+        f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist(), checksum=checksum)))
+    del chunks,em,mask,records
     _release_memory()
 
 def _release_memory():
@@ -373,11 +375,12 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     missing_blocks = [task.keywords['block'] for task in fetch_tasks(run)]
     if missing_blocks: _report_missing(run, plan, missing_blocks)
     (run/'fetch/missing.csv').unlink(missing_ok=True)
-    table = _fetched_table(run)
-    grey = np.sum([record['grey'] for record in _records(run)], 0)
+    records = _records(run)
+    table = _add_records(plan, records)
+    grey = np.sum([record['grey'] for record in records], 0)
     any_kept = (table.reject_reason == '').any()
     mean,sd = intensity_mean_sd(grey) if any_kept else (None, None)
-    ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
+    ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd, records=content_hash(records))
     del made_by['job']
     write_table(table, run/'synapses.parquet', 'synapses', made_by)
     return table
@@ -385,10 +388,6 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
 def _records(run: Path) -> list[dict]:
     "The records of all blocks"
     return [json.loads(_record_path(run, block).read_text()) for block in range(n_blocks(run))]
-
-def _fetched_table(run: Path) -> pd.DataFrame:
-    "The synapses of a plan, with what the records of all its blocks say of them"
-    return _add_records(read_table(run/'fetch/plan.parquet', 'fetch plan'), _records(run))
 
 def _report_missing(run: Path, plan: pd.DataFrame, missing_blocks: list[int]):
     "Write `fetch/missing.csv`, and raise `QueueError`"

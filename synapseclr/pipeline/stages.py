@@ -147,6 +147,7 @@ def _advice(reason: str, table: pd.DataFrame, c: RunConfig) -> str:
     "What to do if synapses are rejected for a reason"
     if reason == 'blank EM':
         layers = open_layers(c.source)
+        table = table[table.reject_reason == reason]
         window = layer_windows(layers, c.fetch)[0]
         outside = np.median(1-window.share_inside(centres_to_voxels(table, layers['em'].voxel_nm)))
         missing = max(0, table.blank_fraction.median()-outside)
@@ -161,8 +162,8 @@ def hint_skeletons(c: RunConfig):
     """Print what is wrong with the skeletons of a few synapses of the plan.
     Raises `SkeletonError` if they cannot be read or do not fit"""
     if not c.source.skeletons: return
-    columns = ['pre_root_id', 'post_root_id', 'ctr_x_nm', 'ctr_y_nm', 'ctr_z_nm']
-    plan = pd.read_parquet(c.folder/'fetch/plan.parquet', columns=columns)
+    plan = read_table(c.folder/'fetch/plan.parquet', 'fetch plan')
+    plan = plan[plan.reject_reason == '']
     few = plan.iloc[np.linspace(0, len(plan)-1, min(20, len(plan))).astype(int)]
     lengths = path_lengths_to_soma(few, c.source.skeletons, known_neurons(c))
     for hint in skeleton_hints(lengths, few, c.source.skeletons): print(f'hint: {hint}')
@@ -190,7 +191,8 @@ def annotate_stage(c: RunConfig):
     _check_fetched(c)
     table = annotate(c.folder, c.source.skeletons, known_neurons(c))
     if c.source.skeletons:
-        for hint in skeleton_hints(table, table, c.source.skeletons): print(f'hint: {hint}')
+        kept = table[table.reject_reason == '']
+        for hint in skeleton_hints(kept, kept, c.source.skeletons): print(f'hint: {hint}')
     return table
 
 def _check_fetched(c: RunConfig):

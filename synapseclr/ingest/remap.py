@@ -84,6 +84,6 @@ def summarize_remap(
         n_split = (with_cell.groupby('old').new.nunique() > 1).sum()
         n_merged = (with_cell.groupby('new').old.nunique() > 1).sum()
         lines.append(f"{side}: {counts['same']} synapses have the same cell, {counts['changed']} have another one, "
-            f"{counts['nothing there']} are where there is no cell, {counts['no point']} have no point; {n_split} cells "
-            f"were split, {n_merged} were merged from several")
+            f"{counts['nothing there']} are where there is no cell, {counts['no point']} have no point; {n_split} "
+            f"cells were split, {n_merged} were merged from several")
     return '\n'.join(lines)

@@ -11,66 +11,72 @@ import numpy as np, pandas as pd, pyarrow.parquet as pq
 from taskqueue import queueable
 from ..core import atomic, content_hash, provenance
 from ..data.store import ChunkStore, StoreError
-from ..data.tables import read_metadata, read_synapses, read_table, write_table
+from ..data.synapses import read_ids
+from ..data.tables import read_metadata, read_table, write_table
 from ..data.volume import Layer, VolumeError, check_layers
 from .cutout import (DataConfig, FetchConfig, LAYER_ORDER, centres_to_voxels, fetch_rows,
     layer_windows, open_layers)
+from .layer_checks import check_clefts, check_ids, check_window, missing_file
+from .rows import check_rows, read_rows, sampled_rows
 from .plan import plan_blocks, plan_costs
 from .queue import QueueError, attempt, clear_failures, dead_letters, run_local
 
 # %% auto #0
-__all__ = ['read_rows', 'assign_blocks', 'plan_fetch', 'n_blocks', 'describe_plan', 'fetch_block', 'fetch_tasks',
-           'intensity_mean_sd', 'summarize_fetch', 'finish_fetch', 'fetch']
+__all__ = ['assign_blocks', 'plan_fetch', 'extend_plan', 'replace_rejected', 'n_blocks', 'describe_plan', 'fetch_block',
+           'fetch_tasks', 'intensity_mean_sd', 'summarize_fetch', 'finish_fetch', 'fetch']
 
 # %% ../../nbs/ingest/04_fetch.ipynb #08746982
 def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> dict:
     "What a store is made from"
-    with open(data.table, 'rb') as f: table_hash = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
     versions = {}
     for name,layer in sorted(layers.items()):
         versions[name] = [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp]
-    columns = dict(columns=data.columns) if data.columns else {}
-    return provenance(config, table=table_hash, layers=content_hash(versions), voxel_nm=list(layers['em'].voxel_nm),
-        **columns)
+    if data.cleft.kind != 'ids': versions['kind of clefts'] = data.cleft.kind
+    options = dict(columns=data.columns) if data.columns else {}
+    if config.always_keep: options['always_keep'] = content_hash(read_ids(config.always_keep).tolist())
+    return provenance(config.model_copy(update=dict(always_keep=None)), table=_file_hash(Path(data.table)),
+        layers=content_hash(versions), voxel_nm=list(layers['em'].voxel_nm), **options)
+
+def _file_hash(path: Path) -> str:
+    "A hash of the content of a file, or of the files of a folder"
+    if path.is_dir(): return content_hash([_file_hash(part) for part in sorted(path.rglob('*')) if part.is_file()])
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
-    "Try `n` synapses. Raises `VolumeError` if all of them lack the same layer"
-    if len(rows) < n: return
-    spread = rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)]
+    """Try `n` synapses.
+    Raises `VolumeError` if the window does not fit, if a layer is not what its name says, or if all lack the same
+    layer"""
+    check_window(layers, rows, config)
+    check_ids(layers, rows)
+    spread = rows.iloc[np.linspace(0, len(rows)-1, min(n, len(rows))).astype(int)]
     keep_blank = config.model_copy(update=dict(max_blank_fraction=1))
-    *_,records,_ = fetch_rows(layers, spread, keep_blank, salvage=True)
+    *_,mask,records,_ = fetch_rows(layers, spread, keep_blank, salvage=True)
+    check_clefts(layers, spread, config, mask, records)
     reasons = {record['reject_reason'] for record in records}
-    if len(reasons) > 1: return
+    if len(rows) < n or len(reasons) > 1: return
     reason = reasons.pop()
-    lacking = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg'}
+    lacking = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg',
+        'no contact of the cells': 'seg'}
     if reason not in lacking: return
     name = lacking[reason]
+    file = missing_file(layers[name], centres_to_voxels(spread, layers['em'].voxel_nm)[0])
     raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {reason} at any of {n} synapses that were "
-        "tried: wrong mip, another version than the table's, or no permission to read its chunks")
-
-def read_rows(
-    table: str|Path, # csv, parquet or feather
-    data: DataConfig, # Its voxels and columns
-    layers: dict[str, Layer], # From `open_layers`
-) -> pd.DataFrame: # From `read_synapses`
-    "Read a table whose synapses all layers have to hold. Raises `TableError` or `VolumeError`"
-    em = layers['em']
-    extent_nm = tuple(tuple(np.multiply(corner, em.voxel_nm)) for corner in (em.box.lo, em.box.hi))
-    rows = read_synapses(table, data.table_voxel_nm, extent_nm, data.columns)
-    check_layers(layers, centres_to_voxels(rows, em.voxel_nm))
-    return rows
+        f"tried: wrong mip, another version than the table's, or no permission to read its chunks{file}")
 
 def assign_blocks(
     rows: pd.DataFrame, # Synapses
     layers: dict[str, Layer], # From `open_layers`
     config: FetchConfig, # Window and rules
     first: tuple[int, int] = (0, 0), # Numbers of the first block and the first row
-) -> pd.DataFrame: # Rows in order of block and id, with `plan_block`, `plan_row` and `plan_dropped`
-    "Sort synapses into blocks"
+) -> pd.DataFrame: # Rows in order of block and id, with `plan_block` and `plan_row`
+    "Sort synapses into blocks; rejected rows have the block -1"
     first_block,first_row = first
     voxel_nm = layers['em'].voxel_nm
-    block = plan_blocks(layer_windows(layers, config), centres_to_voxels(rows, voxel_nm), config.capacity(voxel_nm))
-    plan = rows.assign(plan_block=first_block+block, plan_row=first_row+np.arange(len(rows)), plan_dropped=False)
+    is_usable = (rows.reject_reason == '').to_numpy()
+    block = np.full(len(rows), -1)
+    centres = centres_to_voxels(rows[is_usable], voxel_nm)
+    block[is_usable] = first_block + plan_blocks(layer_windows(layers, config), centres, config.capacity(voxel_nm))
+    plan = rows.assign(plan_block=block, plan_row=first_row+np.arange(len(rows)))
     return plan.sort_values(['plan_block', 'id'], ignore_index=True)
 
 def _pin_timestamps(
@@ -82,7 +88,8 @@ def _pin_timestamps(
     pinned = {}
     for name in LAYER_ORDER:
         source = getattr(data, name)
-        if source is None or source.timestamp is not None or not source.path.startswith('graphene://'): continue
+        if source is None or source.timestamp is not None: continue
+        if not (source.path or '').startswith('graphene://'): continue
         source_before = before.get(name) or {}
         timestamp = source_before.get('timestamp') if source_before.get('path') == source.path else None
         pinned[name] = source.model_copy(update=dict(timestamp=timestamp or int(time.time())))
@@ -99,7 +106,6 @@ def plan_fetch(
     path = run/'fetch/plan.parquet'
     layers = open_layers(data)
     check_layers(layers)
-    rows = read_rows(data.table, data, layers)
     identity = _identity(data, config, layers)
     if path.exists(): _discard_other_fetch(run, identity)
     before = read_metadata(path)['provenance'] if path.exists() else None
@@ -113,7 +119,8 @@ def plan_fetch(
         raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be "
             "read, but not resumed; choose a new run folder")
     else:
-        _probe(layers, rows, config)
+        rows,_ = _rows_to_plan(data, config, layers)
+        _probe(layers, rows[rows.reject_reason == ''], config)
         write_table(assign_blocks(rows, layers, config), path, 'fetch plan', identity | dict(job=job))
     if _has_store(run): return
     shutil.rmtree(run/'chunks.zarr', ignore_errors=True) # of a fetch that died while it made the store
@@ -122,10 +129,58 @@ def plan_fetch(
     ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(voxel_nm)[1], capacity,
         voxel_nm=voxel_nm, provenance=identity)
 
+def _rows_to_plan(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> tuple[pd.DataFrame, int]:
+    "The rows of a table, or those that are drawn, and the number of rows of the table. Raises `TableError`"
+    if config.sample: rows,n_rows = sampled_rows(data, config, layers)
+    else:
+        rows = read_rows(data.table, data, layers)
+        n_rows = len(rows)
+    check_rows(data.table, rows, layers)
+    return rows,n_rows
+
+def extend_plan(
+    run: Path, # Run folder, with a plan
+    rows: pd.DataFrame, # From `read_rows`, not yet in the plan
+):
+    "Add rows to a plan, in blocks of their own, and make room for them in the store"
+    path = run/'fetch/plan.parquet'
+    plan = read_table(path, 'fetch plan')
+    made_by = read_metadata(path)['provenance']
+    config = FetchConfig(**made_by['job']['fetch'])
+    layers = open_layers(DataConfig(**made_by['job']['data']))
+    new_plan = assign_blocks(rows, layers, config, (n_blocks(run), len(plan)))
+    for column in ('pre_root_id', 'post_root_id'):
+        if new_plan[column].dtype != plan[column].dtype:
+            new_plan = new_plan.astype({column: np.uint64})
+            plan = plan.astype({column: np.uint64})
+    plan = pd.concat([plan, new_plan], ignore_index=True)
+    store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
+    store.group.attrs.update(dict(complete=False))
+    store.resize((int(plan.plan_block.max())+1)*store.per_shard)
+    write_table(plan, path, 'fetch plan', made_by)
+
+def replace_rejected(
+    run: str|Path, # Run folder of a sample, all its blocks fetched
+) -> int: # How many rows are new in the plan
+    "Draw as many further synapses as were rejected. Synapses that people dropped are not replaced"
+    run = Path(run)
+    path = run/'fetch/plan.parquet'
+    job = read_metadata(path)['provenance']['job']
+    config = FetchConfig(**job['fetch'])
+    if config.sample is None or fetch_tasks(run): return 0
+    table = _add_records(read_table(path, 'fetch plan'), _records(run))
+    n_lacking = config.sample - table.reject_reason.isin(['', 'dropped']).sum()
+    if n_lacking <= 0: return 0
+    data = DataConfig(**job['data'])
+    rows,_ = sampled_rows(data, config, open_layers(data), table.id.to_numpy(), n_lacking)
+    if len(rows): extend_plan(run, rows)
+    return len(rows)
+
 def _has_store(run: Path) -> bool: return (run/'chunks.zarr/id/zarr.json').exists()
 
 _differences = dict(config='[fetch] differs', table='the table differs', layers='the layers differ',
-    voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
+    voxel_nm='the voxel size differs', columns='the columns differ', always_keep='always_keep differs',
+    version='the package is of another version')
 
 def _discard_other_fetch(run: Path, identity: dict):
     """If the plan of a run is that of another fetch which kept nothing, delete the plan and the store.
@@ -157,23 +212,37 @@ def describe_plan(
     "What a fetch would do, in words, without reading EM. Raises `TableError` or `VolumeError`"
     layers = open_layers(data)
     check_layers(layers)
-    rows = read_rows(data.table, data, layers)
+    table,n_rows = _rows_to_plan(data, config, layers)
+    rows = table[table.reject_reason == '']
+    check_window(layers, rows, config)
     voxel_nm = layers['em'].voxel_nm
     windows = layer_windows(layers, config)
     centres = centres_to_voxels(rows, voxel_nm)
     block = plan_blocks(windows, centres, config.capacity(voxel_nm))
     synapse_bytes = 2*int(np.prod(config.shapes(voxel_nm)[1]))
     costs = plan_costs(windows, centres, block, config.memory_gb*1e9/2, synapse_bytes)
-    n_outside = (1-windows[0].share_inside(centres) >= config.max_blank_fraction).sum()
+    outside = 1-windows[0].share_inside(centres)
+    n_outside = (outside >= config.max_blank_fraction).sum()
     text = (
         "{synapses} synapses in {blocks} blocks, {reads} reads of every layer\n"
         "{chunks} storage chunks to decode, {gb_decoded:.3g} GB: {times_needed:.2g} times what is needed, "
         "{times_less:.2g} times less than synapse by synapse ({gb_synapse_major:.3g} GB)\n"
         "{task_gb:.2g} GB of memory for the largest block"
     ).format(**costs)
-    if not n_outside: return text
-    return (f"{text}\n{n_outside} synapses will be rejected: {config.max_blank_fraction:.0%} or more of their window "
-        "is outside the volume")
+    if config.sample: text = f"{_describe_sample(config, len(rows), n_rows)}\n{text}"
+    for reason,n in table.reject_reason[table.reject_reason != ''].value_counts().items():
+        text += f"\n{n} rows cannot be used: {reason}"
+    if n_outside:
+        text += (f"\n{n_outside} synapses will be rejected as blank EM: {config.max_blank_fraction:.0%} or more of "
+            "their window is outside the volume")
+    elif outside.max() > .5: text += f"\nup to {outside.max():.0%} of a window is outside the volume"
+    return text
+
+def _describe_sample(config: FetchConfig, n: int, n_rows: int) -> str:
+    "What is drawn, in words"
+    kept = f", first the ids of {config.always_keep}" if config.always_keep else ''
+    return (f"{n} of {n_rows} synapses are drawn at random (seed {config.sample_seed}){kept}; those that are rejected "
+        "will be replaced by others")
 
 # %% ../../nbs/ingest/04_fetch.ipynb #f08dbd79
 @queueable
@@ -192,7 +261,7 @@ def _fetch_block(run: Path, block: int, is_last: bool):
     plan_path = run/'fetch/plan.parquet'
     layers,config,store = _job(run, plan_path.stat().st_mtime_ns)
     rows = pd.read_parquet(plan_path, filters=[('plan_block', '==', block)])
-    *chunks,records,grey = fetch_rows(layers, rows[~rows.plan_dropped], config, salvage=is_last)
+    *chunks,records,grey = fetch_rows(layers, rows[rows.reject_reason == ''], config, salvage=is_last)
     store.write_shard(block, *chunks)
     _,em,mask = chunks
     checksum = zlib.crc32(mask, zlib.crc32(em)) # shows whether chunks that are fetched again differ
@@ -249,7 +318,7 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     missing_blocks = [task.keywords['block'] for task in fetch_tasks(run)]
     if missing_blocks: _report_missing(run, plan, missing_blocks)
     (run/'fetch/missing.csv').unlink(missing_ok=True)
-    records = [json.loads(_record_path(run, block).read_text()) for block in range(n_blocks(run))]
+    records = _records(run)
     table = _add_records(plan, records)
     grey = np.sum([record['grey'] for record in records], 0)
     any_kept = (table.reject_reason == '').any()
@@ -258,6 +327,10 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     del made_by['job']
     write_table(table, run/'synapses.parquet', 'synapses', made_by)
     return table
+
+def _records(run: Path) -> list[dict]:
+    "The records of all blocks"
+    return [json.loads(_record_path(run, block).read_text()) for block in range(n_blocks(run))]
 
 def _report_missing(run: Path, plan: pd.DataFrame, missing_blocks: list[int]):
     "Write `fetch/missing.csv`, and raise `QueueError`"
@@ -274,13 +347,15 @@ def _report_missing(run: Path, plan: pd.DataFrame, missing_blocks: list[int]):
 def _add_records(plan: pd.DataFrame, records: list[dict]) -> pd.DataFrame:
     "The synapses of a plan, in the order of the source table, with what the records of the blocks say of them"
     synapses = [synapse for record in records for synapse in record['synapses']]
-    synapses += [dict(id=int(i), blank_fraction=0., cleft_id=0, visible_fraction=0., reject_reason='dropped')
-        for i in plan.id[plan.plan_dropped]]
+    not_fetched = plan[plan.reject_reason != '']
+    unmeasured = dict(blank_fraction=np.nan, cleft_id=0, visible_fraction=np.nan, mito_measured=False)
+    synapses += [dict(id=synapse_id, reject_reason=reason) | unmeasured
+        for synapse_id,reason in zip(not_fetched.id, not_fetched.reject_reason)]
     fetched = pd.DataFrame(synapses)
     rows = plan.sort_values('plan_row', ignore_index=True)
-    replaced = {*fetched, 'plan_block', 'plan_row', 'plan_dropped'} - {'id'}
+    replaced = {*fetched, 'plan_block', 'plan_row'} - {'id'}
     rows = rows.drop(columns=[column for column in rows if column in replaced])
-    return rows.merge(fetched, on='id', validate='1:1')
+    return rows.merge(fetched, on='id', validate='1:1', suffixes=(None, None))
 
 def fetch(
     data: DataConfig, # Table and layers
@@ -289,9 +364,9 @@ def fetch(
     processes: int = 1, # At once, each with the memory of a task
 ) -> pd.DataFrame: # The table of `run/synapses.parquet`
     """Fetch all synapses of a table into `run/chunks.zarr` and `run/synapses.parquet`; resumes where it was stopped.
-    The table gets the columns `blank_fraction`, `reject_reason`, `cleft_id` and `visible_fraction`. Raises
-    `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder cannot be
-    used, and `QueueError` if blocks failed"""
+    The table gets the columns `blank_fraction`, `reject_reason`, `cleft_id`, `visible_fraction` and `mito_measured`.
+    Raises `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder cannot
+    be used, and `QueueError` if blocks failed"""
     run = Path(run)
     path = run/'synapses.parquet'
     plan_fetch(data, config, run)
@@ -301,4 +376,5 @@ def fetch(
         if store.attrs['complete']: return read_table(path, 'synapses')
     clear_failures(run/'fetch')
     run_local(tasks, processes, desc='fetch', unit='block')
+    while replace_rejected(run): run_local(fetch_tasks(run), processes, desc='fetch', unit='block')
     return finish_fetch(run)

@@ -8,19 +8,21 @@ import hashlib
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-import pandas as pd, pydantic
+import numpy as np, pandas as pd, pydantic
 from taskqueue import queueable
 from ..core import ConfigError, Strict, asset, config_of_run, provenance, read_config, write_toml
 from ..data.features import feature_provenance
 from ..data.results import read_results
 from ..data.store import ChunkStore
-from synapseclr.data.tables import (read_labels, read_metadata, read_neurons, read_table, unrecognised_cell_types,
-    write_table)
+from ..data.neurons import read_neurons, unrecognised_cell_types
+from ..data.synapses import moved_columns
+from ..data.tables import read_labels, read_metadata, read_table, write_table
 from ..data.volume import LayerSource
 from ..ingest.annotate import annotate
-from ..ingest.cutout import DataConfig, FetchConfig
-from ..ingest.fetch import fetch, summarize_fetch
+from ..ingest.cutout import DataConfig, FetchConfig, centres_to_voxels, layer_windows, open_layers
+from ..ingest.fetch import fetch, plan_fetch, summarize_fetch
 from ..ingest.queue import attempt
+from ..ingest.skeleton import path_lengths_to_soma, skeleton_hints
 from ..phantom.build import make_phantom
 from ..phantom.connectome import PhantomConfig
 from ..learn.extract import ExtractConfig, agreed_precision, extract
@@ -41,10 +43,10 @@ from ..evaluate.truth import evaluate
 from .catalogue import STAGES
 
 # %% auto #0
-__all__ = ['stages', 'RunConfig', 'open_run', 'write_run_config', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage',
-           'extract_stage', 'extract_shard', 'networks_of', 'pretrained_network', 'embed_stage', 'qc_stage',
-           'query_stage', 'read_run_neurons', 'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage',
-           'export_stage', 'evaluate_stage', 'stages_of']
+__all__ = ['stages', 'RunConfig', 'open_run', 'write_run_config', 'phantom_stage', 'fetch_stage', 'hint_skeletons',
+           'annotate_stage', 'train_stage', 'extract_stage', 'extract_shard', 'networks_of', 'pretrained_network',
+           'embed_stage', 'qc_stage', 'query_stage', 'read_run_neurons', 'known_neurons', 'impute_stage',
+           'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage', 'stages_of']
 
 # %% ../../nbs/pipeline/02_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -126,45 +128,72 @@ def fetch_stage(c: RunConfig, processes: int = 1):
     if window[1] != window[2]:
         lengths = ', '.join(f'{length:g}' for length in window)
         print(f'hint: the window of [fetch] is z, y, x = {lengths}: its height and width differ')
+    if c.source.skeletons:
+        plan_fetch(c.source, c.fetch, c.folder)
+        hint_skeletons(c)
     table = fetch(c.source, c.fetch, c.folder, processes)
     kept = table.reject_reason == ''
     if not kept.all():
         reason = table.reject_reason[~kept].mode()[0]
-        if not kept.any():
-            blank = table.blank_fraction.median()
-            raise ConfigError(f'{summarize_fetch(table)}; {blank:.0%} of the median window is blank or outside the '
-                'volume. '
-                f'{_advice(reason)}')
-        if kept.mean() < .5: print(f'hint: most of the {len(table)} synapses are rejected: {reason}. {_advice(reason)}')
-    if neurons is not None: _check_neurons(neurons, table, c.source.neurons)
+        if not kept.any(): raise ConfigError(f'{summarize_fetch(table)}. {_advice(reason, table, c)}')
+        if kept.mean() < .5:
+            print(f'hint: most of the {len(table)} synapses are rejected: {reason}. {_advice(reason, table, c)}')
+    if moved := moved_columns(c.source.table, table):
+        print(f"hint: columns of {c.source.table} have names that the results need; they are called {', '.join(moved)}")
+    if neurons is not None: _check_neurons(neurons, table, c.source)
     return table
 
-def _advice(reason: str) -> str:
+def _advice(reason: str, table: pd.DataFrame, c: RunConfig) -> str:
     "What to do if synapses are rejected for a reason"
     if reason == 'blank EM':
-        return ('Make the window of [fetch] smaller (z, y, x), or raise max_blank_fraction; '
+        layers = open_layers(c.source)
+        table = table[table.reject_reason == reason]
+        window = layer_windows(layers, c.fetch)[0]
+        outside = np.median(1-window.share_inside(centres_to_voxels(table, layers['em'].voxel_nm)))
+        missing = max(0, table.blank_fraction.median()-outside)
+        return (f'Of the median window, {outside:.0%} is outside the volume, and {missing:.0%} is lost sections or '
+            'missing storage chunks. Make the window of [fetch] smaller (z, y, x), or raise max_blank_fraction; '
             '`synapseclr examples vnc` is for a thin stack')
     return ("Look at a synapse's place in the layers: are x, y, z and voxel size of the table right, are the layers "
         "the ones that their names say and of the table's version, "
         "and is the window of [fetch] (z, y, x) large enough?")
 
-def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, path: str):
-    "Print which cell types are not recognised. Raise `ConfigError` if no cell is a partner of a synapse"
+def hint_skeletons(c: RunConfig):
+    """Print what is wrong with the skeletons of a few synapses of the plan.
+    Raises `SkeletonError` if they cannot be read or do not fit"""
+    if not c.source.skeletons: return
+    plan = read_table(c.folder/'fetch/plan.parquet', 'fetch plan')
+    plan = plan[plan.reject_reason == '']
+    few = plan.iloc[np.linspace(0, len(plan)-1, min(20, len(plan))).astype(int)]
+    lengths = path_lengths_to_soma(few, c.source.skeletons, known_neurons(c))
+    for hint in skeleton_hints(lengths, few, c.source.skeletons): print(f'hint: {hint}')
+
+def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, data: DataConfig):
+    """Print which cells have no type, or are none.
+    Raises `ConfigError` if no cell is a partner of a synapse"""
+    path = data.neurons
     partners = {*table.pre_root_id, *table.post_root_id}
     if not neurons.root_id.isin(partners).any():
         raise ConfigError(f'{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, '
             'is a partner of any synapse; are its root_id and the synapse table of the same version of the '
             'segmentation?')
-    words = unrecognised_cell_types(neurons)
+    if n := neurons.attrs['no_cell']: print(f'hint: {path}: {n} rows have no cell (root id 0) and are left out')
+    if n := neurons.attrs['contradictory']:
+        print(f'hint: {path}: {n} cells are excitatory in one row and inhibitory in another; they count as not typed')
+    words = unrecognised_cell_types(neurons, data.types)
     if len(words):
         examples = ', '.join(f'{word} ({n})' for word,n in words.head(5).items())
         print(f'hint: {path}: {words.sum()} of {len(neurons)} cells have a type that is neither excitatory nor '
-            f'inhibitory: {examples}')
+            f'inhibitory: {examples}; [data] types says what words mean')
 
 @_stage
 def annotate_stage(c: RunConfig):
     _check_fetched(c)
-    return annotate(c.folder, c.source.skeletons)
+    table = annotate(c.folder, c.source.skeletons, known_neurons(c))
+    if c.source.skeletons:
+        kept = table[table.reject_reason == '']
+        for hint in skeleton_hints(kept, kept, c.source.skeletons): print(f'hint: {hint}')
+    return table
 
 def _check_fetched(c: RunConfig):
     "Raise `ConfigError` if the run was fetched with other options, or from another table, than `c` says"
@@ -281,7 +310,7 @@ def query_stage(c: RunConfig):
 def read_run_neurons(c: RunConfig) -> pd.DataFrame:
     "The table of neurons of a run. Raises `ConfigError` if there is none"
     if not c.source.neurons: raise ConfigError('this run has no table of neurons; name one in [data] neurons')
-    return read_neurons(c.source.neurons, c.source.table_voxel_nm)
+    return read_neurons(c.source.neurons, c.source.table_voxel_nm, c.source.neuron_columns, c.source.types)
 
 def known_neurons(c: RunConfig) -> pd.DataFrame|None:
     "As `read_run_neurons`; None if the run has no such table"
@@ -290,7 +319,7 @@ def known_neurons(c: RunConfig) -> pd.DataFrame|None:
 @_stage
 def impute_stage(c: RunConfig):
     neurons = read_run_neurons(c)
-    _check_neurons(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source.neurons)
+    _check_neurons(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source)
     scores,skipped = impute(c.folder, neurons, c.impute)
     if skipped: print(f"hint: not imputed: {'; '.join(skipped)}")
     return scores,skipped
@@ -306,9 +335,8 @@ def manifold_stage(c: RunConfig):
 
 @_stage
 def export_stage(c: RunConfig):
-    layers = {name: getattr(c.source, name) for name in ('em', 'seg', 'cleft')}
     voxel_nm = ChunkStore.open(c.folder/'chunks.zarr').voxel_nm
-    return export(c.folder, layers, voxel_nm, c.embed.feature_set, c.embed.umap_n_neighbors, c.embed.layer,
+    return export(c.folder, c.source.viewable, voxel_nm, c.embed.feature_set, c.embed.umap_n_neighbors, c.embed.layer,
         known_neurons(c), c.export)
 
 @_stage

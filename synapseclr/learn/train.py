@@ -4,7 +4,7 @@
 
 # %% ../../nbs/learn/10_train.ipynb #9e8b666e
 from __future__ import annotations
-import json, math, shutil
+import math, shutil
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from .precision import Precision, autocast, check_mode, choose_mode, time_mode
 from .views import AugmentConfig, CubeConfig
 
 # %% auto #0
-__all__ = ['TrainConfig', 'TrainingError', 'learning_rate', 'with_dataset_statistics', 'train', 'read_log']
+__all__ = ['TrainConfig', 'TrainingError', 'learning_rate', 'with_dataset_statistics', 'train']
 
 # %% ../../nbs/learn/10_train.ipynb #3920d63f
 class TrainConfig(Strict):
@@ -435,13 +435,3 @@ def _end_epoch(setup: _Setup, log: TrainingLog, monitor: TrainingMonitor, step: 
 
 def _last_good(folder: Path) -> str:
     return f"the last good checkpoint is {next(iter(checkpoint_paths(folder)), 'none')}"
-
-# %% ../../nbs/learn/10_train.ipynb #3b7fac70
-def read_log(
-    run: str|Path, # Run folder
-) -> tuple[list[dict], list[dict]]: # Records of steps, records of epochs
-    "The training log of a run"
-    records = [json.loads(line) for line in (Path(run)/'train/log.jsonl').read_text().splitlines()]
-    steps = [record for record in records if 'loss' in record]
-    epochs = [record for record in records if 'epoch' in record]
-    return steps,epochs

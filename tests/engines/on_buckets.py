@@ -53,29 +53,34 @@ def direct(volume, tmp_path_factory):
     assert fetch(volume, volume, run).returncode == 0
     return run
 
-def test_layers_in_a_bucket(client, amazon, volume, direct, tmp_path):
-    """The server's address is in AWS_ENDPOINT_URL, or in the layer's path: the same chunks as from a folder. A bucket that
-    does not exist is named"""
+def test_layers_in_a_bucket(client, amazon, home, volume, direct, tmp_path, monkeypatch):
+    """The address of a server other than Amazon's is in AWS_ENDPOINT_URL, or in a name of one's own for it, which `cloudfiles
+    alias add` writes: the same chunks as from a folder. A bucket that does not exist is named"""
     upload(client('s3'), volume, 'bucket')
-    for name,layers in dict(environment='s3://bucket', path=f's3://{amazon}/bucket').items():
-        done = fetch(volume, layers, tmp_path/name)
-        assert done.returncode == 0, done.stderr
-        assert files(tmp_path/name, chunk_files) == files(direct, chunk_files)
+    done = fetch(volume, 's3://bucket', tmp_path/'environment')
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path/'environment', chunk_files) == files(direct, chunk_files)
     done = fetch(volume, 's3://absent', tmp_path/'absent')
     assert done.returncode == 1
-    assert 'layer em, s3://absent/em' in done.stderr or 'there is no volume at s3://absent/em' in done.stderr
+    assert 'layer em, s3://absent/em' in done.stderr
+
+    monkeypatch.delenv('AWS_ENDPOINT_URL')
+    home('ours', AWS_ACCESS_KEY_ID='ours', AWS_SECRET_ACCESS_KEY='secret')
+    alias = python(f"from cloudfiles.paths import add_persistent_alias as add; add('ours', 's3://{amazon}/')", cwd=tmp_path)
+    assert alias.returncode == 0, alias.stderr
+    done = fetch(volume, 'ours://bucket', tmp_path/'alias')
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path/'alias', chunk_files) == files(direct, chunk_files)
 
 def test_results_in_a_bucket(client, amazon, volume, direct, tmp_path):
     """A run cannot be in a bucket, where files cannot be renamed, and the error says what to do instead. A finished run
     that was copied to a bucket is read from there by tensorstore and pyarrow"""
     done = fetch(volume, volume, 's3://bucket/run')
     assert done.returncode == 1
-    assert 's3://bucket/run' in done.stderr
-    assert 'copy' in done.stderr
+    assert 'run: s3://bucket/run is not a folder' in done.stderr
     assert not (volume/'s3:').exists()
 
     upload(client('s3'), direct, 'bucket')
-    keys = {'aws_access_key_id': 'ours', 'aws_secret_access_key': 'secret'}
     code = """
 import json, sys, tensorstore
 kvstore = dict(driver='s3', bucket='bucket', path='chunks.zarr/em/', endpoint=sys.argv[1], aws_region='us-east-1')

@@ -16,6 +16,7 @@ unpack() { # packages, with all that they need and this machine lacks
     cd "$folder/debs"
     apt-get download -q $lacking
     for package in *.deb; do dpkg-deb --extract "$package" "$folder/root"; done
+    for program in "$folder"/root/usr/sbin/*-wlm; do ln -s "$program" "${program%-wlm}"; done # as Debian's alternatives
     rm -r "$folder/debs"
 }
 if ! command -v slurmctld > /dev/null && command -v apt-get > /dev/null; then

@@ -335,14 +335,16 @@ def remap_command(
     voxel_nm: Annotated[str, typer.Option(
         help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
 ):
-    from synapseclr.data.tables import read_synapses, write_table
+    from synapseclr.data.synapses import read_synapses
+    from synapseclr.data.tables import write_table
     from synapseclr.data.volume import LayerSource, open_layer
     from synapseclr.ingest.remap import remap, summarize_remap
     path,_,seconds = seg.rpartition('@')
     has_time = path and seconds.isdigit()
     source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if has_time else LayerSource(path=seg, mip=mip)
     size = tuple(float(length) for length in voxel_nm.split(',')) if voxel_nm else None
-    remapped,changes = remap(read_synapses(table, size), open_layer('seg', source), size)
+    synapses = read_synapses(table, size).drop(columns='reject_reason')
+    remapped,changes = remap(synapses, open_layer('seg', source), size)
     write_table(remapped, out, 'synapses', provenance(seg=source.model_dump(mode='json')))
     changes.to_csv(out.with_suffix('.changed.csv'), index=False)
     print(summarize_remap(changes))

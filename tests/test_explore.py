@@ -6,7 +6,8 @@ from conftest import browser_errors, in_browser, open_browser, requested_urls, w
 from synapseclr.dev.fixtures import tiny_fetched
 from synapseclr.show.explore import ExploreError, ExplorerData, make_server, serve, write_static
 from synapseclr.data.store import ChunkStore
-from synapseclr.data.tables import read_ids, read_labels
+from synapseclr.data.synapses import read_ids
+from synapseclr.data.tables import read_labels
 
 side = 14
 

@@ -1,7 +1,9 @@
 "The tables of the paper's own volume: ids, duplicates, types, and a wrong column that their README names."
 from pathlib import Path
-import pandas as pd, pytest
-from synapseclr.data.tables import TableError, read_neurons, read_synapses
+import pytest
+from synapseclr.data.neurons import read_neurons
+from synapseclr.data.synapses import read_synapses
+from synapseclr.data.tables import TableError
 
 data = Path(__file__).parent.parent.parent/'shared/data/pinky100_tables'
 pytestmark = pytest.mark.skipif(not data.exists(),
@@ -22,16 +24,13 @@ def test_types_of_neurons():
     assert neurons.soma_y_nm.corr(neurons.soma_x_nm) < .9
     assert neurons.soma_x_nm.notna().sum() == 450
 
-def test_synapses_join_their_neurons(tmp_path):
-    "Both cells of every proofread synapse are found, and both are excitatory; the two autapses are refused"
-    with pytest.raises(TableError, match='same cell in 2 rows'):
-        read_synapses(data/'soma_subgraph_synapses_spines_v185.csv', (40, 4, 4))
-    rows = pd.read_csv(data/'soma_subgraph_synapses_spines_v185.csv')
-    rows[rows.pre_root_id != rows.post_root_id].to_csv(tmp_path/'synapses.csv', index=False)
-    synapses = read_synapses(tmp_path/'synapses.csv', (40, 4, 4))
+def test_synapses_join_their_neurons():
+    "Both cells of every proofread synapse are found, and both are excitatory; the two autapses are rejected"
+    synapses = read_synapses(data/'soma_subgraph_synapses_spines_v185.csv', (40, 4, 4))
+    assert synapses.reject_reason.value_counts().to_dict() == {'': 1959, 'the same cell on both sides': 2}
+    synapses = synapses[synapses.reject_reason == '']
     neurons = read_neurons(data/'soma_valence_v185.csv', (40, 4, 4))
     inhibitory = neurons.set_index('root_id').inhibitory
-    assert len(synapses) == 1959
     assert (synapses.pre_root_id.map(inhibitory) == 0).all()
     assert (synapses.post_root_id.map(inhibitory) == 0).all()
     # as floating point some ids would not be found

@@ -1,10 +1,12 @@
 """The files of a run are the same bytes on one core and on two, on a busy machine, shared among workers, and killed and
 resumed."""
-import os, re, shutil, signal, subprocess, sys
+import io, os, re, shutil, signal, subprocess, sys
 from contextlib import contextmanager
-import pytest
+import pyarrow.parquet as pq, pytest
 from conftest import command_code, files, kill_at, python
 from synapseclr.dev.fixtures import tiny_phantom
+from synapseclr.data.results import is_reserved
+from synapseclr.data.synapses import read_synapses
 from synapseclr.data.tables import read_metadata
 
 outputs = ['chunks.zarr/**/*', 'fetch/0*.json', 'synapses.parquet', 'train/*.safetensors', 'train/log.jsonl',
@@ -91,6 +93,14 @@ def test_every_stage_is_compared(undisturbed):
         'neurites.parquet', 'axes.parquet', 'results.parquet', 'evaluation_targets.parquet',
         'train/weights.safetensors', 'phantom/truth.parquet'} <= set(undisturbed)
     assert len([name for name in undisturbed if name.startswith('features/')]) > 2
+
+def test_stages_write_reserved_columns_only(run, undisturbed):
+    "A new column of a stage has to be in the list, or a lab's column of that name would get in its way"
+    columns = pq.read_schema(io.BytesIO(undisturbed['results.parquet'])).names
+    source = read_synapses(run.folder/'phantom/synapses.parquet').drop(columns='reject_reason')
+    added = [name for name in columns if name not in source]
+    assert len(added) > 50
+    assert not [name for name in added if not is_reserved(name)]
 
 def test_one_core(run, undisturbed):
     "All stages on a single core, with the phantom, and with sets in another order"

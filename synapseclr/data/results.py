@@ -4,6 +4,7 @@
 
 # %% ../../nbs/data/04_results.ipynb #1babf258
 from __future__ import annotations
+import re
 from collections.abc import Iterable
 from pathlib import Path
 import pandas as pd
@@ -11,13 +12,31 @@ from ..core import SynapseCLRError
 from .tables import TableError, read_table
 
 # %% auto #0
-__all__ = ['MORPHOMETRIC_COLUMNS', 'RESULT_FILES', 'read_kept', 'ResultError', 'read_results']
+__all__ = ['MORPHOMETRIC_COLUMNS', 'RESERVED_COLUMNS', 'RESULT_FILES', 'is_reserved', 'read_kept', 'ResultError', 'read_results']
 
-# %% ../../nbs/data/04_results.ipynb #3c31aebf
+# %% ../../nbs/data/04_results.ipynb #b1a4c0d3
 # The morphometric baseline
 MORPHOMETRIC_COLUMNS = ['pre_um3', 'cleft_um3', 'post_um3', 'pre_mito_um3', 'post_mito_um3', 'contact_um2',
     'cleft_planarity']
+RESERVED_COLUMNS = dict(
+    fetch='reject_reason|blank_fraction|visible_fraction|plan_[a-z]+',
+    annotate='|'.join(MORPHOMETRIC_COLUMNS) + r'|cleft_(cos_z|angle_z_deg|normal_[xyz])|n_blank_sections'
+        r'|(pre|post)_(mito|soma_um|soma_reason)',
+    embed=r'cluster|leiden|island|umap\d*_\d+',
+    qc='removed|defect_score|defect_fdr',
+    impute='(cleft_um3|(pre|post)_(soma_um|mito_um3))_(mean|sd|lo90|hi90)|p_(inhibitory|mito)_(pre|post)',
+    consensus='(pre|post)_call',
+    neurons='(pre|post)_(inhibitory|cell_type|subtype)',
+    query='distance|rank',
+    export='neuroglancer|_index|.*/.*|')
 
+def is_reserved(
+    name: str, # Of a column
+) -> bool:
+    "Whether a stage writes a column of this name, or it cannot be stored"
+    return any(re.fullmatch(pattern, name) for pattern in RESERVED_COLUMNS.values())
+
+# %% ../../nbs/data/04_results.ipynb #3c31aebf
 def read_kept(
     run: str|Path, # Run folder, annotated
     include_defects: bool = False, # Also the synapses that quality control removed
@@ -58,7 +77,7 @@ def read_results(
         if missing := expected_ids-set(results.id):
             raise ResultError(f"{path}: no rows for {len(missing)} synapses, such as {min(missing)}; repeat the stage "
                 "that writes this file")
-        table = table.merge(results, on='id', how='left', validate='1:1')
+        table = table.merge(results, on='id', how='left', validate='1:1', suffixes=(None, None))
     return table if neurons is None else _with_partners(table, neurons)
 
 def _result_columns(name: str, results: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from ..phantom.build import make_phantom
 from ..phantom.connectome import PhantomConfig, SIZES
 from ..ingest.plan import plan_blocks
 from ..data.store import ChunkStore
-from ..data.tables import read_synapses
+from ..data.synapses import read_synapses
 from ..data.volume import open_layer
 
 # %% auto #0

@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd
-from ..core import progress
+from ..core import content_hash, progress
 from ..data.results import MORPHOMETRIC_COLUMNS
 from .skeleton import path_lengths_to_soma
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE
@@ -90,26 +90,38 @@ def annotate(
     table = read_table(path, 'synapses')
     made_by = read_metadata(path)['provenance']
     store = ChunkStore.open(run/'chunks.zarr')
-    if not set(MORPHOMETRIC_COLUMNS) <= set(table):
+    if made_by.get('annotated') != _version:
         shard_of = store.places//store.per_shard
         parts = []
         for shard in progress(np.unique(shard_of), desc='annotate', unit='shard'):
             parts.append(_measure_shard(run, store, int(shard), np.flatnonzero(shard_of == shard)))
-        table = table.merge(pd.concat(parts), on='id', how='left', validate='1:1')
+        table = table.merge(pd.concat(parts), on='id', how='left', validate='1:1', suffixes=(None, None))
+        made_by['annotated'] = _version
         write_table(table, path, 'synapses', made_by)
-    if skeletons and made_by.get('skeletons') != skeletons:
+    origin = _skeleton_hash(skeletons) if skeletons else None
+    if skeletons and made_by.get('skeletons') != origin:
         lengths = path_lengths_to_soma(table, skeletons)
         table = table.drop(columns=[column for column in lengths if column in table])
         table = pd.concat([table, lengths], axis=1)
-        write_table(table, path, 'synapses', made_by | dict(skeletons=skeletons))
+        write_table(table, path, 'synapses', made_by | dict(skeletons=origin))
     return table
+
+def _skeleton_hash(source: str) -> str:
+    "A hash of an address, or of the names, sizes and times of local files"
+    path = Path(source)
+    if '://' in source or not path.exists(): return content_hash(source)
+    files = sorted(path.rglob('*')) if path.is_dir() else [path]
+    stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files if file.is_file()]
+    return content_hash([(name, stat.st_size, stat.st_mtime_ns) for name,stat in stats])
+
+_version = 1 # Of the measurements
 
 def _measure_shard(run: Path, store: ChunkStore, shard: int, members: np.ndarray) -> pd.DataFrame:
     "The measurements of a shard; those of an earlier time if the record of the shard is still the same"
     path = run/'annotate'/f'{shard:06d}.parquet'
     record = run/'fetch'/f'{shard:06d}.json'
     record_hash = hashlib.sha256(record.read_bytes()).hexdigest()[:16] if record.exists() else None
-    made_by = dict(record=record_hash, version=1)
+    made_by = dict(record=record_hash, version=_version)
     if record_hash and path.exists() and read_metadata(path)['provenance'] == made_by:
         return read_table(path, 'annotations')
     rows = []

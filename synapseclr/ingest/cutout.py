@@ -31,6 +31,10 @@ class DataConfig(Strict):
     skeletons: Source|None = None
     voxel_nm: tuple[float, float, float]|None = None # True voxel size, `(z, y, x)`, where the layers' metadata is wrong
     neurons: Source|None = None # What is known of cells: csv, parquet or feather, see `read_neurons`
+    # Names that the table of neurons gives to our columns: `{root_id = "nucleus", cell_type = "class"}`
+    neuron_columns: dict[str, str] = {}
+    # Words of that table for types: `{excitatory = ["23P", "L4IT"], inhibitory = ["BC"]}`
+    types: dict[Literal['excitatory', 'inhibitory'], list[str]] = {}
 
 # %% ../../nbs/ingest/02_cutout.ipynb #802222c3
 class FetchConfig(Strict):
@@ -42,6 +46,10 @@ class FetchConfig(Strict):
     max_blank_fraction: float = pydantic.Field(.1, gt=0, le=1)
     context: Literal['full', 'masked'] = 'full' # Keep all EM, or only what a network can see through the mask
     margin_nm: float = pydantic.Field(248, ge=0) # With `masked`: how far the augmentations can look beyond the synapse
+    # Draw this many synapses of the table at random; those that are rejected are replaced. All if absent
+    sample: pydantic.PositiveInt|None = None
+    sample_seed: int = 0 # A sample of the same seed always has the same synapses
+    always_keep: Source|None = None # With `sample`: file of ids that are drawn first, see `read_ids`
     max_per_shard: pydantic.PositiveInt = 256 # Most synapses in a block, which is a shard of the store and a task
     memory_gb: float = pydantic.Field(4, gt=0) # Of a task; half for what it reads at once, half for its chunks
 
@@ -49,6 +57,7 @@ class FetchConfig(Strict):
     def _one_window(self):
         if (self.window_nm is None) == (self.window_vx is None):
             raise ValueError('state the window once, as window_nm or as window_vx')
+        if self.always_keep and self.sample is None: raise ValueError('always_keep needs a sample')
         return self
 
     def shapes(self, voxel_nm) -> tuple[tuple, tuple]:

@@ -11,7 +11,8 @@ import numpy as np, pandas as pd, pyarrow.parquet as pq
 from taskqueue import queueable
 from ..core import atomic, content_hash, provenance
 from ..data.store import ChunkStore, StoreError
-from ..data.tables import read_metadata, read_synapses, read_table, write_table
+from ..data.synapses import draw_synapses, read_ids, read_synapses
+from ..data.tables import TableError, read_metadata, read_table, write_table
 from ..data.volume import Layer, VolumeError, check_layers
 from .cutout import (DataConfig, FetchConfig, LAYER_ORDER, centres_to_voxels, fetch_rows,
     layer_windows, open_layers)
@@ -19,19 +20,25 @@ from .plan import plan_blocks, plan_costs
 from .queue import QueueError, attempt, clear_failures, dead_letters, run_local
 
 # %% auto #0
-__all__ = ['read_rows', 'assign_blocks', 'plan_fetch', 'n_blocks', 'describe_plan', 'fetch_block', 'fetch_tasks',
-           'intensity_mean_sd', 'summarize_fetch', 'finish_fetch', 'fetch']
+__all__ = ['read_rows', 'check_rows', 'sampled_rows', 'assign_blocks', 'plan_fetch', 'extend_plan', 'replace_rejected',
+           'n_blocks', 'describe_plan', 'fetch_block', 'fetch_tasks', 'intensity_mean_sd', 'summarize_fetch',
+           'finish_fetch', 'fetch']
 
 # %% ../../nbs/ingest/04_fetch.ipynb #08746982
 def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> dict:
     "What a store is made from"
-    with open(data.table, 'rb') as f: table_hash = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
     versions = {}
     for name,layer in sorted(layers.items()):
         versions[name] = [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp]
-    columns = dict(columns=data.columns) if data.columns else {}
-    return provenance(config, table=table_hash, layers=content_hash(versions), voxel_nm=list(layers['em'].voxel_nm),
-        **columns)
+    options = dict(columns=data.columns) if data.columns else {}
+    if config.always_keep: options['always_keep'] = content_hash(read_ids(config.always_keep).tolist())
+    return provenance(config.model_copy(update=dict(always_keep=None)), table=_file_hash(Path(data.table)),
+        layers=content_hash(versions), voxel_nm=list(layers['em'].voxel_nm), **options)
+
+def _file_hash(path: Path) -> str:
+    "A hash of the content of a file, or of the files of a folder"
+    if path.is_dir(): return content_hash([_file_hash(part) for part in sorted(path.rglob('*')) if part.is_file()])
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
     "Try `n` synapses. Raises `VolumeError` if all of them lack the same layer"
@@ -52,25 +59,73 @@ def read_rows(
     table: str|Path, # csv, parquet or feather
     data: DataConfig, # Its voxels and columns
     layers: dict[str, Layer], # From `open_layers`
+    only: np.ndarray|None = None, # Ids to read; all if None
 ) -> pd.DataFrame: # From `read_synapses`
-    "Read a table whose synapses all layers have to hold. Raises `TableError` or `VolumeError`"
-    em = layers['em']
-    extent_nm = tuple(tuple(np.multiply(corner, em.voxel_nm)) for corner in (em.box.lo, em.box.hi))
-    rows = read_synapses(table, data.table_voxel_nm, extent_nm, data.columns)
-    check_layers(layers, centres_to_voxels(rows, em.voxel_nm))
+    "Read a table. Synapses that are not inside all layers are rejected. Raises `TableError`"
+    rows = read_synapses(table, data.table_voxel_nm, data.columns, only)
+    is_inside = np.zeros(len(rows), bool)
+    usable = np.flatnonzero(rows.reject_reason == '')
+    centres = centres_to_voxels(rows.iloc[usable], layers['em'].voxel_nm)
+    lo = np.max([layer.box.lo for layer in layers.values()], 0)
+    hi = np.min([layer.box.hi for layer in layers.values()], 0)
+    is_inside[usable] = ((centres >= lo) & (centres < hi)).all(1)
+    rows.loc[(rows.reject_reason == '') & ~is_inside, 'reject_reason'] = 'outside the volume'
     return rows
+
+def check_rows(
+    table: str|Path, # For the message
+    rows: pd.DataFrame, # From `read_rows`
+    layers: dict[str, Layer], # From `open_layers`
+):
+    "Raise `TableError` if no row can be used"
+    if (rows.reject_reason == '').any(): return
+    counts = ', '.join(f'{n} {reason}' for reason,n in rows.reject_reason.value_counts().items())
+    axes = ['ctr_x_nm', 'ctr_y_nm', 'ctr_z_nm']
+    spans = [f"layer {name} spans {_span(np.multiply(layer.box.lo, layer.voxel_nm)[::-1])} to "
+        f"{_span(np.multiply(layer.box.hi, layer.voxel_nm)[::-1])}" for name,layer in layers.items()]
+    raise TableError('\n  '.join([f"{table}: no row can be used: {counts}", "in nm (x, y, z):",
+        f"the table spans {_span(rows[axes].min())} to {_span(rows[axes].max())}: are units and voxel size right?",
+        *spans]))
+
+def _span(position) -> str: return ', '.join(f'{length:.0f}' for length in position)
+
+def sampled_rows(
+    data: DataConfig, # Table
+    config: FetchConfig, # How many to draw
+    layers: dict[str, Layer], # From `open_layers`
+    known: np.ndarray|tuple = (), # Ids that were drawn before
+    n: int|None = None, # Usable rows to draw; `config.sample` if None
+) -> tuple[pd.DataFrame, int]: # Rows from `read_rows`, and the number of rows of the table
+    """Draw rows of a table at random until enough of them can be used.
+    Raises `TableError` if the table cannot be used"""
+    n = n or config.sample
+    always = read_ids(config.always_keep) if config.always_keep else ()
+    n_drawn = n + len(known)
+    while True:
+        drawn,n_rows = draw_synapses(data.table, n_drawn, config.sample_seed, data.columns, always)
+        new = drawn[~np.isin(drawn, known)]
+        if n_rows and not len(new): return pd.DataFrame(),n_rows # the table has no more
+        rows = read_rows(data.table, data, layers, new).set_index('id').loc[new].reset_index()
+        is_usable = rows.reject_reason == ''
+        if is_usable.sum() >= n or len(drawn) == n_rows: break
+        share = max(is_usable.mean(), .01)
+        n_drawn = len(known) + int(1.1*n/share) + 100
+    return rows[is_usable.cumsum().shift(fill_value=0) < n],n_rows
 
 def assign_blocks(
     rows: pd.DataFrame, # Synapses
     layers: dict[str, Layer], # From `open_layers`
     config: FetchConfig, # Window and rules
     first: tuple[int, int] = (0, 0), # Numbers of the first block and the first row
-) -> pd.DataFrame: # Rows in order of block and id, with `plan_block`, `plan_row` and `plan_dropped`
-    "Sort synapses into blocks"
+) -> pd.DataFrame: # Rows in order of block and id, with `plan_block` and `plan_row`
+    "Sort synapses into blocks; rejected rows have the block -1"
     first_block,first_row = first
     voxel_nm = layers['em'].voxel_nm
-    block = plan_blocks(layer_windows(layers, config), centres_to_voxels(rows, voxel_nm), config.capacity(voxel_nm))
-    plan = rows.assign(plan_block=first_block+block, plan_row=first_row+np.arange(len(rows)), plan_dropped=False)
+    is_usable = (rows.reject_reason == '').to_numpy()
+    block = np.full(len(rows), -1)
+    centres = centres_to_voxels(rows[is_usable], voxel_nm)
+    block[is_usable] = first_block + plan_blocks(layer_windows(layers, config), centres, config.capacity(voxel_nm))
+    plan = rows.assign(plan_block=block, plan_row=first_row+np.arange(len(rows)))
     return plan.sort_values(['plan_block', 'id'], ignore_index=True)
 
 def _pin_timestamps(
@@ -99,7 +154,6 @@ def plan_fetch(
     path = run/'fetch/plan.parquet'
     layers = open_layers(data)
     check_layers(layers)
-    rows = read_rows(data.table, data, layers)
     identity = _identity(data, config, layers)
     if path.exists(): _discard_other_fetch(run, identity)
     before = read_metadata(path)['provenance'] if path.exists() else None
@@ -113,7 +167,8 @@ def plan_fetch(
         raise StoreError(f"{run/'chunks.zarr'}: has no plan (an earlier version of this package made it); it can be "
             "read, but not resumed; choose a new run folder")
     else:
-        _probe(layers, rows, config)
+        rows,_ = _rows_to_plan(data, config, layers)
+        _probe(layers, rows[rows.reject_reason == ''], config)
         write_table(assign_blocks(rows, layers, config), path, 'fetch plan', identity | dict(job=job))
     if _has_store(run): return
     shutil.rmtree(run/'chunks.zarr', ignore_errors=True) # of a fetch that died while it made the store
@@ -122,10 +177,58 @@ def plan_fetch(
     ChunkStore.create(run/'chunks.zarr', n_blocks(run)*capacity, config.shapes(voxel_nm)[1], capacity,
         voxel_nm=voxel_nm, provenance=identity)
 
+def _rows_to_plan(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> tuple[pd.DataFrame, int]:
+    "The rows of a table, or those that are drawn, and the number of rows of the table. Raises `TableError`"
+    if config.sample: rows,n_rows = sampled_rows(data, config, layers)
+    else:
+        rows = read_rows(data.table, data, layers)
+        n_rows = len(rows)
+    check_rows(data.table, rows, layers)
+    return rows,n_rows
+
+def extend_plan(
+    run: Path, # Run folder, with a plan
+    rows: pd.DataFrame, # From `read_rows`, not yet in the plan
+):
+    "Add rows to a plan, in blocks of their own, and make room for them in the store"
+    path = run/'fetch/plan.parquet'
+    plan = read_table(path, 'fetch plan')
+    made_by = read_metadata(path)['provenance']
+    config = FetchConfig(**made_by['job']['fetch'])
+    layers = open_layers(DataConfig(**made_by['job']['data']))
+    new_plan = assign_blocks(rows, layers, config, (n_blocks(run), len(plan)))
+    for column in ('pre_root_id', 'post_root_id'):
+        if new_plan[column].dtype != plan[column].dtype:
+            new_plan = new_plan.astype({column: np.uint64})
+            plan = plan.astype({column: np.uint64})
+    plan = pd.concat([plan, new_plan], ignore_index=True)
+    store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
+    store.group.attrs.update(dict(complete=False))
+    store.resize((int(plan.plan_block.max())+1)*store.per_shard)
+    write_table(plan, path, 'fetch plan', made_by)
+
+def replace_rejected(
+    run: str|Path, # Run folder of a sample, all its blocks fetched
+) -> int: # How many rows are new in the plan
+    "Draw as many further synapses as were rejected. Synapses that people dropped are not replaced"
+    run = Path(run)
+    path = run/'fetch/plan.parquet'
+    job = read_metadata(path)['provenance']['job']
+    config = FetchConfig(**job['fetch'])
+    if config.sample is None or fetch_tasks(run): return 0
+    table = _fetched_table(run)
+    n_lacking = config.sample - table.reject_reason.isin(['', 'dropped']).sum()
+    if n_lacking <= 0: return 0
+    data = DataConfig(**job['data'])
+    rows,_ = sampled_rows(data, config, open_layers(data), table.id.to_numpy(), n_lacking)
+    if len(rows): extend_plan(run, rows)
+    return len(rows)
+
 def _has_store(run: Path) -> bool: return (run/'chunks.zarr/id/zarr.json').exists()
 
 _differences = dict(config='[fetch] differs', table='the table differs', layers='the layers differ',
-    voxel_nm='the voxel size differs', columns='the columns differ', version='the package is of another version')
+    voxel_nm='the voxel size differs', columns='the columns differ', always_keep='always_keep differs',
+    version='the package is of another version')
 
 def _discard_other_fetch(run: Path, identity: dict):
     """If the plan of a run is that of another fetch which kept nothing, delete the plan and the store.
@@ -157,7 +260,8 @@ def describe_plan(
     "What a fetch would do, in words, without reading EM. Raises `TableError` or `VolumeError`"
     layers = open_layers(data)
     check_layers(layers)
-    rows = read_rows(data.table, data, layers)
+    table,n_rows = _rows_to_plan(data, config, layers)
+    rows = table[table.reject_reason == '']
     voxel_nm = layers['em'].voxel_nm
     windows = layer_windows(layers, config)
     centres = centres_to_voxels(rows, voxel_nm)
@@ -171,9 +275,18 @@ def describe_plan(
         "{times_less:.2g} times less than synapse by synapse ({gb_synapse_major:.3g} GB)\n"
         "{task_gb:.2g} GB of memory for the largest block"
     ).format(**costs)
+    if config.sample: text = f"{_describe_sample(config, len(rows), n_rows)}\n{text}"
+    for reason,n in table.reject_reason[table.reject_reason != ''].value_counts().items():
+        text += f"\n{n} rows cannot be used: {reason}"
     if not n_outside: return text
     return (f"{text}\n{n_outside} synapses will be rejected: {config.max_blank_fraction:.0%} or more of their window "
         "is outside the volume")
+
+def _describe_sample(config: FetchConfig, n: int, n_rows: int) -> str:
+    "What is drawn, in words"
+    kept = f", first the ids of {config.always_keep}" if config.always_keep else ''
+    return (f"{n} of {n_rows} synapses are drawn at random (seed {config.sample_seed}){kept}; those that are rejected "
+        "will be replaced by others")
 
 # %% ../../nbs/ingest/04_fetch.ipynb #f08dbd79
 @queueable
@@ -192,7 +305,7 @@ def _fetch_block(run: Path, block: int, is_last: bool):
     plan_path = run/'fetch/plan.parquet'
     layers,config,store = _job(run, plan_path.stat().st_mtime_ns)
     rows = pd.read_parquet(plan_path, filters=[('plan_block', '==', block)])
-    *chunks,records,grey = fetch_rows(layers, rows[~rows.plan_dropped], config, salvage=is_last)
+    *chunks,records,grey = fetch_rows(layers, rows[rows.reject_reason == ''], config, salvage=is_last)
     store.write_shard(block, *chunks)
     with atomic(_record_path(run, block)) as f:
         f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
@@ -247,15 +360,22 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     missing_blocks = [task.keywords['block'] for task in fetch_tasks(run)]
     if missing_blocks: _report_missing(run, plan, missing_blocks)
     (run/'fetch/missing.csv').unlink(missing_ok=True)
-    records = [json.loads(_record_path(run, block).read_text()) for block in range(n_blocks(run))]
-    table = _add_records(plan, records)
-    grey = np.sum([record['grey'] for record in records], 0)
+    table = _fetched_table(run)
+    grey = np.sum([record['grey'] for record in _records(run)], 0)
     any_kept = (table.reject_reason == '').any()
     mean,sd = intensity_mean_sd(grey) if any_kept else (None, None)
     ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
     del made_by['job']
     write_table(table, run/'synapses.parquet', 'synapses', made_by)
     return table
+
+def _records(run: Path) -> list[dict]:
+    "The records of all blocks"
+    return [json.loads(_record_path(run, block).read_text()) for block in range(n_blocks(run))]
+
+def _fetched_table(run: Path) -> pd.DataFrame:
+    "The synapses of a plan, with what the records of all its blocks say of them"
+    return _add_records(read_table(run/'fetch/plan.parquet', 'fetch plan'), _records(run))
 
 def _report_missing(run: Path, plan: pd.DataFrame, missing_blocks: list[int]):
     "Write `fetch/missing.csv`, and raise `QueueError`"
@@ -272,13 +392,14 @@ def _report_missing(run: Path, plan: pd.DataFrame, missing_blocks: list[int]):
 def _add_records(plan: pd.DataFrame, records: list[dict]) -> pd.DataFrame:
     "The synapses of a plan, in the order of the source table, with what the records of the blocks say of them"
     synapses = [synapse for record in records for synapse in record['synapses']]
-    synapses += [dict(id=int(i), blank_fraction=0., cleft_id=0, visible_fraction=0., reject_reason='dropped')
-        for i in plan.id[plan.plan_dropped]]
+    not_fetched = plan[plan.reject_reason != '']
+    synapses += [dict(id=synapse_id, blank_fraction=np.nan, cleft_id=0, visible_fraction=np.nan, reject_reason=reason)
+        for synapse_id,reason in zip(not_fetched.id, not_fetched.reject_reason)]
     fetched = pd.DataFrame(synapses)
     rows = plan.sort_values('plan_row', ignore_index=True)
-    replaced = {*fetched, 'plan_block', 'plan_row', 'plan_dropped'} - {'id'}
+    replaced = {*fetched, 'plan_block', 'plan_row'} - {'id'}
     rows = rows.drop(columns=[column for column in rows if column in replaced])
-    return rows.merge(fetched, on='id', validate='1:1')
+    return rows.merge(fetched, on='id', validate='1:1', suffixes=(None, None))
 
 def fetch(
     data: DataConfig, # Table and layers
@@ -299,4 +420,5 @@ def fetch(
         if store.attrs['complete']: return read_table(path, 'synapses')
     clear_failures(run/'fetch')
     run_local(tasks, processes, desc='fetch', unit='block')
+    while replace_rejected(run): run_local(fetch_tasks(run), processes, desc='fetch', unit='block')
     return finish_fetch(run)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import progress
 from .cutout import DataConfig, FetchConfig, fetch_rows, open_layers
-from .fetch import assign_blocks, n_blocks, read_rows
+from .fetch import extend_plan, n_blocks, read_rows
 from ..data.store import ChunkStore, EMPTY, StoreError
 from ..data.tables import TableError, read_metadata, read_table, write_table
 
@@ -94,10 +94,10 @@ def _rows_of(plan: pd.DataFrame, ids, run: Path) -> pd.Series:
 def _set_dropped(run: Path, ids, is_dropped: bool):
     "Undo the blocks of some synapses, and note in the plan whether these synapses are dropped"
     plan,made_by = _plan(run)
-    selected = _rows_of(plan, ids, run)
+    selected = _rows_of(plan, ids, run) & (plan.plan_block >= 0) # rejected rows are in no block
     _undo(run, plan.plan_block[selected].unique())
-    plan_dropped = plan.plan_dropped | selected if is_dropped else plan.plan_dropped & ~selected
-    write_table(plan.assign(plan_dropped=plan_dropped), run/'fetch/plan.parquet', 'fetch plan', made_by)
+    reasons = plan.reject_reason.mask(selected, 'dropped' if is_dropped else '')
+    write_table(plan.assign(reject_reason=reasons), run/'fetch/plan.parquet', 'fetch plan', made_by)
 
 def refetch(
     run: str|Path, # Run folder
@@ -120,7 +120,7 @@ def missing(run: str|Path) -> list[int]:
     run = Path(run)
     plan,_ = _plan(run)
     is_fetched = plan.plan_block.map(lambda block: _record_path(run, block).exists())
-    return plan.id[~is_fetched].tolist()
+    return plan.id[~is_fetched & (plan.plan_block >= 0)].tolist()
 
 # %% ../../nbs/ingest/05_maintain.ipynb #3fe5e663
 def append(
@@ -141,15 +141,5 @@ def append(
     if unshared:
         raise TableError(f"{table}: columns {', '.join(sorted(unshared))} are only in this table, or only in the table "
             "of the run; give both tables the same columns")
-    new_plan = assign_blocks(new, layers, config, (n_blocks(run), len(plan)))
-    for column in ('pre_root_id', 'post_root_id'):
-        if new_plan[column].dtype != plan[column].dtype:
-            new_plan = new_plan.astype({column: np.uint64})
-            plan = plan.astype({column: np.uint64})
-    store = ChunkStore.open(run/'chunks.zarr', unfinished=True)
-    store.group.attrs.update(dict(complete=False))
-    n_shards = int(new_plan.plan_block.max())+1
-    store.resize(n_shards*store.per_shard)
-    plan = pd.concat([plan, new_plan], ignore_index=True)
-    write_table(plan, run/'fetch/plan.parquet', 'fetch plan', made_by)
+    extend_plan(run, new)
     return len(new)

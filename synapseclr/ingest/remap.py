@@ -30,7 +30,8 @@ def root_ids_at(
 
 # %% ../../nbs/ingest/06_remap.ipynb #df1c4ff1
 points_nm = ['{}_pt_{}_nm', '{}syn_{}_nm', '{}_pos_{}_nm']
-points_vx = ['{}_pt_{}_vx', '{}syn_{}_vx', '{}_pos_{}_vx', '{}_pt_position_{}']
+points_vx = ['{}_pt_{}_vx', '{}syn_{}_vx', '{}_pos_{}_vx', '{}_pt_position_{}',
+    '{}syn_{}']
 
 def side_points(
     table: pd.DataFrame, # Synapses

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from synapseclr.core import (Source, Strict, SynapseCLRError, content_hash, key, n_cores, progress, provenance,
     worker_pool)
 from ..data.store import ChunkStore, ConcatStore
-from ..data.tables import read_ids, read_table
+from ..data.synapses import read_ids
+from ..data.tables import read_table
 from .augment import Augmenter
 from .batches import batch_indices, batches, cached_gradient_backward, pair_indices, split_held_out
 from .checkpoints import checkpoint_paths, load_checkpoint, save_checkpoint

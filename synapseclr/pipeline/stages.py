@@ -12,7 +12,9 @@ from ..core import ConfigError, Strict, asset, provenance, read_config, write_to
 from ..data.features import feature_provenance
 from ..data.results import read_results
 from ..data.store import ChunkStore
-from ..data.tables import read_neurons, read_table, unrecognised_cell_types, write_table
+from ..data.neurons import read_neurons, unrecognised_cell_types
+from ..data.synapses import moved_columns
+from ..data.tables import read_table, write_table
 from ..data.volume import LayerSource
 from ..ingest.annotate import annotate
 from ..ingest.cutout import DataConfig, FetchConfig
@@ -127,7 +129,9 @@ def fetch_stage(c: RunConfig, processes: int = 1):
                 'volume. '
                 f'{_advice(reason)}')
         if kept.mean() < .5: print(f'hint: most of the {len(table)} synapses are rejected: {reason}. {_advice(reason)}')
-    if neurons is not None: _check_neurons(neurons, table, c.source.neurons)
+    if moved := moved_columns(c.source.table, table):
+        print(f"hint: columns of {c.source.table} have names that the results need; they are called {', '.join(moved)}")
+    if neurons is not None: _check_neurons(neurons, table, c.source)
     return table
 
 def _advice(reason: str) -> str:
@@ -139,18 +143,23 @@ def _advice(reason: str) -> str:
         "the ones that their names say and of the table's version, "
         "and is the window of [fetch] (z, y, x) large enough?")
 
-def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, path: str):
-    "Print which cell types are not recognised. Raise `ConfigError` if no cell is a partner of a synapse"
+def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, data: DataConfig):
+    """Print which cells have no type, or are none.
+    Raises `ConfigError` if no cell is a partner of a synapse"""
+    path = data.neurons
     partners = {*table.pre_root_id, *table.post_root_id}
     if not neurons.root_id.isin(partners).any():
         raise ConfigError(f'{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, '
             'is a partner of any synapse; are its root_id and the synapse table of the same version of the '
             'segmentation?')
-    words = unrecognised_cell_types(neurons)
+    if n := neurons.attrs['no_cell']: print(f'hint: {path}: {n} rows have no cell (root id 0) and are left out')
+    if n := neurons.attrs['contradictory']:
+        print(f'hint: {path}: {n} cells are excitatory in one row and inhibitory in another; they count as not typed')
+    words = unrecognised_cell_types(neurons, data.types)
     if len(words):
         examples = ', '.join(f'{word} ({n})' for word,n in words.head(5).items())
         print(f'hint: {path}: {words.sum()} of {len(neurons)} cells have a type that is neither excitatory nor '
-            f'inhibitory: {examples}')
+            f'inhibitory: {examples}; [data] types says what words mean')
 
 def annotate_stage(c: RunConfig):
     return annotate(c.folder, c.source.skeletons)
@@ -248,7 +257,7 @@ def query_stage(c: RunConfig):
 def read_run_neurons(c: RunConfig) -> pd.DataFrame:
     "The table of neurons of a run. Raises `ConfigError` if there is none"
     if not c.source.neurons: raise ConfigError('this run has no table of neurons; name one in [data] neurons')
-    return read_neurons(c.source.neurons, c.source.table_voxel_nm)
+    return read_neurons(c.source.neurons, c.source.table_voxel_nm, c.source.neuron_columns, c.source.types)
 
 def known_neurons(c: RunConfig) -> pd.DataFrame|None:
     "As `read_run_neurons`; None if the run has no such table"
@@ -256,7 +265,7 @@ def known_neurons(c: RunConfig) -> pd.DataFrame|None:
 
 def impute_stage(c: RunConfig):
     neurons = read_run_neurons(c)
-    _check_neurons(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source.neurons)
+    _check_neurons(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source)
     scores,skipped = impute(c.folder, neurons, c.impute)
     if skipped: print(f"hint: not imputed: {'; '.join(skipped)}")
     return scores,skipped

@@ -20,7 +20,7 @@ __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOptio
            'extract_command', 'run_all', 'worker_command', 'demo', 'examples_command', 'explore_command',
            'figures_command', 'similar_command', 'serve_command', 'remap_command', 'bench_augment_command',
            'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command', 'bench_train_command',
-           'bench_extract_command', 'bench_maps_command', 'main']
+           'bench_extract_command', 'bench_maps_command', 'cave_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -406,6 +406,31 @@ def bench_extract_command(rounds: _Repeats = 3):
 def bench_maps_command(sizes: Annotated[str, typer.Option(help='N,N,...; a million takes an hour')] = '10000,100000'):
     from synapseclr.evaluate.speed_maps import bench_maps
     print(bench_maps([int(size) for size in sizes.split(',')]).round(2).T.to_string())
+
+# %% ../nbs/90_cli.ipynb #3e9a51c7
+@_command('cave', 'Ask a CAVE server for synapses, and for the types of cells', tables)
+def cave_command(
+    datastack: Annotated[str, typer.Argument(help='Data set, such as minnie65_public')],
+    version: Annotated[int, typer.Option(help='Of its tables')],
+    out: Annotated[Path, typer.Option(help='Parquet file to write the synapses to')],
+    cells: Annotated[str, typer.Option(help='Synapses that have one of these cells on either side: ID,ID,... or a file '
+        'with an id in each line')] = '',
+    box_nm: Annotated[str, typer.Option(help='Z,Y,X,Z,Y,X: synapses in this box')] = '',
+    table: Annotated[str, typer.Option(help='Synapse table; that of the data set if absent')] = None,
+    types: Annotated[str, typer.Option(help='Table of cell types to write, too')] = None,
+    neurons: Annotated[Path, typer.Option(help='CSV file for the types; neurons.csv beside --out if absent')] = None,
+    server: Annotated[str, typer.Option(help='Address of the server; the one that caveclient knows if absent')] = None,
+):
+    from synapseclr.data.synapses import read_ids
+    from synapseclr.ingest.cave import cave_errors, open_cave, write_cave_tables
+    if bool(cells) == bool(box_nm): raise typer.BadParameter('give --cells or --box-nm')
+    ids = (read_ids(cells) if Path(cells).exists() else _ids(Path(), cells)) if cells else None
+    corners = [float(length) for length in box_nm.split(',')] if box_nm else []
+    if len(corners) not in (0, 6): raise typer.BadParameter(f"'{box_nm}' is not Z,Y,X,Z,Y,X")
+    box = (corners[:3], corners[3:]) if corners else None
+    client = open_cave(datastack, version, server)
+    with cave_errors(client.server_address):
+        print(write_cave_tables(client, out, ids, box, table, types, neurons))
 
 # %% ../nbs/90_cli.ipynb #6a150bb0
 def main():

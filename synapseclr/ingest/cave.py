@@ -8,18 +8,21 @@ import re
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 import numpy as np, pandas as pd
-from ..core import SynapseCLRError, progress
+from ..core import SynapseCLRError, atomic, content_hash, progress, provenance
+from ..data.tables import write_table
 
 # %% auto #0
-__all__ = ['cells_per_question', 'CaveError', 'all_rows', 'cave_synapses', 'cave_neurons', 'open_cave', 'cave_errors']
+__all__ = ['cells_per_question', 'CaveError', 'all_rows', 'cave_synapses', 'cave_neurons', 'write_cave_tables', 'open_cave',
+           'cave_errors']
 
 # %% ../../nbs/ingest/09_cave.ipynb #c5a1e007
 class CaveError(SynapseCLRError):
     "A CAVE server cannot be asked, refuses, or does not answer completely"
 
 def all_rows(
-    query: Callable, # Takes `filter_greater_dict`, `filter_less_equal_dict` and `get_counts`, as caveclient's `query_table`
+    query: Callable, # caveclient's `query_table`, with the table and what is asked of it
     after: int|None = None, # Only rows whose id is larger ...
     upto: int|None = None, # ... and not larger than this
 ) -> pd.DataFrame: # Sorted by `id`
@@ -58,7 +61,13 @@ def cave_synapses(
     if centre == 'pre_pt':
         for axis in 'xyz': rows[f'ctr_pt_{axis}_nm'] = (rows[f'pre_pt_{axis}_nm'] + rows[f'post_pt_{axis}_nm'])/2
     if box_nm is None: return rows
-    where = rows[[f'{centre}_{axis}_nm' for axis in 'zyx']]
+    return _inside(rows, [f'{centre}_{axis}_nm' for axis in 'zyx'], box_nm)
+
+def _inside(rows: pd.DataFrame, columns: list[str], box_nm: tuple) -> pd.DataFrame:
+    "The rows in a box. Raises `CaveError` if some are farther outside than by rounding: the server took other units"
+    where = rows[columns]
+    is_near = ((where >= np.array(box_nm[0])-100) & (where <= np.array(box_nm[1])+100)).all(1)
+    if not is_near.all(): raise CaveError(f'the server sends {(~is_near).sum()} synapses outside of the box')
     return rows[((where >= box_nm[0]) & (where < box_nm[1])).all(1)].reset_index(drop=True)
 
 _bookkeeping = ['valid', 'created', 'deleted', 'superceded_id', 'superceded'] # Of the server
@@ -93,13 +102,45 @@ def cave_neurons(
     reference = client.materialize.get_table_metadata(table).get('reference_table')
     if reference:
         points = [column for column in rows if column.startswith('pt_')]
-        targets = all_rows(partial(_query(client, reference), filter_in_dict=dict(id=rows.target_id.unique().tolist())))
+        ids = rows.target_id.unique().tolist()
+        targets = all_rows(partial(_query(client, reference), filter_in_dict=dict(id=ids)))
         targets = targets[['id', *(column for column in targets if column.startswith('pt_'))]]
         rows = rows.drop(columns=[*points, 'id']).merge(targets, left_on='target_id', right_on='id')
     is_soma = client.info.get_datastack_info().get('soma_table') in (table, reference)
     neurons = rows[['pt_root_id', 'cell_type']].rename(columns=dict(pt_root_id='root_id'))
     for axis in 'xyz': neurons[f"{'soma' if is_soma else 'pt'}_{axis}_nm"] = rows[f'pt_position_{axis}']
     return neurons[neurons.root_id != 0].reset_index(drop=True)
+
+# %% ../../nbs/ingest/09_cave.ipynb #c5a1e023
+def write_cave_tables(
+    client, # From `open_cave`
+    out: str|Path, # Parquet file for the synapses
+    cells: np.ndarray|None = None, # As for `cave_synapses`
+    box_nm: tuple|None = None, # As for `cave_synapses`
+    table: str|None = None, # Synapse table; that of the data set if None
+    types: str|None = None, # Table of cell types, if wanted
+    neurons: str|Path|None = None, # CSV file for the types; `neurons.csv` beside `out` if None
+) -> str: # What was written
+    "Ask for synapses and cell types, and write them. Raises `CaveError` if there are no synapses or not all of them"
+    table = table or client.info.get_datastack_info()['synapse_table']
+    state = f'{client.datastack_name}, version {client.version} of {client.timestamp.isoformat(timespec="seconds")}'
+    synapses = cave_synapses(client, table, cells, box_nm)
+    if not len(synapses): raise CaveError(f'{state}: {table} has no synapse of these cells or in this box')
+    typed = cave_neurons(client, types) if types else None
+    asked = dict(cells=content_hash([int(cell) for cell in cells])) if cells is not None else dict(box_nm=box_nm)
+    write_table(synapses, out, 'synapses', provenance(server=client.server_address, datastack=client.datastack_name,
+        materialization=client.version, time=client.timestamp.isoformat(), table=table, **asked))
+    lines = [f'{out}: {len(synapses)} synapses of {state}']
+    found = synapses[['pre_pt_root_id', 'post_pt_root_id']].to_numpy()
+    if cells is not None and len(absent := np.setdiff1d(cells, found)):
+        lines.append(f'hint: {len(absent)} of {len(cells)} cells have no synapse, such as {absent[0]}: are their ids '
+            'of this version?')
+    if typed is None: return '\n'.join(lines)
+    neurons = Path(neurons or Path(out).with_name('neurons.csv'))
+    with atomic(neurons) as f: typed.to_csv(f, index=False)
+    is_typed = np.isin(found, typed.root_id).any(1)
+    lines.append(f'{neurons}: {len(typed)} cells of {types}; {is_typed.sum()} of the synapses have one of them')
+    return '\n'.join(lines)
 
 # %% ../../nbs/ingest/09_cave.ipynb #c5a1e021
 def open_cave(

@@ -68,8 +68,8 @@ class RunConfig(Strict):
     @classmethod
     def _is_folder(cls, run: str) -> str:
         if '://' in run:
-            raise ValueError(f'{run} is not a folder. In a bucket files cannot be renamed, and a run needs that to resume; '
-                'use a folder that all machines see, and copy it to the bucket when the run is done')
+            raise ValueError(f'{run} is not a folder. In a bucket files cannot be renamed, and a run needs that to '
+                'resume; use a folder that all machines see, and copy it to the bucket when the run is done')
         return run
 
     @pydantic.model_validator(mode='after')

@@ -1,15 +1,14 @@
 """What the tests on real engines share: ways to find, start and stop them, and the log at the end.
 A plugin of pytest, which `run.sh` names; without it these tests are not collected."""
-import json, os, shutil, socket, subprocess, time
+import os, shutil, socket, subprocess, time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 import pytest
 from synapseclr.dev.fixtures import tiny_volume
 
 installed = Path(os.environ['ENGINES']) # by `run.sh`
-for folder in ('root/usr/bin', 'root/usr/sbin', 'moto/bin'): os.environ['PATH'] = f'{installed/folder}:{os.environ["PATH"]}'
+for folder in ('root/usr/bin', 'root/usr/sbin', 'moto/bin'):
+    os.environ['PATH'] = f'{installed/folder}:{os.environ["PATH"]}'
 
 versions = {} # Of the engines that were started
 results = {} # Outcome and seconds of each test
@@ -45,34 +44,6 @@ def daemon(*command, log, **options):
 
 def is_listening(port):
     with socket.socket() as s: return s.connect_ex(('127.0.0.1', port)) == 0
-
-@contextmanager
-def http_server(answer):
-    """An HTTP server on this machine; yields its address.
-    `answer(method, path, headers, body)` returns status, headers and body"""
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
-        def log_message(self, *args): pass
-        def do_GET(self):
-            body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
-            status,headers,content = answer(self.command, self.path, self.headers, body)
-            self.send_response(status)
-            for name,value in (headers | {'Content-Length': str(len(content))}).items(): self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-        do_POST = do_GET
-    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        try: yield f'http://127.0.0.1:{server.server_port}'
-        finally: server.shutdown()
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    "A home folder without secrets; a function that writes one into it"
-    monkeypatch.setenv('HOME', str(tmp_path/'home'))
-    secrets = tmp_path/'home/.cloudvolume/secrets'
-    secrets.mkdir(parents=True)
-    return lambda name, **content: (secrets/f'{name}-secret.json').write_text(json.dumps(content))
 
 @pytest.fixture(scope='session')
 def volume(tmp_path_factory):

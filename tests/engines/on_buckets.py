@@ -1,7 +1,7 @@
-"A bucket and a queue of Amazon, as moto answers for them on this machine: layers, chunks, features, and tasks that die."
-import json, os, signal, subprocess, sys
+"A bucket and a queue of Amazon, as moto answers for them on this machine: layers, results, and tasks that die."
+import json, os, signal, subprocess
 from urllib.request import urlopen
-import boto3, numpy as np, pandas as pd, pyarrow.fs, pyarrow.parquet as pq, pytest, tensorstore
+import boto3, numpy as np, pyarrow.fs, pyarrow.parquet as pq, pytest, tensorstore
 from conftest import files, kill_at, python, synapseclr
 from engine import daemon, free_port, is_listening, program, versions, wait_for
 from synapseclr.ingest.queue import dead_letters
@@ -13,9 +13,9 @@ def amazon(tmp_path_factory):
     port = free_port()
     with daemon(moto, '-H', '127.0.0.1', '-p', str(port), log=tmp_path_factory.mktemp('moto')/'log'):
         wait_for('moto', lambda: is_listening(port))
+        python_of_moto = os.path.join(os.path.dirname(moto), 'python')
         code = 'from importlib.metadata import version; print(version("moto"))'
-        found = subprocess.run([os.path.join(os.path.dirname(moto), 'python'), '-c', code], capture_output=True, text=True)
-        versions['moto (S3, SQS)'] = found.stdout.strip()
+        versions['moto (S3, SQS)'] = subprocess.check_output([python_of_moto, '-c', code], text=True).strip()
         yield f'http://127.0.0.1:{port}'
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def direct(volume, tmp_path_factory):
     return run
 
 def test_layers_in_a_bucket(client, amazon, home, volume, direct, tmp_path, monkeypatch):
-    """The address of a server other than Amazon's is in AWS_ENDPOINT_URL, or in a name of one's own for it, which `cloudfiles
-    alias add` writes: the same chunks as from a folder. A bucket that does not exist is named"""
+    """The address of a server other than Amazon's is in AWS_ENDPOINT_URL, or in a name of one's own for it, which
+    `cloudfiles alias add` writes: the same chunks as from a folder. A bucket that does not exist is named"""
     upload(client('s3'), volume, 'bucket')
     done = fetch(volume, 's3://bucket', tmp_path/'environment')
     assert done.returncode == 0, done.stderr
@@ -66,7 +66,8 @@ def test_layers_in_a_bucket(client, amazon, home, volume, direct, tmp_path, monk
 
     monkeypatch.delenv('AWS_ENDPOINT_URL')
     home('ours', AWS_ACCESS_KEY_ID='ours', AWS_SECRET_ACCESS_KEY='secret')
-    alias = python(f"from cloudfiles.paths import add_persistent_alias as add; add('ours', 's3://{amazon}/')", cwd=tmp_path)
+    add_alias = f"from cloudfiles.paths import add_persistent_alias as add; add('ours', 's3://{amazon}/')"
+    alias = python(add_alias, cwd=tmp_path)
     assert alias.returncode == 0, alias.stderr
     done = fetch(volume, 'ours://bucket', tmp_path/'alias')
     assert done.returncode == 0, done.stderr
@@ -114,8 +115,8 @@ def queued(client, volume, tmp_path):
 work = ['worker', 'sqs://blocks', '--lease-seconds', '3']
 
 def test_killed_worker(client, queued, volume, direct):
-    """A worker is killed in its second task. When the lease ends, that task is done again, once: three tasks, three times
-    done in all, and the store is that of a fetch without a queue"""
+    """A worker is killed in its second task. When the lease ends, that task is done again, once: three tasks, three
+    times done in all, and the store is that of a fetch without a queue"""
     code = kill_at('synapseclr.data.store', 'write_shard', 2, in_class='ChunkStore')
     assert python(code, *work, cwd=volume).returncode == -signal.SIGKILL
     assert messages(client, 'blocks') in ((1, 1), (2, 0))

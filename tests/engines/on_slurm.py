@@ -38,7 +38,7 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 @pytest.fixture(scope='session')
 def slurm(tmp_path_factory):
-    "A cluster of this machine alone, with two GPUs that do not exist. A function that submits a job and returns its number"
+    "A cluster of this machine alone, with two GPUs that do not exist. A function that submits a job"
     for name in ('munged', 'slurmctld', 'slurmd', 'sbatch', 'srun', 'scontrol', 'scancel'): program(name)
     folder = tmp_path_factory.mktemp('slurm')
     for name in ('state', 'spool'): (folder/name).mkdir()
@@ -52,8 +52,8 @@ def slurm(tmp_path_factory):
     (folder/'munge.key').chmod(0o400)
     os.environ['SLURM_CONF'] = str(folder/'slurm.conf')
     if libraries: os.environ['LD_LIBRARY_PATH'] = f'{libraries[0]}:{plugins[0]}'
-    version = subprocess.run(['sbatch', '--version'], capture_output=True, text=True).stdout.strip()
-    versions['SLURM'] = f'{version}, {subprocess.run(["munged", "--version"], capture_output=True, text=True).stdout.strip()}'
+    versions['SLURM'] = command('sbatch', '--version').strip()
+    versions['munge'] = command('munged', '--version').strip()
     munge_files = [f'--{name}-file={folder}/munge.{name}' for name in ('key', 'log', 'pid', 'seed')]
     stepd = ['-d', installed/'root/usr/sbin/slurmstepd'] if libraries else []
     with ExitStack() as engines:
@@ -120,8 +120,8 @@ def trained(slurm, volume, fetched, tmp_path_factory):
     return run
 
 def test_requeued_training(slurm, volume, fetched, trained, tmp_path):
-    """In the middle of training the script gets the signal that SLURM sends before the time limit. The job goes back into
-    the queue, resumes, and ends with the same bytes as one that was never interrupted"""
+    """In the middle of training the script gets the signal that SLURM sends before the time limit. The job goes back
+    into the queue, resumes, and ends with the same bytes as one that was never interrupted"""
     run = tmp_path/'run'
     shutil.copytree(fetched, run)
     number,log = train(slurm, volume, run)
@@ -136,13 +136,14 @@ def test_requeued_training(slurm, volume, fetched, trained, tmp_path):
     assert files(run, *trained_files) == files(trained, *trained_files)
 
 def test_cancelled_training(slurm, volume, fetched, tmp_path):
-    """A job that is cancelled ends, and does not come back. Before that, each of its two processes may use all the cores
-    that the job asked for; newer versions of srun give a step one core unless it asks again"""
+    """A job that is cancelled ends, and does not come back. Before that, each of its two processes may use all the
+    cores that the job asked for; where SLURM binds tasks to cores, srun gives a task one core unless it asks again"""
     run = tmp_path/'run'
     shutil.copytree(fetched, run)
     number,log = train(slurm, volume, run)
     wait_for('a step', lambda: n_steps(run), 120)
-    ours = [process for process in psutil.process_iter(['cmdline']) if f'--set=run={run}' in process.info['cmdline']]
+    is_ours = lambda process: f'--set=run={run}' in process.info['cmdline']
+    ours = [process for process in psutil.process_iter(['cmdline']) if is_ours(process)]
     cores = {len(process.cpu_affinity()) for process in ours}
     command('scancel', number)
     wait_for('the end', lambda: job(number)['JobState'] == 'CANCELLED')
@@ -152,7 +153,8 @@ def test_cancelled_training(slurm, volume, fetched, tmp_path):
 
 def do_queue(slurm, queue, folder):
     "Do the tasks of a queue in a job array of two workers. Returns how many they did"
-    number = slurm('--array=0-1', f'--output={folder}/worker_%a.log', '--wrap', f'synapseclr worker {queue}', cwd=folder)
+    options = ['--array=0-1', f'--output={folder}/worker_%a.log', '--wrap', f'synapseclr worker {queue}']
+    number = slurm(*options, cwd=folder)
     wait_for_end(number, folder/'worker_*.log')
     printed = [path.read_text() for path in folder.glob('worker_*.log')]
     assert len(printed) == 2
@@ -171,8 +173,8 @@ def test_extract_in_a_job_array(slurm, volume, trained, tmp_path):
     queue = f'fq://{tmp_path}/queue'
     for name in ('array', 'alone'): shutil.copytree(trained, tmp_path/name)
     def stage(name, *options):
-        done = synapseclr('extract', '--config', trained/'config.toml', '--set', f'run={tmp_path/name}', '--no-notebook',
-            *options, cwd=volume)
+        run = ['--set', f'run={tmp_path/name}', '--no-notebook']
+        done = synapseclr('extract', '--config', trained/'config.toml', *run, *options, cwd=volume)
         assert done.returncode == 0, done.stderr
     stage('array', '--queue', queue)
     assert do_queue(slurm, queue, tmp_path) == 3

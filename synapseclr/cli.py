@@ -136,7 +136,7 @@ def fetch_command(
     from synapseclr.ingest import maintain
     from synapseclr.ingest.fetch import describe_plan, fetch_block, fetch_tasks, plan_fetch
     from synapseclr.ingest.queue import QueueError, dead_letters, run_local
-    from synapseclr.pipeline.stages import known_neurons, open_run
+    from synapseclr.pipeline.stages import hint_skeletons, known_neurons, open_run
     c = open_run(config, set)
     if block is not None:
         run_local([partial(fetch_block, run=str(c.folder.absolute()), block=block)], desc='fetch', unit='block')
@@ -154,6 +154,7 @@ def fetch_command(
     if plan or queue:
         known_neurons(c) # report what is wrong with that table before the work starts
         plan_fetch(c.source, c.fetch, c.folder)
+        hint_skeletons(c)
     if plan: return print(describe_plan(c.source, c.fetch))
     if queue: return _enqueue(queue, fetch_tasks(c.folder))
     if more: print(f'{maintain.append(c.folder, more)} new synapses')
@@ -310,8 +311,7 @@ def serve_command(
     from synapseclr.pipeline.stages import open_run
     from synapseclr.show.neuroglancer import layer_server, layer_urls
     c = open_run(run)
-    layers = {name: getattr(c.source, name) for name in ('em', 'seg', 'cleft')}
-    root = layer_urls(layers, '', (run,))[1]
+    root = layer_urls(c.source.viewable, '', (run,))[1]
     if not root: raise ConfigError(f'{run}: no layer is a local folder; neuroglancer reads them from where they are')
     with layer_server(root, port) as server:
         print(f'{root} at http://127.0.0.1:{server.server_port}; stop with Ctrl-C', flush=True)
@@ -438,4 +438,15 @@ def main():
     Exit code 0 if all went well, 1 with a message if not, 2 for a wrong command line, 130 if it was interrupted"""
     try: app(prog_name='synapseclr')
     except SynapseCLRError as error: sys.exit(f'error: {error}')
-    except OSError as error: sys.exit(f"error: {error.filename or ''}: {error.strerror or error}")
+    except OSError as error:
+        if _is_home(error.filename):
+            sys.exit(f"error: the home folder {os.path.expanduser('~')} cannot be written to ({error.strerror}); "
+                'CloudVolume and task-queue keep credentials there. Set HOME to one that can be, such as HOME=/tmp')
+        sys.exit(f"error: {error.filename or ''}: {error.strerror or error}")
+
+def _is_home(path: str|None) -> bool:
+    "Whether a path is where libraries keep their settings, or a folder that contains the home folder"
+    if not path: return False
+    home = Path(os.path.expanduser('~'))
+    settings = [home/'.cloudvolume', home/'.cloudfiles']
+    return home.is_relative_to(path) or any(Path(path).is_relative_to(folder) for folder in settings)

@@ -114,6 +114,10 @@ def _section_model(model, section: str):
 def _problem(model, error: dict) -> str:
     "One problem that pydantic found, as a line of text"
     location = '.'.join(map(str, error['loc']))
+    if error['type'] == 'missing' and isinstance(error['loc'][-1], int):
+        option = location.rpartition('.')[0]
+        return (f"{option}: has {len(error['input'])} values, value {error['loc'][-1]+1} is missing (the three of a "
+            'window or a voxel are z, y, x)')
     if error['type'] != 'extra_forbidden': return f"{location}: {error['msg'].removeprefix('Value error, ')}"
     *sections,name = error['loc']
     for section in sections: model = _section_model(model, section)

@@ -64,6 +64,9 @@ def known_targets(
         if value is None:
             skipped.append(f"{trait.name}: the synapse table has no column {trait.column}")
             continue
+        if 'mito' in trait.column and table[trait.column].isna().all():
+            skipped.append(f"{trait.name}: there is no mitochondria layer")
+            continue
         problem = _learning_problem(trait, value, table[f'{trait.side}_root_id'], min_known)
         if problem: skipped.append(f"{trait.name}: {problem}")
         else: targets[trait.name] = value

@@ -137,7 +137,8 @@ def annotations_of(
     table: pd.DataFrame, # From `read_results`
 ) -> pd.DataFrame: # Numeric columns only
     "The annotations that a run has: measured, imputed, and nuisances"
-    columns = [column for column in measured + imputed + nuisance if column in table]
+    present = table.columns[table.notna().any()]
+    columns = [column for column in measured + imputed + nuisance if column in present]
     return table[columns].astype(float)
 
 def axes_of(

@@ -139,10 +139,15 @@ def read_feature_sets(
     rows = pd.Index(all_kept.id).get_indexer(table.id)
     for name in dict.fromkeys(requested):
         network,nuisances = parse_feature_name(name)
-        if network == 'morphometrics': x = np.log1p(all_kept[MORPHOMETRIC_COLUMNS].fillna(0).to_numpy())
+        if network == 'morphometrics': x = _log_morphometrics(all_kept)
         else: x = _features_of(all_kept.id, folders[network], layer)
         sets[name] = regress_out(x, all_kept, nuisances)[rows]
     return table,sets
+
+def _log_morphometrics(table: pd.DataFrame) -> np.ndarray:
+    "Logarithms of the morphometrics; without those that were never measured, and the mean where one was not"
+    x = np.log1p(table[MORPHOMETRIC_COLUMNS].dropna(axis=1, how='all'))
+    return x.fillna(x.mean()).to_numpy()
 
 def _features_of(ids: pd.Series, folder: Path, layer: str) -> np.ndarray:
     "Features of the synapses `ids`, in this order. Raises `FeatureError` if a synapse has none"

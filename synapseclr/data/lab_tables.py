@@ -64,19 +64,19 @@ def _to_integers(column: pd.Series) -> np.ndarray:
 
 # %% ../../nbs/data/06_lab_tables.ipynb #487c8320
 def plain_columns(
-    table: pd.DataFrame, # From any file or program
+    table: pd.DataFrame|dict[str, pd.Series], # From any file or program; a dictionary is emptied
 ) -> pd.DataFrame: # The same rows, labelled 0 to n-1
     "The table with numbers, text and categories only; lists of three numbers become three columns"
-    table = table.reset_index(drop=True)
+    columns = table if isinstance(table, dict) else dict(table.reset_index(drop=True).items())
+    names = {str(name) for name in columns}
     plain = {}
-    names = set(map(str, table.columns))
-    for position,name in enumerate(map(str, table.columns)):
-        column = table.iloc[:, position]
+    for name in list(columns):
+        column = columns.pop(name)
         vectors = _vectors(column)
         parts = [f'{name}_{axis}' for axis in 'xyz']
-        if vectors is None or names & set(parts): plain[name] = _plain(column)
+        if vectors is None or names & set(parts): plain[str(name)] = _plain(column)
         else: plain.update(zip(parts, map(pd.Series, vectors.T)))
-    return pd.DataFrame(plain, index=table.index)
+    return pd.DataFrame(plain)
 
 _number = r'\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)'
 _three_numbers = rf'[\[(]{_number}[\s,]+{_number}[\s,]+{_number}\s*,?\s*[\])]'
@@ -108,8 +108,7 @@ def _plain(column: pd.Series) -> pd.Series:
     if pd.api.types.is_complex_dtype(dtype): return column.astype(str)
     if pd.api.types.is_numeric_dtype(dtype) or isinstance(dtype, pd.StringDtype): return column
     if pd.api.types.is_timedelta64_dtype(dtype): return column.dt.total_seconds()
-    if not pd.api.types.is_object_dtype(dtype): # times and periods
-        return column.astype('string').astype(object).where(column.notna(), None)
+    if not pd.api.types.is_object_dtype(dtype): return column.astype('string[pyarrow]') # times and periods
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind in ('string', 'empty'): return column
     if kind == 'boolean': return column.astype('boolean')
@@ -170,7 +169,8 @@ def _arrow_parts(path: Path, suffix: str, columns: list[str]|None, n: int) -> It
     names = _chosen(table.schema.names, columns)
     def to_pandas(rows): return rows.replace_schema_metadata(None).to_pandas(types_mapper=_types.get)
     yield to_pandas(table.schema.empty_table().select(names))
-    for batch in table.to_batches(columns=names, batch_size=n): yield to_pandas(pa.Table.from_batches([batch]))
+    options = dict(columns=names, batch_size=n, batch_readahead=2, fragment_readahead=1) # little memory
+    for batch in table.to_batches(**options): yield to_pandas(pa.Table.from_batches([batch]))
 
 def _csv_parts(path: Path, suffix: str, columns: list[str]|None, n: int) -> Iterator[pd.DataFrame]:
     "The rows of a text file, as text; the first part is empty"
@@ -200,10 +200,12 @@ def read_lab_table(
     "Read a table from outside. Raises `TableError` if the file cannot be read"
     is_text = table_suffix(path) in ('.csv', '.tsv')
     parts = [part if rows is None else part[rows(part)] for part in read_parts(path)]
-    table = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
-    del parts
-    if is_text: table = table.apply(_typed) if len(table) else table
-    return plain_columns(table)
+    parts = [part for part in parts if len(part)] or parts[:1]
+    columns = {}
+    for name in parts[0]: # column by column, so that no column is in memory twice for long
+        column = pd.concat([part.pop(name) for part in parts], ignore_index=True)
+        columns[name] = _typed(column) if is_text and len(column) else column
+    return plain_columns(columns)
 
 _with_gaps = dict(int64='Int64', uint64='UInt64')
 

@@ -19,7 +19,7 @@ __all__ = ['MORPHOMETRIC_COLUMNS', 'RESERVED_COLUMNS', 'RESULT_FILES', 'is_reser
 MORPHOMETRIC_COLUMNS = ['pre_um3', 'cleft_um3', 'post_um3', 'pre_mito_um3', 'post_mito_um3', 'contact_um2',
     'cleft_planarity']
 RESERVED_COLUMNS = dict(
-    fetch='reject_reason|blank_fraction|visible_fraction|plan_[a-z]+',
+    fetch='reject_reason|blank_fraction|visible_fraction|mito_measured|plan_[a-z]+',
     annotate='|'.join(MORPHOMETRIC_COLUMNS) + r'|cleft_(cos_z|angle_z_deg|normal_[xyz])|n_blank_sections'
         r'|(pre|post)_(mito|soma_um|soma_reason)',
     embed=r'cluster|leiden|island|umap\d*_\d+',

@@ -134,7 +134,8 @@ def read_synapses(
     ours = {name: whole_numbers(table[column])[0] for name,column in source.items() if column}
     for i,axis in enumerate('xyz'): ours[f'ctr_{axis}_nm'] = centres[:, i]
     ours['reject_reason'] = _reject_reasons(ours, centres)
-    return _with_rest(ours, table.drop(columns=list({*centre_columns, *filter(None, source.values())})))
+    table.drop(columns=list({*centre_columns, *filter(None, source.values())}), inplace=True)
+    return _with_rest(ours, table)
 
 def _id_problems(table: pd.DataFrame, source: dict[str, str|None]) -> list[str]:
     "What is wrong with the ids of synapses, partners and clefts"
@@ -183,7 +184,7 @@ def _with_rest(ours: dict[str, np.ndarray], rest: pd.DataFrame) -> pd.DataFrame:
         while is_reserved(new_name) or new_name in table or (new_name != name and new_name in rest):
             new_name = f'table_{new_name}'.replace('/', '_')
         table[new_name] = column
-    return pd.DataFrame(table)
+    return pd.DataFrame(table, copy=False)
 
 def moved_columns(
     path: str|Path, # Synapse table

@@ -6,17 +6,22 @@
 from __future__ import annotations
 import re
 from dataclasses import dataclass
-from typing import Annotated
-import numpy as np, pydantic
+from functools import partial
+from importlib.util import find_spec
+from typing import Annotated, Literal
+import botocore.exceptions, google.auth.exceptions, numpy as np, pydantic
 from cloudfiles.interfaces import HttpInterface
 from cloudvolume import CloudVolume
+from cloudvolume.chunks import check_installed
 from cloudvolume.exceptions import InfoUnavailableError, ScaleUnavailableError
 from requests.adapters import HTTPAdapter
+from scipy import ndimage
 from urllib3 import Retry
 from ..core import Box, Source, Strict, SynapseCLRError
 
 # %% auto #0
-__all__ = ['http_timeout_s', 'LayerSource', 'VolumeError', 'Layer', 'open_layer', 'read', 'write_layer', 'check_layers']
+__all__ = ['http_timeout_s', 'PADDING_NM', 'LayerSource', 'VolumeError', 'Layer', 'open_layer', 'read', 'write_layer',
+           'mark_missing', 'check_layers']
 
 # %% ../../nbs/data/01_volume.ipynb #604bb836
 def _no_secret(path: str) -> str:
@@ -30,10 +35,18 @@ class LayerSource(Strict):
     "Where a layer is stored"
     # As for CloudVolume: `gs://`, `s3://`, `https://`, `file://`, `graphene://`, `zarr://`, `n5://` ..., or a local
     # folder
-    path: Annotated[Source, pydantic.AfterValidator(_no_secret)]
+    path: Annotated[Source, pydantic.AfterValidator(_no_secret)]|None = None
     mip: int = 0 # Level of downsampling
     timestamp: int|None = None # Of a graphene segmentation: use its state at this time, in seconds since 1970
     fill_missing: bool = True # A missing storage chunk is read as zeros; if false, it is an error
+    # Of the clefts: `ids`, one for each cleft; `mask`, not 0 in every cleft; `contact`, where there is no layer: the
+    # contact of the two cells
+    kind: Literal['ids', 'mask', 'contact'] = 'ids'
+
+    @pydantic.model_validator(mode='after')
+    def _has_path(self):
+        if (self.path is None) == (self.kind == 'contact'): return self
+        raise ValueError('a layer has a path; only clefts of the kind "contact" have none')
 
 class VolumeError(SynapseCLRError):
     "A layer cannot be opened or read, or layers do not fit each other"
@@ -45,6 +58,7 @@ class Layer:
     volume: CloudVolume # What reads it
     voxel_nm: tuple[float, float, float] # Size of a voxel, `(z, y, x)`
     box: Box # Its bounds
+    kind: str = 'ids' # As in `LayerSource`
 
 # %% ../../nbs/data/01_volume.ipynb #a1b6e9f9
 def open_layer(
@@ -53,32 +67,72 @@ def open_layer(
     voxel_nm: tuple[float, float, float]|None = None, # True voxel size, `(z, y, x)`, if the metadata is wrong
     cache_bytes: int = 0, # Memory for a cache of storage chunks, kept as they were sent
 ) -> Layer: # The open layer
-    "Open a layer. Raises `VolumeError`, which names the layer, if it is absent or has no such mip"
+    """Open a layer.
+    Raises `VolumeError`, which names the layer, if it is absent, has no such mip or cannot be decoded"""
     path = source.path if '://' in source.path else f'file://{source.path}'
+    connect = partial(CloudVolume, path, mip=source.mip, timestamp=source.timestamp, bounded=True, progress=False,
+        agglomerate=path.startswith('graphene://'), fill_missing=source.fill_missing, lru_bytes=cache_bytes)
     try:
-        volume = CloudVolume(
-            path,
-            mip=source.mip,
-            timestamp=source.timestamp,
-            agglomerate=path.startswith('graphene://'),
-            bounded=True,
-            fill_missing=source.fill_missing,
-            lru_bytes=cache_bytes,
-            progress=False)
+        try: volume = connect()
+        except _NO_CREDENTIALS: volume = connect(use_https=True) # a public bucket needs none
+        _check_format(volume)
     except InfoUnavailableError:
         raise VolumeError(f"layer {name}: there is no volume at {path} (no file `info`)") from None
     except ScaleUnavailableError:
         mips = ', '.join(map(str, CloudVolume(path).available_mips))
         raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has {mips}") from None
-    except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e)}") from e
+    except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e, path)}") from e
     x,y,z = (float(size) for size in volume.resolution)
     lo = tuple(int(index) for index in volume.bounds.minpt)[::-1]
     hi = tuple(int(index) for index in volume.bounds.maxpt)[::-1]
-    return Layer(name, volume, tuple(voxel_nm or (z, y, x)), Box(lo, hi))
+    return Layer(name, volume, tuple(voxel_nm or (z, y, x)), Box(lo, hi), source.kind)
 
-def _plain(e: Exception) -> str:
-    "Type and message of `e`, without terminal colours"
-    return re.sub(r'\x1b\[[\d;]*m', '', f'{type(e).__name__}: {e}').strip()
+_NO_CREDENTIALS = (google.auth.exceptions.DefaultCredentialsError, botocore.exceptions.NoCredentialsError)
+
+def _plain(e: Exception, reader: str) -> str:
+    "Type and message of `e`, without terminal colours; for Zarr and N5 also what can be read"
+    text = re.sub(r'\x1b\[[\d;]*m', '', f'{type(e).__name__}: {e}').strip(':. ')
+    return text + (f'. {_ZARR_LIMITS}' if re.search(r'\b(zarr[23]?|n5)(://|\.metadata)', reader) else '')
+
+# %% ../../nbs/data/01_volume.ipynb #f7ab69de
+_ZARR_LIMITS = ('CloudVolume reads OME-Zarr 0.4 (arrays 0, 1 ... or s0, s1 ...) and 0.5, with the codecs blosc, zstd '
+    'and gzip and without shards, and N5 (arrays s0, s1 ...); other layers have to be converted')
+
+def _check_format(volume: CloudVolume):
+    "Raise an error unless the package is installed that decodes the storage chunks of a layer"
+    check_installed(volume.encoding)
+    meta = volume.meta
+    if not hasattr(meta, 'zarrays'): return
+    _find_arrays(meta)
+    codecs = [volume.encoding]
+    if hasattr(meta, 'codecs'): codecs = [codec['name'] for codec in meta.codecs(volume.mip)]
+    if 'sharding_indexed' in codecs: raise NotImplementedError('the array has shards')
+    if 'blosc' in codecs and not find_spec('blosc'):
+        raise ImportError('the codec blosc is not installed: pip install blosc')
+
+def _find_arrays(meta):
+    "Let CloudVolume find the arrays of a Zarr layer by the names in its metadata; it expects 0, 1 ..."
+    is_zarr2 = hasattr(meta, '_is_group')
+    if is_zarr2:
+        meta._is_group = bool(meta.datasets()[0].get('path'))
+        with_separator = meta.chunk_name
+        def chunk_name(mip: int, *indices) -> str:
+            "As CloudVolume's, but with a slash behind the name of the array, whatever separates the indices"
+            name = meta.key(mip) if meta.is_group() else ''
+            rest = with_separator(mip, *indices).removeprefix(name)
+            return f'{name}/{rest[1:]}' if name else rest
+        meta.chunk_name = chunk_name
+    def pattern(mip: int) -> re.Pattern:
+        "Of the file names of storage chunks, with the mip and the indices as groups"
+        indices = [rf"(?P<{axis['name']}>\d+)" for axis in meta.axes()]
+        axes = re.escape(meta.dimension_separator(mip)).join(indices)
+        name = re.escape(meta.key(mip)) if meta.is_group() else ''
+        if is_zarr2: name = re.sub(f'{mip}$', f'(?P<mip>{mip})', name) # compared with the mip, as a number
+        else: name = name and f'(?P<mip>{name})' # compared with the name
+        prefix = '' if is_zarr2 or meta.chunk_key_encoding(mip)['name'] == 'v2' else 'c'
+        folders = [name, prefix, axes]
+        return re.compile('/'.join(filter(None, folders)) + '$')
+    meta.filename_regexp = pattern
 
 # %% ../../nbs/data/01_volume.ipynb #fe6d7d29
 def read(
@@ -92,7 +146,9 @@ def read(
     z,y,x = inside.slices()
     try: voxels = np.asarray(layer.volume[x, y, z])
     except Exception as e:
-        raise VolumeError(f"layer {layer.name}, voxels {inside.lo} to {inside.hi} (z, y, x): {_plain(e)}") from e
+        reader = type(layer.volume.meta).__module__
+        text = _plain(e, reader)
+        raise VolumeError(f"layer {layer.name}, voxels {inside.lo} to {inside.hi} (z, y, x): {text}") from e
     if inside == box: return voxels[..., 0].T
     out[inside.slices(box.lo)] = voxels[..., 0].T
     return out
@@ -142,6 +198,33 @@ def write_layer(
         volume[:, :, first:first+len(slab)] = np.asfortranarray(slab.T)[..., None]
     return path
 
+# %% ../../nbs/data/01_volume.ipynb #e57050b2
+PADDING_NM = 500. # A black square of this side is not tissue
+_LOSSY_RANGE = 16 # After lossy compression, grey values up to this can have been 0
+
+def mark_missing(
+    layer: Layer, # EM
+    box: Box, # Voxels
+    em: np.ndarray, # `(z, y, x)` uint8, from `read`
+) -> np.ndarray: # `(z, y, x)` uint8; 0 where the EM is missing or outside the volume, and only there
+    "EM in which 0 means missing"
+    marked = np.zeros_like(em)
+    inside = box & layer.box
+    if not inside.n_vx: return marked
+    present = em[inside.slices(box.lo)]
+    known = marked[inside.slices(box.lo)]
+    np.maximum(present, 1, out=known)
+    darkest = _LOSSY_RANGE if layer.volume.encoding in ('jpeg', 'jxl') else 0
+    side = max(1, int(PADDING_NM/min(layer.voxel_nm[1:])-1)//2*2+1) # odd
+    for flat in (present <= darkest, present >= 255-darkest):
+        for z,section in enumerate(flat):
+            n_flat = np.count_nonzero(section)
+            if n_flat >= .99*section.size: known[z] = 0
+            # the edge of a window acts as a mirror: a strip of half a side is enough there
+            elif n_flat >= side**2/4:
+                known[z][ndimage.grey_opening(section.view(np.uint8), (side, side)) > 0] = 0
+    return marked
+
 # %% ../../nbs/data/01_volume.ipynb #d91a8281
 def check_layers(
     layers: dict[str, Layer], # Open layers by name, including `em`
@@ -149,7 +232,7 @@ def check_layers(
 ):
     """Check that layers fit each other and the table.
     Raises `VolumeError`, which lists all problems, unless the EM is uint8, all other layers hold integers, and
-    every layer has voxels of the EM's size, overlaps the EM, and contains all centres"""
+    every layer has voxels of the EM's size and overlaps the EM. All but mitochondria have to contain all centres"""
     em = layers['em']
     problems = []
     if (dtype := em.volume.dtype) != np.uint8:
@@ -159,7 +242,8 @@ def check_layers(
         if not np.issubdtype(layer.volume.dtype, np.integer):
             problems.append(f"layer {name}, {layer.volume.cloudpath}, is {layer.volume.dtype}; it has to hold ids")
     for name,layer in layers.items():
-        problem = _voxel_problem(name, layer, em) or _bounds_problem(name, layer, em, centres_vx)
+        needed_vx = None if name == 'mito' else centres_vx
+        problem = _voxel_problem(name, layer, em) or _bounds_problem(name, layer, em, needed_vx)
         if problem: problems.append(problem)
     if problems: raise VolumeError('\n  '.join(['the layers do not fit each other:'] + problems))
 

@@ -52,9 +52,13 @@ def morphometrics(
     em: np.ndarray, # `(Z, Y, X)` uint8
     mask: np.ndarray, # `(Z, Y, X)` role bits
     voxel_nm, # `(z, y, x)`
+    mito_measured: bool = True, # Whether there is a mitochondria layer; if not, what is said of them is nan
 ) -> dict: # Volumes in um3, area in um2
     "Measurements of one chunk. Volumes are those inside the chunk, not of the whole cell"
-    def volume(bits): return float(((mask & bits) == bits).sum()*np.prod(voxel_nm)/1e9)
+    def volume(bits):
+        if bits & MITO and not mito_measured: return np.nan
+        return float(((mask & bits) == bits).sum()*np.prod(voxel_nm)/1e9)
+    pre_mito_um3,post_mito_um3 = volume(PRE|MITO),volume(POST|MITO)
     planarity,normal = cleft_plane((mask & CLEFT) > 0, voxel_nm)
     in_synapse = (mask & (PRE|CLEFT|POST)) > 0
     has_synapse = in_synapse.any((1, 2))
@@ -63,8 +67,8 @@ def morphometrics(
         pre_um3=volume(PRE),
         cleft_um3=volume(CLEFT),
         post_um3=volume(POST),
-        pre_mito_um3=volume(PRE|MITO),
-        post_mito_um3=volume(POST|MITO),
+        pre_mito_um3=pre_mito_um3,
+        post_mito_um3=post_mito_um3,
         contact_um2=contact_um2(mask, voxel_nm),
         cleft_planarity=planarity,
         cleft_cos_z=float(normal[0]),
@@ -72,8 +76,8 @@ def morphometrics(
         cleft_normal_z=float(normal[0]),
         cleft_normal_y=float(normal[1]),
         cleft_normal_x=float(normal[2]),
-        pre_mito=float(volume(PRE|MITO) > 0),
-        post_mito=float(volume(POST|MITO) > 0),
+        pre_mito=float(pre_mito_um3 > 0) if mito_measured else np.nan,
+        post_mito=float(post_mito_um3 > 0) if mito_measured else np.nan,
         n_blank_sections=int((has_synapse & ~has_em).sum()),
     )
 
@@ -81,6 +85,7 @@ def morphometrics(
 def annotate(
     run: str|Path, # Run folder, fetched
     skeletons: str|None = None, # For path lengths to the soma, see `skeleton_reader`
+    neurons: pd.DataFrame|None = None, # From `read_neurons`, for positions of somata
 ) -> pd.DataFrame: # The table with its measurements
     """Add the measurements of every kept synapse to `run/synapses.parquet`, shard by shard.
     Resumes where it was stopped. Raises `TableError` or `StoreError` if the run is not fetched, `SkeletonError` if
@@ -93,14 +98,15 @@ def annotate(
     if made_by.get('annotated') != _version:
         shard_of = store.places//store.per_shard
         parts = []
+        unmeasured = set(table.id[table.mito_measured == False]) if 'mito_measured' in table else set() # noqa: E712
         for shard in progress(np.unique(shard_of), desc='annotate', unit='shard'):
-            parts.append(_measure_shard(run, store, int(shard), np.flatnonzero(shard_of == shard)))
+            parts.append(_measure_shard(run, store, int(shard), np.flatnonzero(shard_of == shard), unmeasured))
         table = table.merge(pd.concat(parts), on='id', how='left', validate='1:1', suffixes=(None, None))
         made_by['annotated'] = _version
         write_table(table, path, 'synapses', made_by)
     origin = _skeleton_hash(skeletons) if skeletons else None
     if skeletons and made_by.get('skeletons') != origin:
-        lengths = path_lengths_to_soma(table, skeletons)
+        lengths = path_lengths_to_soma(table, skeletons, neurons)
         table = table.drop(columns=[column for column in lengths if column in table])
         table = pd.concat([table, lengths], axis=1)
         write_table(table, path, 'synapses', made_by | dict(skeletons=origin))
@@ -116,7 +122,7 @@ def _skeleton_hash(source: str) -> str:
 
 _version = 1 # Of the measurements
 
-def _measure_shard(run: Path, store: ChunkStore, shard: int, members: np.ndarray) -> pd.DataFrame:
+def _measure_shard(run: Path, store: ChunkStore, shard: int, members: np.ndarray, unmeasured: set) -> pd.DataFrame:
     "The measurements of a shard; those of an earlier time if the record of the shard is still the same"
     path = run/'annotate'/f'{shard:06d}.parquet'
     record = run/'fetch'/f'{shard:06d}.json'
@@ -126,7 +132,8 @@ def _measure_shard(run: Path, store: ChunkStore, shard: int, members: np.ndarray
         return read_table(path, 'annotations')
     rows = []
     for synapse_id,em,mask in zip(store.ids[members], *store.batch(members)):
-        rows.append(dict(id=synapse_id) | morphometrics(em, mask, store.voxel_nm))
+        row = morphometrics(em, mask, store.voxel_nm, mito_measured=synapse_id not in unmeasured)
+        rows.append(dict(id=synapse_id) | row)
     table = pd.DataFrame(rows)
     write_table(table, path, 'annotations', made_by)
     return table

@@ -5,17 +5,20 @@
 # %% ../../nbs/ingest/02_cutout.ipynb #3452f753
 from __future__ import annotations
 from typing import Literal
-import numba, numpy as np, pandas as pd, pydantic
+import cc3d, numba, numpy as np, pandas as pd, pydantic
+from scipy import ndimage
 from ..core import Box, Source, Strict
 from ..data.store import CLEFT, EMPTY, MITO, POST, PRE
-from ..data.volume import Layer, LayerSource, VolumeError, open_layer, read
+from ..data.volume import Layer, LayerSource, VolumeError, mark_missing, open_layer, read
 from .plan import LayerWindow, plan_reads
 
 # %% auto #0
-__all__ = ['LAYER_ORDER', 'DataConfig', 'FetchConfig', 'select_cleft', 'visible_mask', 'open_layers', 'layer_windows',
-           'centres_to_voxels', 'fetch_rows']
+__all__ = ['LAYER_ORDER', 'CONTACT_NM', 'CONTACT_RADIUS_NM', 'DataConfig', 'FetchConfig', 'select_cleft', 'nearest_part',
+           'contact_cleft', 'visible_mask', 'open_layers', 'layer_windows', 'centres_to_voxels', 'fetch_rows']
 
 # %% ../../nbs/ingest/02_cutout.ipynb #c225021b
+LAYER_ORDER = ['em', 'cleft', 'seg', 'mito'] # Layers, in the order in which they are read
+
 class DataConfig(Strict):
     "Where the synapses are"
     table: Source # Synapse table: csv, tsv, parquet or feather
@@ -23,9 +26,9 @@ class DataConfig(Strict):
     columns: dict[str, str] = {}
     # Size of the table's voxels, `(z, y, x)`, if its positions are in voxels
     table_voxel_nm: tuple[float, float, float]|None = None
-    em: LayerSource # Grey values, uint8; 0 where missing
+    em: LayerSource # Grey values, uint8; black or white where missing, see `mark_missing`
     seg: LayerSource # Cells
-    cleft: LayerSource # Synaptic clefts
+    cleft: LayerSource # Synaptic clefts; `kind` says whether as ids, as a mask, or as the contact of the cells
     mito: LayerSource|None = None # Mitochondria, if there is such a layer
     # Neurons as trees, if there are any: a folder of SWC files, a precomputed layer or a table, see `skeleton_reader`
     skeletons: Source|None = None
@@ -35,6 +38,24 @@ class DataConfig(Strict):
     neuron_columns: dict[str, str] = {}
     # Words of that table for types: `{excitatory = ["23P", "L4IT"], inhibitory = ["BC"]}`
     types: dict[Literal['excitatory', 'inhibitory'], list[str]] = {}
+
+    @pydantic.field_validator('em', 'seg', 'mito')
+    @classmethod
+    def _is_plain(cls, source):
+        if source and source.kind != 'ids': raise ValueError('only the clefts can be of a kind other than "ids"')
+        return source
+
+    @property
+    def layers(self) -> dict[str, LayerSource]:
+        "The layers that are stored somewhere, by name, in the order in which they are read"
+        sources = {name: getattr(self, name) for name in LAYER_ORDER}
+        return {name: source for name,source in sources.items() if source and source.path}
+
+    @property
+    def viewable(self) -> dict[str, LayerSource]:
+        "The layers in which neuroglancer can show the parts of a synapse by their ids"
+        return {name: source for name,source in self.layers.items() if name != 'mito' and source.kind == 'ids'}
+
 
 # %% ../../nbs/ingest/02_cutout.ipynb #802222c3
 class FetchConfig(Strict):
@@ -80,11 +101,49 @@ def select_cleft(
 ) -> int: # Id of the cleft; 0 if there is none
     "Which cleft of a window belongs to the synapse at its centre"
     if wanted is not None: return wanted if (cleft == wanted).any() else 0
-    positions = np.stack(np.unravel_index(np.flatnonzero(cleft != 0), cleft.shape), 1)
-    if not len(positions): return 0
-    offset_nm = (positions - np.array(cleft.shape)//2)*voxel_nm
-    nearest = (offset_nm**2).sum(1).argmin()
-    return int(cleft[tuple(positions[nearest])])
+    nearest = _nearest_voxel(cleft != 0, voxel_nm)
+    return int(cleft[nearest]) if nearest else 0
+
+def _nearest_voxel(inside: np.ndarray, voxel_nm) -> tuple|None:
+    "The voxel of `inside` that is nearest to the centre of the window; None if there is none"
+    positions = np.stack(np.unravel_index(np.flatnonzero(inside), inside.shape), 1)
+    if not len(positions): return None
+    offset_nm = (positions - np.array(inside.shape)//2)*voxel_nm
+    return tuple(positions[(offset_nm**2).sum(1).argmin()].tolist())
+
+# %% ../../nbs/ingest/02_cutout.ipynb #e339c31f
+def nearest_part(
+    inside: np.ndarray, # `(z, y, x)` bool
+    voxel_nm, # `(z, y, x)`
+) -> np.ndarray: # `(z, y, x)` bool; all false if there is none
+    "The connected part that is nearest to the centre; gaps of two voxels connect"
+    nearest = _nearest_voxel(inside, voxel_nm)
+    if nearest is None: return inside
+    parts = cc3d.connected_components(ndimage.binary_dilation(inside, np.ones((3, 3, 3))), connectivity=26)
+    return inside & (parts == parts[nearest])
+
+# %% ../../nbs/ingest/02_cutout.ipynb #6373cecb
+CONTACT_NM = 40. # Voxels within this distance of both cells are their contact ...
+CONTACT_RADIUS_NM = 250. # ... within this distance of its voxel nearest to the centre
+
+def contact_cleft(
+    seg: np.ndarray, # `(z, y, x)` cells
+    pre: int, post: int, # Ids of the two partners
+    voxel_nm, # `(z, y, x)`
+) -> np.ndarray: # `(z, y, x)` bool; all false if they are not in contact
+    "The contact of two cells that is nearest to the centre"
+    near = (seg == pre) | (seg == post) | (seg == 0)
+    for root_id in (pre, post):
+        in_cell = seg == root_id
+        if not in_cell.any(): return in_cell
+        near &= ndimage.distance_transform_edt(~in_cell, sampling=voxel_nm) <= max(CONTACT_NM, *voxel_nm)
+    nearest = _nearest_voxel(near, voxel_nm)
+    if nearest is None: return near
+    contact = np.argwhere(nearest_part(near, voxel_nm))
+    is_far = (((contact-nearest)*voxel_nm)**2).sum(1) > CONTACT_RADIUS_NM**2
+    cleft = np.zeros(seg.shape, bool)
+    cleft[tuple(contact[~is_far].T)] = True
+    return cleft
 
 # %% ../../nbs/ingest/02_cutout.ipynb #1ff62abb
 def visible_mask(
@@ -140,12 +199,9 @@ def _over_rows(square, voxel_nm, limit, out):
                     nearest[x] = total if total < nearest[x] else nearest[x]
 
 # %% ../../nbs/ingest/02_cutout.ipynb #7e5cc1be
-LAYER_ORDER = ['em', 'cleft', 'seg', 'mito'] # Layers, in the order in which they are read
-
 def open_layers(data: DataConfig) -> dict[str, Layer]:
     "The layers of a configuration. Raises `VolumeError` naming the layer that cannot be opened"
-    sources = {name: getattr(data, name) for name in LAYER_ORDER}
-    return {name: open_layer(name, source, data.voxel_nm) for name,source in sources.items() if source}
+    return {name: open_layer(name, source, data.voxel_nm) for name,source in data.layers.items()}
 
 def layer_windows(layers: dict[str, Layer], config: FetchConfig) -> list[LayerWindow]:
     "The windows that a synapse needs, one of each layer"
@@ -178,7 +234,8 @@ def fetch_rows(
     shape = config.shapes(voxel_nm)[1]
     em = np.zeros((n, *shape), np.uint8)
     mask = np.zeros((n, *shape), np.uint8)
-    records = _empty_records(rows)
+    kind = layers['cleft'].kind if 'cleft' in layers else 'contact'
+    records = _empty_records(rows, kind)
     todo = plan_reads(windows, centres_to_voxels(rows, voxel_nm), config.memory_gb*1e9/2) if n else []
     while todo:
         part = todo.pop()
@@ -199,11 +256,13 @@ def fetch_rows(
         grey += np.bincount(em[i][in_synapse], minlength=256)
     return np.where(rejected, EMPTY, rows.id),em,mask,records,grey
 
-def _empty_records(rows: pd.DataFrame) -> list[dict]:
-    "A record for each row, with the cleft id that the table gives, or 0"
-    cleft_ids = rows.cleft_id if 'cleft_id' in rows else [0]*len(rows)
-    return [dict(id=int(synapse_id), blank_fraction=0., cleft_id=int(cleft_id), visible_fraction=0., reject_reason='')
-        for synapse_id,cleft_id in zip(rows.id, cleft_ids)]
+def _empty_records(rows: pd.DataFrame, kind: str) -> list[dict]:
+    """A record for each row.
+    It has the cleft id that the table gives. If there is none it is 0, or the synapse's own id if clefts have no ids"""
+    cleft_ids = rows.cleft_id if 'cleft_id' in rows else pd.Series(0, rows.index)
+    if kind != 'ids': cleft_ids = cleft_ids.where(cleft_ids != 0, rows.id)
+    return [dict(id=int(synapse_id), blank_fraction=0., cleft_id=int(cleft_id), visible_fraction=0., reject_reason='',
+        mito_measured=False) for synapse_id,cleft_id in zip(rows.id, cleft_ids)]
 
 def _fetch_read(
     layers: dict[str, Layer],
@@ -225,36 +284,45 @@ def _fetch_read(
     def cut_windows(name: str):
         "Read one layer once, and cut out the windows of all synapses that are not rejected so far"
         kept = [i for i in part if not records[i]['reject_reason']]
-        if not kept: return
+        if not kept or name not in layers: return
         layer_window = window_of[name]
         hull = layer_window.box(centres[kept])
         voxels = read(layers[name], hull)
         for i in kept:
             box = Box.around(centres[i].tolist(), layer_window.window)
-            yield i,voxels[box.slices(hull.lo)]
+            yield i,box,voxels[box.slices(hull.lo)]
+
+    def add_cleft(i: int, in_cleft: np.ndarray, reason: str = 'no cleft'):
+        if not in_cleft.any(): records[i]['reject_reason'] = reason
+        mask[i] |= in_cleft*np.uint8(CLEFT)
 
     first_section = window_of['em'].window[0]//2 - em.shape[1]//2
-    for i,window in cut_windows('em'):
+    for i,box,window in cut_windows('em'):
+        window = mark_missing(layers['em'], box, window)
         records[i]['blank_fraction'] = float((window == 0).mean())
         if records[i]['blank_fraction'] >= config.max_blank_fraction: records[i]['reject_reason'] = 'blank EM'
         else: em[i] = window[first_section:first_section+em.shape[1]]
-    for i,window in cut_windows('cleft'):
-        cleft_id = select_cleft(window, voxel_nm, records[i]['cleft_id'] or None)
-        if not cleft_id:
-            records[i]['reject_reason'] = 'no cleft'
+    for i,_,window in cut_windows('cleft'):
+        if layers['cleft'].kind == 'mask':
+            add_cleft(i, nearest_part(window != 0, voxel_nm))
             continue
-        records[i]['cleft_id'] = cleft_id
-        mask[i] = (window == cleft_id)*np.uint8(CLEFT)
-    for i,window in cut_windows('seg'):
+        cleft_id = select_cleft(window, voxel_nm, records[i]['cleft_id'] or None)
+        if cleft_id: records[i]['cleft_id'] = cleft_id
+        add_cleft(i, window == cleft_id if cleft_id else np.zeros(window.shape, bool))
+    for i,_,window in cut_windows('seg'):
         for root_id,bit,partner in ((pre[i], PRE, 'presynaptic'), (post[i], POST, 'postsynaptic')):
             in_cell = (window == root_id) & (root_id != 0) # 0 is the background
             mask[i] |= in_cell*np.uint8(bit)
             if not in_cell.any() and not records[i]['reject_reason']:
                 records[i]['reject_reason'] = f'no {partner} cell'
-    if 'mito' in layers:
-        for i,window in cut_windows('mito'):
-            in_partner = (mask[i] & (PRE|POST)) > 0
-            mask[i] |= ((window > 0) & in_partner)*np.uint8(MITO)
+        if 'cleft' not in layers and not records[i]['reject_reason']:
+            add_cleft(i, contact_cleft(window, pre[i], post[i], voxel_nm), 'no contact of the cells')
+    for i,box,window in cut_windows('mito'):
+        in_partner = (mask[i] & (PRE|POST)) > 0
+        mask[i] |= ((window > 0) & in_partner)*np.uint8(MITO)
+        inside = box & layers['mito'].box
+        if inside.n_vx: in_partner[inside.slices(box.lo)] = False
+        records[i]['mito_measured'] = not in_partner.any()
     for i in part:
         if records[i]['reject_reason']: continue
         visible = visible_mask(mask[i], voxel_nm, config.margin_nm)

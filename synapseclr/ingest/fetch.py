@@ -16,6 +16,7 @@ from ..data.tables import TableError, read_metadata, read_table, write_table
 from ..data.volume import Layer, VolumeError, check_layers
 from .cutout import (DataConfig, FetchConfig, LAYER_ORDER, centres_to_voxels, fetch_rows,
     layer_windows, open_layers)
+from .layer_checks import check_clefts, check_ids, check_window, missing_file
 from .plan import plan_blocks, plan_costs
 from .queue import QueueError, attempt, clear_failures, dead_letters, run_local
 
@@ -30,6 +31,7 @@ def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -
     versions = {}
     for name,layer in sorted(layers.items()):
         versions[name] = [layer.volume.info, layer.volume.mip, getattr(data, name).timestamp]
+    if data.cleft.kind != 'ids': versions['kind of clefts'] = data.cleft.kind
     options = dict(columns=data.columns) if data.columns else {}
     if config.always_keep: options['always_keep'] = content_hash(read_ids(config.always_keep).tolist())
     return provenance(config.model_copy(update=dict(always_keep=None)), table=_file_hash(Path(data.table)),
@@ -41,19 +43,25 @@ def _file_hash(path: Path) -> str:
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):
-    "Try `n` synapses. Raises `VolumeError` if all of them lack the same layer"
-    if len(rows) < n: return
-    spread = rows.iloc[np.linspace(0, len(rows)-1, n).astype(int)]
+    """Try `n` synapses.
+    Raises `VolumeError` if the window does not fit, if a layer is not what its name says, or if all lack the same
+    layer"""
+    check_window(layers, rows, config)
+    check_ids(layers, rows)
+    spread = rows.iloc[np.linspace(0, len(rows)-1, min(n, len(rows))).astype(int)]
     keep_blank = config.model_copy(update=dict(max_blank_fraction=1))
-    *_,records,_ = fetch_rows(layers, spread, keep_blank, salvage=True)
+    *_,mask,records,_ = fetch_rows(layers, spread, keep_blank, salvage=True)
+    check_clefts(layers, spread, config, mask, records)
     reasons = {record['reject_reason'] for record in records}
-    if len(reasons) > 1: return
+    if len(rows) < n or len(reasons) > 1: return
     reason = reasons.pop()
-    lacking = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg'}
+    lacking = {'blank EM': 'em', 'no cleft': 'cleft', 'no presynaptic cell': 'seg', 'no postsynaptic cell': 'seg',
+        'no contact of the cells': 'seg'}
     if reason not in lacking: return
     name = lacking[reason]
+    file = missing_file(layers[name], centres_to_voxels(spread, layers['em'].voxel_nm)[0])
     raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {reason} at any of {n} synapses that were "
-        "tried: wrong mip, another version than the table's, or no permission to read its chunks")
+        f"tried: wrong mip, another version than the table's, or no permission to read its chunks{file}")
 
 def read_rows(
     table: str|Path, # csv, parquet or feather
@@ -137,7 +145,8 @@ def _pin_timestamps(
     pinned = {}
     for name in LAYER_ORDER:
         source = getattr(data, name)
-        if source is None or source.timestamp is not None or not source.path.startswith('graphene://'): continue
+        if source is None or source.timestamp is not None: continue
+        if not (source.path or '').startswith('graphene://'): continue
         source_before = before.get(name) or {}
         timestamp = source_before.get('timestamp') if source_before.get('path') == source.path else None
         pinned[name] = source.model_copy(update=dict(timestamp=timestamp or int(time.time())))
@@ -262,13 +271,15 @@ def describe_plan(
     check_layers(layers)
     table,n_rows = _rows_to_plan(data, config, layers)
     rows = table[table.reject_reason == '']
+    check_window(layers, rows, config)
     voxel_nm = layers['em'].voxel_nm
     windows = layer_windows(layers, config)
     centres = centres_to_voxels(rows, voxel_nm)
     block = plan_blocks(windows, centres, config.capacity(voxel_nm))
     synapse_bytes = 2*int(np.prod(config.shapes(voxel_nm)[1]))
     costs = plan_costs(windows, centres, block, config.memory_gb*1e9/2, synapse_bytes)
-    n_outside = (1-windows[0].share_inside(centres) >= config.max_blank_fraction).sum()
+    outside = 1-windows[0].share_inside(centres)
+    n_outside = (outside >= config.max_blank_fraction).sum()
     text = (
         "{synapses} synapses in {blocks} blocks, {reads} reads of every layer\n"
         "{chunks} storage chunks to decode, {gb_decoded:.3g} GB: {times_needed:.2g} times what is needed, "
@@ -278,9 +289,11 @@ def describe_plan(
     if config.sample: text = f"{_describe_sample(config, len(rows), n_rows)}\n{text}"
     for reason,n in table.reject_reason[table.reject_reason != ''].value_counts().items():
         text += f"\n{n} rows cannot be used: {reason}"
-    if not n_outside: return text
-    return (f"{text}\n{n_outside} synapses will be rejected: {config.max_blank_fraction:.0%} or more of their window "
-        "is outside the volume")
+    if n_outside:
+        text += (f"\n{n_outside} synapses will be rejected as blank EM: {config.max_blank_fraction:.0%} or more of "
+            "their window is outside the volume")
+    elif outside.max() > .5: text += f"\nup to {outside.max():.0%} of a window is outside the volume"
+    return text
 
 def _describe_sample(config: FetchConfig, n: int, n_rows: int) -> str:
     "What is drawn, in words"
@@ -393,7 +406,8 @@ def _add_records(plan: pd.DataFrame, records: list[dict]) -> pd.DataFrame:
     "The synapses of a plan, in the order of the source table, with what the records of the blocks say of them"
     synapses = [synapse for record in records for synapse in record['synapses']]
     not_fetched = plan[plan.reject_reason != '']
-    synapses += [dict(id=synapse_id, blank_fraction=np.nan, cleft_id=0, visible_fraction=np.nan, reject_reason=reason)
+    unmeasured = dict(blank_fraction=np.nan, cleft_id=0, visible_fraction=np.nan, mito_measured=False)
+    synapses += [dict(id=synapse_id, reject_reason=reason) | unmeasured
         for synapse_id,reason in zip(not_fetched.id, not_fetched.reject_reason)]
     fetched = pd.DataFrame(synapses)
     rows = plan.sort_values('plan_row', ignore_index=True)
@@ -408,9 +422,9 @@ def fetch(
     processes: int = 1, # At once, each with the memory of a task
 ) -> pd.DataFrame: # The table of `run/synapses.parquet`
     """Fetch all synapses of a table into `run/chunks.zarr` and `run/synapses.parquet`; resumes where it was stopped.
-    The table gets the columns `blank_fraction`, `reject_reason`, `cleft_id` and `visible_fraction`. Raises
-    `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder cannot be
-    used, and `QueueError` if blocks failed"""
+    The table gets the columns `blank_fraction`, `reject_reason`, `cleft_id`, `visible_fraction` and `mito_measured`.
+    Raises `TableError`, `VolumeError` or `StoreError` before any work if the table, the layers or the run folder cannot
+    be used, and `QueueError` if blocks failed"""
     run = Path(run)
     path = run/'synapses.parquet'
     plan_fetch(data, config, run)

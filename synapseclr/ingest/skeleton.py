@@ -4,6 +4,7 @@
 
 # %% ../../nbs/ingest/07_skeleton.ipynb #60d6c0c0
 from __future__ import annotations
+import re
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd
@@ -14,7 +15,8 @@ from scipy.spatial import cKDTree
 from ..core import SynapseCLRError, progress
 
 # %% auto #0
-__all__ = ['MAX_SNAP_NM', 'SkeletonError', 'Skeleton', 'skeleton_reader', 'path_length_to_soma_um', 'path_lengths_to_soma']
+__all__ = ['MAX_SNAP_NM', 'SkeletonError', 'Skeleton', 'skeleton_reader', 'path_length_to_soma_um', 'path_lengths_to_soma',
+           'skeleton_hints']
 
 # %% ../../nbs/ingest/07_skeleton.ipynb #396c7afb
 class SkeletonError(SynapseCLRError):
@@ -27,10 +29,12 @@ class Skeleton(NamedTuple):
     somata: np.ndarray # Numbers of the nodes that are soma; empty if the soma is not known
 
 def _from_nodes(table: pd.DataFrame, source) -> Skeleton:
-    "A skeleton from nodes with `node`, `type` (1 is soma), `x_nm`, `y_nm`, `z_nm` and `parent` (-1 for none)"
+    """A skeleton from nodes with `node`, `type` (1 is soma), `x_nm`, `y_nm`, `z_nm` and `parent`.
+    The parent of a root is -1, or 0 if no node has the number 0"""
     n_repeated = table.node.duplicated().sum()
     if n_repeated:
         raise SkeletonError(f"{source}: {n_repeated} nodes have the number of another node; numbers have to be unique")
+    if not (table.node == 0).any(): table = table.assign(parent=table.parent.where(table.parent != 0, -1))
     position = pd.Series(np.arange(len(table)), table.node)
     child = np.flatnonzero(table.parent.to_numpy() >= 0)
     parent = position.reindex(table.parent.iloc[child])
@@ -40,9 +44,17 @@ def _from_nodes(table: pd.DataFrame, source) -> Skeleton:
     edges = np.stack([child, parent.to_numpy(int)], 1)
     return Skeleton(table[['z_nm', 'y_nm', 'x_nm']].to_numpy(float), edges, np.flatnonzero(table.type == 1))
 
-def _read_swc(path: Path) -> Skeleton|None:
-    "A neuron from an SWC file in nm"
-    if not path.exists(): return None
+def _swc_files(folder: Path) -> dict[int, Path]:
+    "The SWC files of a folder by the root id at the end of their names"
+    files = {}
+    for path in sorted(folder.glob('*.swc')):
+        root_id = re.search(r'\d+$', path.stem)
+        if root_id: files[int(root_id[0])] = path
+    return files
+
+def _read_swc(path: Path|None) -> Skeleton|None:
+    "A neuron from an SWC file in nm; None if there is no file, or nothing in it"
+    if path is None or not path.stat().st_size: return None
     columns = ['node', 'type', 'x_nm', 'y_nm', 'z_nm', 'radius_nm', 'parent']
     try: table = pd.read_csv(path, sep=r'\s+', comment='#', header=None, names=columns, usecols=range(7))
     except (ValueError, OSError) as e: raise SkeletonError(f"{path}: not an SWC file: {e}") from None
@@ -58,8 +70,8 @@ def _read_precomputed(layer: CloudVolume, root_id: int) -> Skeleton|None:
     return Skeleton(nodes_nm, skeleton.edges.astype(int), np.flatnonzero(vertex_types == 1))
 
 def skeleton_reader(
-    # Folder of `ROOT_ID.swc` in nm; a precomputed layer, as CloudVolume takes it; or a table with `root_id`, `node`,
-    # `type`, `x_nm`, `y_nm`, `z_nm`, `parent`
+    # Folder of `ROOT_ID.swc` or `NAME_ROOT_ID.swc` in nm; a precomputed layer, as CloudVolume takes it; or a table with
+    # `root_id`, `node`, `type`, `x_nm`, `y_nm`, `z_nm`, `parent`
     source: str,
 ): # Function of a root id that gives a `Skeleton`, or None
     "Open a source of skeletons. Raises `SkeletonError` if it cannot be opened"
@@ -68,7 +80,9 @@ def skeleton_reader(
         except Exception as e: raise SkeletonError(f"{source}: {e}") from e
         return lambda root_id: _read_precomputed(layer, root_id)
     path = Path(source)
-    if path.is_dir(): return lambda root_id: _read_swc(path/f'{root_id}.swc')
+    if path.is_dir():
+        files = _swc_files(path)
+        return lambda root_id: _read_swc(files.get(root_id))
     neurons = _read_nodes(path)
     return lambda root_id: _from_nodes(neurons[root_id], path) if root_id in neurons else None
 
@@ -85,41 +99,79 @@ def _read_nodes(path: Path) -> dict[int, pd.DataFrame]:
 
 # %% ../../nbs/ingest/07_skeleton.ipynb #4d597b31
 MAX_SNAP_NM = 3000. # A cleft farther than this from every node is not on the skeleton
+_FAR = 'far from the skeleton'
 
 def path_length_to_soma_um(
     skeleton: Skeleton|None, # Of one neuron
     points_nm: np.ndarray, # `(n, 3)` as z, y, x
+    soma_nm: np.ndarray|None = None, # `(3,)` as z, y, x: where the soma is, for a skeleton that has no soma node
 ) -> tuple[np.ndarray, list[str]]: # um along the skeleton, nan where unknown, and why it is unknown
-    "Path length from each point's nearest node to the nearest soma node"
+    """Path length from each point's nearest node to the nearest soma node.
+    Without soma nodes, it is the path to the node that is nearest to `soma_nm`, if that is known"""
     n = len(points_nm)
     if skeleton is None or not len(skeleton.nodes_nm): return np.full(n, np.nan),['no skeleton']*n
-    if not len(skeleton.somata): return np.full(n, np.nan),['no soma node']*n
+    tree = cKDTree(skeleton.nodes_nm)
+    somata = skeleton.somata
+    if not len(somata) and soma_nm is not None and np.isfinite(soma_nm).all(): somata = [tree.query(soma_nm)[1]]
     a,b = skeleton.edges.T if len(skeleton.edges) else np.zeros((2, 0), int)
     edge_nm = np.linalg.norm(skeleton.nodes_nm[a]-skeleton.nodes_nm[b], axis=1)
     # an edge of length 0 is an edge
     graph = coo_matrix((edge_nm.clip(1e-9), (a, b)), shape=[len(skeleton.nodes_nm)]*2).tocsr()
-    path_nm = dijkstra(graph, directed=False, indices=skeleton.somata, min_only=True)
-    distance_nm,nearest = cKDTree(skeleton.nodes_nm).query(points_nm)
+    path_nm = np.full(len(skeleton.nodes_nm), np.inf)
+    if len(somata): path_nm = dijkstra(graph, directed=False, indices=somata, min_only=True)
+    distance_nm,nearest = tree.query(points_nm)
     path_um = path_nm[nearest]/1e3
     is_far = distance_nm > MAX_SNAP_NM
-    reasons = np.select([is_far, np.isinf(path_um)], ['far from the skeleton', 'not connected to the soma'], '')
+    unreached = 'not connected to the soma' if len(somata) else 'no soma node'
+    reasons = np.select([is_far, np.isinf(path_um)], [_FAR, unreached], '')
     return np.where(reasons == '', path_um, np.nan),reasons.tolist()
 
 # %% ../../nbs/ingest/07_skeleton.ipynb #3b73c572
 def path_lengths_to_soma(
     table: pd.DataFrame, # Synapses
     source: str, # Skeletons, see `skeleton_reader`
+    neurons: pd.DataFrame|None = None, # From `read_neurons`: positions of somata, for skeletons without a soma node
 ) -> pd.DataFrame: # `pre_soma_um`, `pre_soma_reason`, `post_soma_um`, `post_soma_reason`, row by row
     "Path lengths from each synapse to the somata of its two partners. Raises `SkeletonError`"
     read_skeleton = skeleton_reader(source)
     points = table[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)
+    somata = {}
+    if neurons is not None:
+        positions_nm = neurons[['soma_z_nm', 'soma_y_nm', 'soma_x_nm']].to_numpy(float)
+        somata = dict(zip(neurons.root_id.tolist(), positions_nm))
     columns = {}
     for side in ('pre', 'post'):
         path_um = np.full(len(table), np.nan)
         reasons = np.full(len(table), '', object)
-        neurons = table.groupby(f'{side}_root_id').indices
-        for root_id,rows in progress(neurons.items(), desc=f'{side} skeletons', unit='neuron'):
-            path_um[rows],reasons[rows] = path_length_to_soma_um(read_skeleton(int(root_id)), points[rows])
+        members = table.groupby(f'{side}_root_id').indices
+        for root_id,rows in progress(members.items(), desc=f'{side} skeletons', unit='neuron'):
+            skeleton = read_skeleton(int(root_id))
+            path_um[rows],reasons[rows] = path_length_to_soma_um(skeleton, points[rows], somata.get(int(root_id)))
         columns[f'{side}_soma_um'] = path_um
         columns[f'{side}_soma_reason'] = reasons
     return pd.DataFrame(columns, table.index)
+
+# %% ../../nbs/ingest/07_skeleton.ipynb #7b9045fd
+def skeleton_hints(
+    lengths: pd.DataFrame, # From `path_lengths_to_soma`
+    table: pd.DataFrame, # Its synapses, in the same order
+    source: str, # Skeletons, see `skeleton_reader`
+) -> list[str]: # One for each thing that is missing
+    "Why distances to the soma are not known. Raises `SkeletonError` if the skeletons do not fit the synapses"
+    hints = []
+    for side in ('pre', 'post'):
+        reasons = lengths[f'{side}_soma_reason']
+        n = reasons.value_counts()
+        n_found = len(reasons) - n.get('no skeleton', 0)
+        if n_far := n.get(_FAR, 0):
+            text = (f"{source}: {n_far} of {n_found} synapses are more than {MAX_SNAP_NM/1e3:g} um from the skeleton "
+                f"of their {side}synaptic cell; is it in nm, and of the same version of the segmentation?")
+            if n_far > n_found/2: raise SkeletonError(text)
+            hints.append(text)
+        if not n_found:
+            hints.append(f"{source}: no {side}synaptic cell has a skeleton; the first that was looked for is that of "
+                f"{table[f'{side}_root_id'].iloc[0]} ({table[f'{side}_root_id'].iloc[0]}.swc in a folder)")
+        elif n.get('no soma node', 0) == n_found:
+            hints.append(f"{source}: no skeleton of a {side}synaptic cell has a soma node (type 1), and no position of "
+                "its soma is known")
+    return hints

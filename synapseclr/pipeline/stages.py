@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
-import pandas as pd, pydantic
+import numpy as np, pandas as pd, pydantic
 from taskqueue import queueable
 from ..core import ConfigError, Strict, asset, provenance, read_config, write_toml
 from ..data.features import feature_provenance
@@ -17,9 +17,10 @@ from ..data.synapses import moved_columns
 from ..data.tables import read_table, write_table
 from ..data.volume import LayerSource
 from ..ingest.annotate import annotate
-from ..ingest.cutout import DataConfig, FetchConfig
-from ..ingest.fetch import fetch, summarize_fetch
+from ..ingest.cutout import DataConfig, FetchConfig, centres_to_voxels, layer_windows, open_layers
+from ..ingest.fetch import fetch, plan_fetch, summarize_fetch
 from ..ingest.queue import attempt
+from ..ingest.skeleton import path_lengths_to_soma, skeleton_hints
 from ..phantom.build import make_phantom
 from ..phantom.connectome import PhantomConfig
 from ..learn.extract import ExtractConfig, agreed_precision, extract
@@ -40,10 +41,10 @@ from ..evaluate.truth import evaluate
 from .catalogue import STAGES
 
 # %% auto #0
-__all__ = ['stages', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'annotate_stage', 'train_stage', 'extract_stage',
-           'extract_shard', 'networks_of', 'pretrained_network', 'embed_stage', 'qc_stage', 'query_stage',
-           'read_run_neurons', 'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage', 'export_stage',
-           'evaluate_stage', 'stages_of']
+__all__ = ['stages', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'hint_skeletons', 'annotate_stage', 'train_stage',
+           'extract_stage', 'extract_shard', 'networks_of', 'pretrained_network', 'embed_stage', 'qc_stage',
+           'query_stage', 'read_run_neurons', 'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage',
+           'export_stage', 'evaluate_stage', 'stages_of']
 
 # %% ../../nbs/pipeline/02_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -119,29 +120,44 @@ def fetch_stage(c: RunConfig, processes: int = 1):
     if window[1] != window[2]:
         lengths = ', '.join(f'{length:g}' for length in window)
         print(f'hint: the window of [fetch] is z, y, x = {lengths}: its height and width differ')
+    if c.source.skeletons:
+        plan_fetch(c.source, c.fetch, c.folder)
+        hint_skeletons(c)
     table = fetch(c.source, c.fetch, c.folder, processes)
     kept = table.reject_reason == ''
     if not kept.all():
         reason = table.reject_reason[~kept].mode()[0]
-        if not kept.any():
-            blank = table.blank_fraction.median()
-            raise ConfigError(f'{summarize_fetch(table)}; {blank:.0%} of the median window is blank or outside the '
-                'volume. '
-                f'{_advice(reason)}')
-        if kept.mean() < .5: print(f'hint: most of the {len(table)} synapses are rejected: {reason}. {_advice(reason)}')
+        if not kept.any(): raise ConfigError(f'{summarize_fetch(table)}. {_advice(reason, table, c)}')
+        if kept.mean() < .5:
+            print(f'hint: most of the {len(table)} synapses are rejected: {reason}. {_advice(reason, table, c)}')
     if moved := moved_columns(c.source.table, table):
         print(f"hint: columns of {c.source.table} have names that the results need; they are called {', '.join(moved)}")
     if neurons is not None: _check_neurons(neurons, table, c.source)
     return table
 
-def _advice(reason: str) -> str:
+def _advice(reason: str, table: pd.DataFrame, c: RunConfig) -> str:
     "What to do if synapses are rejected for a reason"
     if reason == 'blank EM':
-        return ('Make the window of [fetch] smaller (z, y, x), or raise max_blank_fraction; '
+        layers = open_layers(c.source)
+        window = layer_windows(layers, c.fetch)[0]
+        outside = np.median(1-window.share_inside(centres_to_voxels(table, layers['em'].voxel_nm)))
+        missing = max(0, table.blank_fraction.median()-outside)
+        return (f'Of the median window, {outside:.0%} is outside the volume, and {missing:.0%} is lost sections or '
+            'missing storage chunks. Make the window of [fetch] smaller (z, y, x), or raise max_blank_fraction; '
             '`synapseclr examples vnc` is for a thin stack')
     return ("Look at a synapse's place in the layers: are x, y, z and voxel size of the table right, are the layers "
         "the ones that their names say and of the table's version, "
         "and is the window of [fetch] (z, y, x) large enough?")
+
+def hint_skeletons(c: RunConfig):
+    """Print what is wrong with the skeletons of a few synapses of the plan.
+    Raises `SkeletonError` if they cannot be read or do not fit"""
+    if not c.source.skeletons: return
+    columns = ['pre_root_id', 'post_root_id', 'ctr_x_nm', 'ctr_y_nm', 'ctr_z_nm']
+    plan = pd.read_parquet(c.folder/'fetch/plan.parquet', columns=columns)
+    few = plan.iloc[np.linspace(0, len(plan)-1, min(20, len(plan))).astype(int)]
+    lengths = path_lengths_to_soma(few, c.source.skeletons, known_neurons(c))
+    for hint in skeleton_hints(lengths, few, c.source.skeletons): print(f'hint: {hint}')
 
 def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, data: DataConfig):
     """Print which cells have no type, or are none.
@@ -162,7 +178,10 @@ def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, data: DataConfig)
             f'inhibitory: {examples}; [data] types says what words mean')
 
 def annotate_stage(c: RunConfig):
-    return annotate(c.folder, c.source.skeletons)
+    table = annotate(c.folder, c.source.skeletons, known_neurons(c))
+    if c.source.skeletons:
+        for hint in skeleton_hints(table, table, c.source.skeletons): print(f'hint: {hint}')
+    return table
 
 def train_stage(c: RunConfig, restart: bool = False):
     neurons = known_neurons(c)
@@ -278,9 +297,8 @@ def manifold_stage(c: RunConfig):
     return manifold(c.folder, table, c.manifold)
 
 def export_stage(c: RunConfig):
-    layers = {name: getattr(c.source, name) for name in ('em', 'seg', 'cleft')}
     voxel_nm = ChunkStore.open(c.folder/'chunks.zarr').voxel_nm
-    return export(c.folder, layers, voxel_nm, c.embed.feature_set, c.embed.umap_n_neighbors, c.embed.layer,
+    return export(c.folder, c.source.viewable, voxel_nm, c.embed.feature_set, c.embed.umap_n_neighbors, c.embed.layer,
         known_neurons(c), c.export)
 
 def evaluate_stage(c: RunConfig):

@@ -24,7 +24,10 @@ if ! command -v slurmctld > /dev/null && command -v apt-get > /dev/null; then
 fi
 python -m venv "$folder/moto"
 "$folder/moto/bin/pip" install -q 'moto[server]' || echo 'no moto from pip'
+if ! python -c 'import caveclient' 2> /dev/null; then
+    pip install -q --no-deps --target "$folder/cave" caveclient cachetools || echo 'no caveclient from pip'
+fi
 
 cd "$repository"
-ENGINES="$folder" PYTHONPATH="tests/engines:tests:${PYTHONPATH:-}" \
-    python -m pytest -q -rs -p engine -p no:cacheprovider "$@" tests/engines/on_*.py
+export ENGINES="$folder" PYTHONPATH="tests/engines:$folder/cave${PYTHONPATH:+:$PYTHONPATH}"
+python -m pytest -q -rs -p engine -p no:cacheprovider "$@" tests/engines/on_*.py tests/test_cave.py

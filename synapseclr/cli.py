@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 import typer
 import synapseclr
-from .core import ConfigError, SynapseCLRError, asset, provenance
+from .cli_tables import tables
+from .core import ConfigError, SynapseCLRError, asset
 from .pipeline.catalogue import STAGES
 
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
-           'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'train_command',
+           'RestartOption', 'QueueOption', 'bench', 'phantom_command', 'fetch_command', 'train_command',
            'extract_command', 'run_all', 'worker_command', 'demo', 'examples_command', 'explore_command',
-           'figures_command', 'similar_command', 'serve_command', 'remap_command', 'bench_augment_command',
-           'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command', 'bench_train_command',
-           'bench_extract_command', 'bench_maps_command', 'cave_command', 'main']
+           'figures_command', 'similar_command', 'serve_command', 'bench_augment_command', 'bench_gp_command',
+           'bench_consensus_command', 'bench_fetch_command', 'bench_train_command', 'bench_extract_command',
+           'bench_maps_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -319,35 +320,7 @@ def serve_command(
         except KeyboardInterrupt: pass
 
 # %% ../nbs/90_cli.ipynb #8ce1d725
-tables = typer.Typer(no_args_is_help=True, help='Change synapse tables')
 app.add_typer(tables, name='tables')
-
-@tables.callback()
-def _tables(): "With one command only, typer would drop its name; a callback keeps it"
-
-@_command('remap', 'Look up the partners of synapses in another version of the segmentation', tables)
-def remap_command(
-    table: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help='Synapse table with points on both sides')],
-    seg: Annotated[str, typer.Option(
-        help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
-    out: Annotated[Path, typer.Option(help='Parquet file to write; the changed ids are written beside it')],
-    mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
-    voxel_nm: Annotated[str, typer.Option(
-        help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
-):
-    from synapseclr.data.synapses import read_synapses
-    from synapseclr.data.tables import write_table
-    from synapseclr.data.volume import LayerSource, open_layer
-    from synapseclr.ingest.remap import remap, summarize_remap
-    path,_,seconds = seg.rpartition('@')
-    has_time = path and seconds.isdigit()
-    source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if has_time else LayerSource(path=seg, mip=mip)
-    size = tuple(float(length) for length in voxel_nm.split(',')) if voxel_nm else None
-    synapses = read_synapses(table, size).drop(columns='reject_reason')
-    remapped,changes = remap(synapses, open_layer('seg', source), size)
-    write_table(remapped, out, 'synapses', provenance(seg=source.model_dump(mode='json')))
-    changes.to_csv(out.with_suffix('.changed.csv'), index=False)
-    print(summarize_remap(changes))
 
 bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory against a baseline')
 app.add_typer(bench, name='bench')
@@ -406,31 +379,6 @@ def bench_extract_command(rounds: _Repeats = 3):
 def bench_maps_command(sizes: Annotated[str, typer.Option(help='N,N,...; a million takes an hour')] = '10000,100000'):
     from synapseclr.evaluate.speed_maps import bench_maps
     print(bench_maps([int(size) for size in sizes.split(',')]).round(2).T.to_string())
-
-# %% ../nbs/90_cli.ipynb #3e9a51c7
-@_command('cave', 'Ask a CAVE server for synapses, and for the types of cells', tables)
-def cave_command(
-    datastack: Annotated[str, typer.Argument(help='Data set, such as minnie65_public')],
-    version: Annotated[int, typer.Option(help='Of its tables')],
-    out: Annotated[Path, typer.Option(help='Parquet file to write the synapses to')],
-    cells: Annotated[str, typer.Option(help='Synapses that have one of these cells on either side: ID,ID,... or a file '
-        'with an id in each line')] = '',
-    box_nm: Annotated[str, typer.Option(help='Z,Y,X,Z,Y,X: synapses in this box')] = '',
-    table: Annotated[str, typer.Option(help='Synapse table; that of the data set if absent')] = None,
-    types: Annotated[str, typer.Option(help='Table of cell types to write, too')] = None,
-    neurons: Annotated[Path, typer.Option(help='CSV file for the types; neurons.csv beside --out if absent')] = None,
-    server: Annotated[str, typer.Option(help='Address of the server; the one that caveclient knows if absent')] = None,
-):
-    from synapseclr.data.synapses import read_ids
-    from synapseclr.ingest.cave import cave_errors, open_cave, write_cave_tables
-    if bool(cells) == bool(box_nm): raise typer.BadParameter('give --cells or --box-nm')
-    ids = (read_ids(cells) if Path(cells).exists() else _ids(Path(), cells)) if cells else None
-    corners = [float(length) for length in box_nm.split(',')] if box_nm else []
-    if len(corners) not in (0, 6): raise typer.BadParameter(f"'{box_nm}' is not Z,Y,X,Z,Y,X")
-    box = (corners[:3], corners[3:]) if corners else None
-    client = open_cave(datastack, version, server)
-    with cave_errors(client.server_address):
-        print(write_cave_tables(client, out, ids, box, table, types, neurons))
 
 # %% ../nbs/90_cli.ipynb #6a150bb0
 def main():

@@ -4,7 +4,7 @@
 
 # %% ../nbs/90_cli.ipynb #bef9bd4c
 from __future__ import annotations
-import os, re, sys, time
+import os, re, sys, time, traceback
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Annotated, Literal
 import typer
 import synapseclr
 from .cli_tables import tables
-from .core import ConfigError, SynapseCLRError, asset
+from synapseclr.core import (ConfigError, NothingToDo, SynapseCLRError, asset, config_of_run, describe_options,
+    suggest)
 from .pipeline.catalogue import STAGES
 
 # %% auto #0
@@ -46,7 +47,12 @@ def _command(name: str, help: str, group: typer.Typer = app):
 ConfigOption = Annotated[Path, typer.Option('--config', metavar='FILE', exists=True, dir_okay=False,
     help='TOML file: where the data are, and the options of the stages. See `synapseclr examples`')]
 SetOption = Annotated[list[str], typer.Option('--set', metavar='SECTION.KEY=VALUE',
-    help='Override an option; repeatable. The config.toml of a run folder lists all options')]
+    help='Override an option; repeatable. `synapseclr examples all` explains all options')]
+def _run_folder(help: str):
+    "The argument of a command that reads a run; a folder that is not one is refused"
+    def checked(path): return config_of_run(path).parent
+    return typer.Argument(exists=True, file_okay=False, callback=checked, help=help)
+
 NotebookOption = Annotated[bool, typer.Option('--notebook/--no-notebook',
     help='Execute the notebook of the stage and write a report, or only call its function')]
 PrecisionOption = Annotated[str, typer.Option('--precision', help='auto, fp32, bf16 or fastest; as [train] precision')]
@@ -60,7 +66,9 @@ RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Delete 
 
 # %% ../nbs/90_cli.ipynb #a6475d92
 def _run_stages(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
-    "Run some stages, and print how long they took"
+    """Run some stages, and print how they ended.
+    A stage that fails stops only those that read its results. Raises what a single stage raises, or
+    `SynapseCLRError` with the messages of all that failed"""
     from synapseclr.data.tables import read_table
     from synapseclr.ingest.fetch import summarize_fetch
     from synapseclr.pipeline.stages import open_run, stages, train_stage
@@ -72,27 +80,44 @@ def _run_stages(names: list[str], config: Path, overrides: list[str], notebook: 
     from synapseclr.pipeline.report import run_notebook, run_parallel
     from synapseclr.pipeline.summary import write_index
 
-    def run(name):
+    failed = {}
+
+    def run(name) -> str: # How it ended
+        missing = [before for before in STAGES[name].after if before in failed]
+        if missing:
+            failed[name] = SynapseCLRError(f'not done, because it reads the results of {missing[0]}')
+            return str(failed[name])
         start = time.perf_counter()
         header = f'[{names.index(name)+1}/{len(names)}] {name}: {STAGES[name].help}\n'
         print(header, end='', flush=True) # one write, because another stage may print at the same time
-        if notebook: run_notebook(name, config, overrides, **parameters)
-        else: stages[name](c, **parameters)
-        return time.perf_counter()-start
+        try:
+            if notebook: run_notebook(name, config, overrides, **parameters)
+            else: stages[name](c, **parameters)
+        except NothingToDo as reason: return f'nothing to do: {reason}'
+        except Exception as error:
+            if len(names) == 1: raise
+            if not isinstance(error, SynapseCLRError|OSError): traceback.print_exception(error)
+            failed[name] = error
+            return f'failed: {error}'
+        return f'done in {time.perf_counter()-start:.0f} s'
 
     parallel = [name for name in names if STAGES[name].parallel] if notebook and len(names) > 1 else []
     alone = ((name, run(name)) for name in names if name not in parallel)
     shared = run_parallel({name: partial(run, name) for name in parallel},
         {name: STAGES[name].after for name in parallel})
     try:
-        for name,seconds in chain(alone, shared):
-            if notebook: write_index(c)
-            if name == 'fetch': print(f"      {summarize_fetch(read_table(c.folder/'synapses.parquet', 'synapses'))}")
-            print(f'      {name} done in {seconds:.0f} s', flush=True)
+        for name,outcome in chain(alone, shared):
+            if notebook and (c.folder/'config.toml').exists(): write_index(c)
+            if name == 'fetch' and not failed:
+                table = read_table(c.folder/'synapses.parquet', 'synapses')
+                print(f'      {summarize_fetch(table)}')
+            print(f'      {name}: {outcome}', flush=True)
     except KeyboardInterrupt:
         print('stopped; give the same command again to resume', file=sys.stderr)
         raise typer.Exit(130) from None
-    if notebook: print(f"report: {(c.folder/'report/index.html').resolve()}")
+    index = c.folder/'report/index.html'
+    if notebook and index.exists(): print(f'report: {index.resolve()}')
+    if failed: raise SynapseCLRError('\n  '.join(f'{name}: {error}' for name,error in failed.items()))
 
 # %% ../nbs/90_cli.ipynb #9ae5d867
 def phantom_command(
@@ -201,8 +226,10 @@ def extract_command(
     if not queue: return _run_stages(['extract'], config, overrides, notebook)
     import numpy as np
     from synapseclr.data.store import ChunkStore
-    from synapseclr.pipeline.stages import extract_shard, open_run
+    from synapseclr.pipeline.stages import extract_shard, networks_of, open_run, write_run_config
     c = open_run(config, overrides)
+    networks_of(c) # report what is wrong before the work starts
+    write_run_config(c) # the workers read it
     store = ChunkStore.open(c.folder/'chunks.zarr')
     shards = np.unique(store.places//store.per_shard)
     _enqueue(queue, [partial(extract_shard, run=str(c.folder.absolute()), shard=int(shard)) for shard in shards])
@@ -238,17 +265,21 @@ def demo(set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     print('about 12 minutes on two cores: phantom and fetch 2.5, train 3.5, extract 1.5, the others 5', flush=True)
     _run_stages(list(STAGES), asset('configs/demo.toml'), set, notebook)
 
-@_command('examples', 'List the example configurations that come with the package, or copy one')
+@_command('examples', 'List the example configurations that come with the package, or copy one; `all` explains '
+    'every option')
 def examples_command(
     name: Annotated[str, typer.Argument(help='Which one; a list if absent')] = None,
     out: Annotated[Path, typer.Option(help='File to write it to; else it is printed')] = None,
 ):
-    paths = {path.stem: path for path in sorted(asset('configs').glob('*.toml'))}
+    from synapseclr.pipeline.stages import RunConfig
+    texts = {path.stem: path.read_text() for path in sorted(asset('configs').glob('*.toml'))}
+    title = '# Every option, with its default and what it means; take away the # of those that you set'
+    texts['all'] = f'{title}\n\n{describe_options(RunConfig)}'
     if name is None:
-        for stem,path in paths.items(): print(f"{stem:10} {path.read_text().splitlines()[0].lstrip('# ')}")
+        for stem,text in texts.items(): print(f"{stem:10} {text.splitlines()[0].lstrip('# ')}")
         return
-    if name not in paths: raise typer.BadParameter(f"there is no example '{name}'; there are {', '.join(paths)}")
-    text = paths[name].read_text()
+    if name not in texts: raise typer.BadParameter(f"there is no example '{name}'; {suggest(name, texts)}")
+    text = texts[name]
     if out is None: return print(text)
     if out.exists(): raise typer.BadParameter(f'{out} exists already')
     out.write_text(text)
@@ -256,7 +287,7 @@ def examples_command(
 # %% ../nbs/90_cli.ipynb #d5447170
 @_command('explore', 'Open the map of all synapses in a browser: colour it, look at synapses, select and label them')
 def explore_command(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder with a map')],
+    run: Annotated[Path, _run_folder('Run folder with a map')],
     port: Annotated[int, typer.Option(help='Port of this machine on which the page is served', min=0,
     max=65535)] = 8765,
     colour: Annotated[str, typer.Option('--color-by', '--colour',
@@ -273,7 +304,7 @@ def explore_command(
 
 @_command('figures', "Draw the paper's figures from a run, into RUN/figures")
 def figures_command(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
+    run: Annotated[Path, _run_folder('Run folder')],
     only: Annotated[str, typer.Option(
     help='NAME,NAME,...: fig4,figS2; else all figures that the run has the data for')] = '',
 ):
@@ -285,7 +316,7 @@ def figures_command(
 
 @_command('similar', 'List the most similar synapses to one or several, with everything known about them')
 def similar_command(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder with features')],
+    run: Annotated[Path, _run_folder('Run folder with features')],
     ids: Annotated[str, typer.Argument(help='ID,ID,...: one synapse, or several whose mean is the query')],
     k: Annotated[int, typer.Option(help='How many', min=1)] = 10,
     where: Annotated[str, typer.Option(help='Only synapses for which this is true: "p_inhibitory_pre > .5 and island '
@@ -306,7 +337,7 @@ def similar_command(
 
 @_command('serve', 'Serve the local layers of a run to neuroglancer on this machine; the links of `export` need it')
 def serve_command(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help='Run folder')],
+    run: Annotated[Path, _run_folder('Run folder')],
     port: Annotated[int, typer.Option(help='As in [export] local_url', min=0, max=65535)] = 9000,
 ):
     from synapseclr.pipeline.stages import open_run

@@ -4,19 +4,21 @@
 
 # %% ../nbs/00_core.ipynb #5dbd7333
 from __future__ import annotations
-import difflib, hashlib, importlib.metadata, importlib.resources, json, os, struct, sys, threading, tomllib, uuid
+import difflib, hashlib, importlib.metadata, importlib.resources, inspect, json, os, re, struct, sys, threading
+import tomllib, uuid
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args, get_origin
 import pydantic, tomli_w
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['Source', 'FORMAT_VERSION', 'SynapseCLRError', 'ConfigError', 'Box', 'key', 'Strict', 'read_config', 'atomic',
-           'write_once', 'asset', 'content_hash', 'provenance', 'version_problem', 'write_toml', 'n_cores', 'threads',
-           'worker_pool', 'progress']
+__all__ = ['Source', 'FORMAT_VERSION', 'SynapseCLRError', 'ConfigError', 'NothingToDo', 'suggest', 'Box', 'key', 'Strict',
+           'read_config', 'atomic', 'write_once', 'asset', 'config_of_run', 'content_hash', 'provenance',
+           'version_problem', 'write_toml', 'describe_options', 'n_cores', 'threads', 'worker_pool', 'progress']
 
 # %% ../nbs/00_core.ipynb #8b5f5395
 if 'rfc3987_syntax' not in sys.modules: sys.modules['rfc3987_syntax'] = None
@@ -27,6 +29,18 @@ class SynapseCLRError(Exception):
 
 class ConfigError(SynapseCLRError):
     "A configuration cannot be read, or an option in it is unknown, missing or wrong"
+
+class NothingToDo(SynapseCLRError):
+    "A stage has nothing to do in this run, which is no failure; the message is the reason"
+
+def suggest(
+    name: str, # Which does not exist
+    known: Iterable[str], # Those that do
+) -> str: # End of a message
+    "The most similar name, or all names if none is similar"
+    known = list(map(str, known))
+    similar = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean '{similar[0]}'?" if similar else f"there are {', '.join(known)}"
 
 # %% ../nbs/00_core.ipynb #52f0ea62
 @dataclass(frozen=True)
@@ -121,10 +135,7 @@ def _problem(model, error: dict) -> str:
     if error['type'] != 'extra_forbidden': return f"{location}: {error['msg'].removeprefix('Value error, ')}"
     *sections,name = error['loc']
     for section in sections: model = _section_model(model, section)
-    options = list(getattr(model, 'model_fields', {}))
-    similar = difflib.get_close_matches(str(name), options, n=1)
-    hint = f"did you mean '{similar[0]}'?" if similar else f"known here: {', '.join(options)}"
-    return f"{location}: no such option; {hint}"
+    return f"{location}: no such option; {suggest(name, getattr(model, 'model_fields', {}))}"
 
 # %% ../nbs/00_core.ipynb #1cafaada
 def read_config(
@@ -187,6 +198,15 @@ def asset(
     "The path of a file or folder that is installed with the package"
     return Path(str(importlib.resources.files('synapseclr')))/'assets'/path
 
+# %% ../nbs/00_core.ipynb #92e6ab17
+def config_of_run(
+    run: str|Path, # Run folder
+) -> Path: # Its `config.toml`
+    "Raises `ConfigError` if the folder is not that of a run"
+    path = Path(run).expanduser()/'config.toml'
+    if not path.exists(): raise ConfigError(f"{run}: not the folder of a run, it has no config.toml")
+    return path
+
 # %% ../nbs/00_core.ipynb #6ed5695e
 def content_hash(
     value, # A configuration, or anything that JSON can hold
@@ -226,6 +246,42 @@ def write_toml(
     "Write all options of `config`, including defaults, so that the file alone documents what was done"
     text = tomli_w.dumps(config.model_dump(mode='json', exclude_none=True, exclude=exclude))
     with atomic(path) as f: f.write_text(text)
+
+# %% ../nbs/00_core.ipynb #6b7e40d9
+def _explanations(model: type[Strict]) -> dict[str, str]:
+    "For each option, the comment beside or above it in the source code"
+    explanations = {}
+    for base in reversed(model.__mro__[:-1]):
+        above = []
+        for line in inspect.getsource(base).splitlines():
+            code,_,comment = line.strip().partition('# ')
+            option = re.match(r' {4}(\w+): ', line)
+            if option: explanations[option[1]] = ' '.join([*above, comment]).strip()
+            above = [*above, comment] if comment and not code else []
+    return explanations
+
+def describe_options(
+    model: type[Strict], # Its sections and options
+    section: str = '', # Its name in the file, with a dot at the end
+) -> str: # TOML
+    "All options of `model` with their defaults, commented out, each below what it means"
+    explanations = _explanations(model)
+    options = []
+    sections = []
+    for name,field in model.model_fields.items():
+        explanation = f'# {explanations[name]}\n' if explanations.get(name) else ''
+        inner_model = _section_model(model, name)
+        if hasattr(inner_model, 'model_fields'):
+            inner = describe_options(inner_model, f'{section}{name}.')
+            sections.append(f'\n{explanation}#[{section}{name}]\n\n{inner}')
+            continue
+        default = field.get_default(call_default_factory=True)
+        has_default = default is not None and not field.is_required()
+        value = f' {json.dumps(default, ensure_ascii=False)}' if has_default else ''
+        if get_origin(field.annotation) is Literal:
+            explanation += f'# One of {", ".join(map(json.dumps, get_args(field.annotation)))}\n'
+        options.append(f'{explanation}#{name} ={value}\n')
+    return '\n'.join(options + sections)
 
 # %% ../nbs/00_core.ipynb #1e6de048
 def n_cores() -> int:

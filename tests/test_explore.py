@@ -1,5 +1,5 @@
 "The map of all synapses as a user meets it: in a browser, offline, with the server and as a static copy."
-import http.client, json, subprocess, sys, threading
+import http.client, json, re, subprocess, sys, threading
 from urllib.parse import urlsplit
 import numpy as np, pandas as pd, pytest
 from conftest import browser_errors, in_browser, open_browser, requested_urls, webdriver
@@ -7,7 +7,7 @@ from synapseclr.dev.fixtures import tiny_fetched
 from synapseclr.show.explore import ExploreError, ExplorerData, make_server, serve, write_static
 from synapseclr.data.store import ChunkStore
 from synapseclr.data.synapses import read_ids
-from synapseclr.data.tables import read_labels
+from synapseclr.data.tables import TableError, read_labels
 
 side = 14
 
@@ -353,6 +353,31 @@ def test_wrong_options_are_explained(map_server, run, grid_as_results, tmp_path)
     (tmp_path/'mine').touch()
     with pytest.raises(ExploreError, match='new or empty'): write_static(run, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['mine']
+
+@in_browser
+def test_without_webgl(map_server, tmp_path):
+    "The page says why it is empty"
+    browser = open_browser(tmp_path, 'disable-3d-apis')
+    try:
+        browser.get(map_server.home)
+        assert 'drawn with WebGL, which is turned off or missing' in browser.find_element('css selector', 'body').text
+    finally: browser.quit()
+
+def test_labels_that_cannot_be_read(map_server, table, grid_as_results, run):
+    "The line is named, at the start and on the page, and the file stays as it is"
+    before = map_server.labels.read_bytes() if map_server.labels.exists() else b'id,label,time\n'
+    spoilt = before + b'1.2E+17,defect,2026\n'
+    map_server.labels.write_bytes(spoilt)
+    message = f"line {len(spoilt.splitlines())}: '1.2E+17,defect,2026' is not an id and a label"
+    try:
+        with pytest.raises(TableError, match=re.escape(message)): serve(run, 0)
+        assert map_server.request('/labels.json')[0] == 500
+        label = json.dumps(dict(ids=[str(table.id.iloc[0])], label='clean'))
+        status,content = map_server.post_labels(label, Origin=map_server.home, Content_Type='application/json')
+        assert status == 500
+        assert message in content.decode()
+        assert map_server.labels.read_bytes() == spoilt
+    finally: map_server.labels.write_bytes(before)
 
 @in_browser
 def test_static_copy_works_with_any_server(page, run, grid_as_results, tmp_path, table):

@@ -126,6 +126,24 @@ def test_killed_three_times(n, uninterrupted, fetched, tmp_path):
     assert in_processes(n, train_or_die, run, never) == ['done']*n
     assert files(run, *trained_files) == files(uninterrupted[n], *trained_files)
 
+# Trains on views that are all the same, and prints the error of this process
+collapse = """
+import json, sys
+from synapseclr.learn.train import TrainConfig, TrainingError, train
+from synapseclr.learn.views import AugmentConfig, CubeConfig
+config = TrainConfig(model='demo', batch_size=4, epochs=5, cosine_period_epochs=5, precision='fp32')
+augment = AugmentConfig(inflation=(1, 2), sd=1e9)
+try: train(sys.argv[1], config, augment, CubeConfig(size=16, voxel_nm=45.), device='cpu')
+except TrainingError as error: print(json.dumps(str(error)))
+"""
+
+def test_all_processes_stop_at_a_collapse(fetched, tmp_path):
+    "Not only the first one, which measures it: the other would wait for it"
+    run = copy_of(fetched, tmp_path/'run')
+    first,second = in_processes(2, collapse, run)
+    assert first.startswith('collapse: after epoch 0 all projections point the same way')
+    assert second == first
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from scipy.special import expit, logit
 from scipy.stats import betabinom, binom
-from ..core import Strict, SynapseCLRError, provenance, threads
+from ..core import NothingToDo, Strict, SynapseCLRError, provenance, threads
 from .gp_estimators import GPClassifier
 from ..data.tables import read_metadata, read_table, write_table
 
@@ -147,7 +147,7 @@ def censor(
 ) -> pd.DataFrame: # A row for each test synapse
     """Type the synapses whose labels were hidden; at least two neurons (or synapses) of each type stay labelled.
     The columns are `neurite`, `inhibitory`, `n_synapses` of its neurite that vote, and whether the synapse is typed
-    right by itself (`single`) and by `consensus`"""
+    right by itself (`single`) and by `consensus`. There is no row if all stay labelled"""
     rng = np.random.default_rng(seed)
     unit = np.asarray(neurite) if by == 'neurons' else np.arange(len(neurite))
     unit_type = pd.Series(inhibitory).groupby(unit).first()
@@ -156,6 +156,7 @@ def censor(
         n_shown = max(2, round(completeness*len(of_type)))
         shown.append(rng.choice(of_type.index, n_shown, replace=False))
     train = np.isin(unit, np.concatenate(shown))
+    if train.all(): return pd.DataFrame(columns=['neurite', 'inhibitory', 'n_synapses', 'single', 'consensus'])
     test_neurite = neurite[~train]
     model = GPClassifier(params=params).fit(x[train], inhibitory[train], neurite[train])
     p = expit(model.decision_function(x[~train])-logit(model.prior_))
@@ -183,6 +184,7 @@ def label_fraction_experiment(
         for fraction in completeness:
             for seed in range(repeats):
                 synapses = censor(x, neurite, inhibitory, fraction, by, params, seed)
+                if synapses.empty: continue
                 synapses['bin'] = np.array(bins)[np.digitize(synapses.n_synapses, bins)-1]
                 accuracy = synapses.groupby(['inhibitory', 'bin'], as_index=False).agg(
                     single=('single', 'mean'),
@@ -208,37 +210,46 @@ def type_neurites(
     """Type all neurites of a run by consensus.
     Writes `neurites.parquet`, and for each synapse `synapse_types.parquet`. The table has the known `label` of a
     neurite, nan if unknown. The settings are `prior`, `rho`, and whether the type is predicted `above_chance`.
-    Raises `ConsensusError` if no types were imputed"""
+    Raises `NothingToDo` if no types were imputed, or if too few neurites are typed; earlier results are then deleted"""
     run = Path(run)
     config = config or ConsensusConfig()
     table = read_table(run/'synapses.parquet', 'synapses').set_index('id')
     imputed = read_table(run/'imputed.parquet', 'imputed').set_index('id')
-    oof = read_table(run/'out_of_fold.parquet', 'out of fold').set_index('id')
+    sides = [side for side in ('pre', 'post') if f'p_inhibitory_{side}' in imputed]
+    if not sides: raise _nothing_to_type(run, 'no types were imputed; `synapseclr impute` says why')
+    oof = read_table(run/'out_of_fold.parquet', 'out of fold').set_index('id').loc[imputed.index]
     table = table.loc[imputed.index]
-    oof = oof.loc[imputed.index]
     imputed_provenance = read_metadata(run/'imputed.parquet')['provenance']
     above_chance = imputed_provenance.get('above_chance')
     neurite_tables = []
     settings = {}
-    for side in ('pre', 'post'):
+    problems = []
+    for side in sides:
         trait = f'inhibitory_{side}'
-        if f'p_{trait}' not in imputed: continue
         neurite = table[f'{side}_root_id'].to_numpy()
         label = oof[trait].to_numpy()
         p_oof = oof[f'p_{trait}'].to_numpy()
         p = np.where(np.isfinite(label), p_oof, imputed[f'p_{trait}'])
         prior = float(np.nanmean(label))
-        rho = fit_intraclass_correlation(p_oof, neurite, label)
+        try: rho = fit_intraclass_correlation(p_oof, neurite, label)
+        except ConsensusError as problem:
+            problems.append(f'{side}synaptic: {problem}')
+            continue
         neurites = neurite_consensus(p, neurite, prior, rho, config.min_confidence)
         is_above = above_chance is None or trait in above_chance
         if not is_above: neurites['call'] = pd.Categorical(['abstain']*len(neurites), neurites.call.cat.categories)
         neurites['label'] = pd.Series(label).groupby(neurite).first().loc[neurites.neurite_id].to_numpy()
         neurite_tables.append(neurites.assign(polarity=side))
         settings[side] = dict(prior=prior, rho=rho, above_chance=is_above)
-    if not neurite_tables:
-        raise ConsensusError(f"{run}: no types were imputed; see the report of `synapseclr impute` for the reason")
+    if not neurite_tables: raise _nothing_to_type(run, '; '.join(problems))
+    if problems: print(f'hint: {problems[0]}')
     neurites = pd.concat(neurite_tables, ignore_index=True)
     origin = provenance(config, source=imputed_provenance.get('source'), n_synapses=len(imputed))
     write_table(neurites, run/'neurites.parquet', 'neurites', origin)
     write_table(assign_to_synapses(table.reset_index(), neurites), run/'synapse_types.parquet', 'synapse types', origin)
     return neurites,settings
+
+def _nothing_to_type(run: Path, reason: str) -> NothingToDo:
+    "Delete the results of an earlier time"
+    for name in ('neurites', 'synapse_types'): (run/f'{name}.parquet').unlink(missing_ok=True)
+    return NothingToDo(reason)

@@ -18,8 +18,8 @@ from ..data.features import FeatureChoice, feature_provenance, read_feature_sets
 from ..data.tables import read_arrow, read_metadata, read_table, write_table
 
 # %% auto #0
-__all__ = ['EmbedError', 'Neighbours', 'nearest_neighbours', 'connectivities', 'umap_layout', 'leiden', 'islands', 'EmbedConfig',
-           'coordinates', 'embed', 'read_neighbours']
+__all__ = ['LEIDEN_ITERATIONS', 'EmbedError', 'Neighbours', 'nearest_neighbours', 'connectivities', 'umap_layout', 'leiden',
+           'islands', 'EmbedConfig', 'coordinates', 'embed', 'read_neighbours']
 
 # %% ../../nbs/analyse/01_embed.ipynb #f3ea17bc
 class EmbedError(SynapseCLRError):
@@ -176,6 +176,8 @@ def umap_layout(
     return layout.astype(np.float32)
 
 # %% ../../nbs/analyse/01_embed.ipynb #6a4e1480
+LEIDEN_ITERATIONS = 10
+
 def leiden(
     near: Neighbours, # Neighbours of all synapses
     resolution: float = 1., # A higher value gives more clusters
@@ -188,7 +190,7 @@ def leiden(
     edges = np.stack(np.divmod(pair_codes, n), 1)
     graph = igraph.Graph(n=n, edges=edges)
     igraph.set_random_number_generator(random.Random(seed))
-    try: communities = graph.community_leiden('modularity', resolution=resolution, n_iterations=10)
+    try: communities = graph.community_leiden('modularity', resolution=resolution, n_iterations=LEIDEN_ITERATIONS)
     finally: igraph.set_random_number_generator(random)
     return _by_size(np.array(communities.membership))
 
@@ -253,7 +255,8 @@ def embed(
     table,sets = read_feature_sets(run, config.layer, [config.feature_set], include_defects=True)
     x = sets[config.feature_set]
     if config.feature_set == 'morphometrics': x = zscore(x)
-    origin = provenance(config, source=feature_provenance(run, config.feature_set), n_synapses=len(table))
+    origin = provenance(config, options=config.model_dump(mode='json'),
+        source=feature_provenance(run, config.feature_set), n_synapses=len(table))
     map_path = run/'map.parquet'
     if map_path.exists() and read_metadata(map_path).get('provenance') == origin: return read_table(map_path, 'map')
     near = nearest_neighbours(x, config.n_neighbors, config.metric, config.exact_up_to, config.min_recall, config.seed)

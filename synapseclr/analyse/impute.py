@@ -13,7 +13,7 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.model_selection import ShuffleSplit
-from ..core import SynapseCLRError, n_cores, progress, provenance, threads, worker_pool
+from ..core import NothingToDo, n_cores, progress, provenance, threads, worker_pool
 from ..metrics import (classification_scores, cluster_bootstrap, neuron_disjoint_folds, percentile_interval,
     regression_scores, roc_auc, uncentred_explained_variance)
 from ..data.features import FeatureChoice, feature_provenance, read_feature_sets, zscore
@@ -22,8 +22,8 @@ from ..data.tables import write_table
 from .gp_estimators import GPClassifier, GPRegressor
 
 # %% auto #0
-__all__ = ['TRAITS', 'MIN_NEURONS', 'Trait', 'ImputeError', 'known_targets', 'model_for', 'predictions', 'cross_val_predictions',
-           'score_trait', 'ImputeConfig', 'cross_validate_trait', 'hide_labels', 'traits_above_chance', 'impute']
+__all__ = ['TRAITS', 'MIN_NEURONS', 'Trait', 'known_targets', 'model_for', 'predictions', 'cross_val_predictions', 'score_trait',
+           'ImputeConfig', 'cross_validate_trait', 'hide_labels', 'traits_above_chance', 'impute']
 
 # %% ../../nbs/analyse/08_impute.ipynb #4a8800f7
 @dataclass(frozen=True)
@@ -47,9 +47,6 @@ TRAITS = (
     Trait('inhibitory_post', 'inhibitory', 'post'),
     Trait('mito_pre', 'pre_mito_um3', 'pre'),
     Trait('mito_post', 'post_mito_um3', 'post'))
-
-class ImputeError(SynapseCLRError):
-    "Nothing can be imputed"
 
 def known_targets(
     table: pd.DataFrame, # Synapses
@@ -282,13 +279,18 @@ def impute(
     """Cross-validate and impute all traits.
     Writes to the run folder `imputation_scores.parquet` (all scores), `imputed.parquet` (predictions for every
     synapse) and `out_of_fold.parquet` (for known synapses, the predictions of models that have not seen their
-    neurons). Raises `ImputeError` if there is no trait to learn"""
+    neurons). Raises `NothingToDo` if there is no trait to learn; `imputed.parquet` then has the ids only"""
     run = Path(run)
     config = config or ImputeConfig()
     table,sets = read_feature_sets(run, config.layer, reference=config.feature_set)
     sets = {name: zscore(x) for name,x in sets.items()}
     targets,skipped = known_targets(table, hide_labels(neurons, config.label_fraction))
-    if not len(targets.columns): raise ImputeError('\n  '.join(['there is no trait to learn:'] + skipped))
+    origin = provenance(config, source=feature_provenance(run, config.feature_set), n_synapses=len(table),
+        neurons=len(neurons))
+    if not len(targets.columns):
+        for name in ('imputation_scores', 'out_of_fold'): (run/f'{name}.parquet').unlink(missing_ok=True)
+        write_table(table[['id']], run/'imputed.parquet', 'imputed', origin | dict(above_chance=[]))
+        raise NothingToDo('\n  '.join(['there is no trait to learn:'] + skipped))
     pre = table.pre_root_id.to_numpy()
     post = table.post_root_id.to_numpy()
     def impute_one(trait): return _impute_trait(trait, sets, targets[trait.name].to_numpy(), pre, post, config)
@@ -303,8 +305,6 @@ def impute(
             imputed |= final
             out_of_fold |= oof
     scores = pd.concat(score_tables, ignore_index=True)
-    origin = provenance(config, source=feature_provenance(run, config.feature_set), n_synapses=len(table),
-        neurons=len(neurons))
     write_table(scores, run/'imputation_scores.parquet', 'imputation scores', origin)
     write_table(pd.DataFrame(out_of_fold), run/'out_of_fold.parquet', 'out of fold', origin)
     is_above = traits_above_chance(scores, config.feature_set)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from scipy.spatial import cKDTree
 from scipy.stats import rankdata
-from ..core import Strict, SynapseCLRError, provenance, threads
+from ..core import NothingToDo, Strict, SynapseCLRError, provenance, threads
 from .embed import coordinates
 from ..data.tables import read_metadata, write_table
 from ..metrics import cluster_bootstrap, percentile_interval
@@ -148,7 +148,7 @@ def axes_of(
     """Axes of all islands.
     The positions have `pc_1` ..., `id`, `island` and `dimensions` for each synapse of an island. The correlations
     are those of `axis_correlations`, with `island`, `dimensions`, and `variance`: the fraction of variance of the
-    axis. Raises `ManifoldError` if there is no map, or if no island is large enough"""
+    axis. Raises `ManifoldError` if there is no map, and `NothingToDo` if no island is large enough"""
     config = config or ManifoldConfig()
     if 'island' not in table: raise ManifoldError('the synapses are not on a map; run `synapseclr embed` first')
     dimensions = [d for d in range(2, 20) if set(coordinates(d)) <= set(table)]
@@ -156,7 +156,7 @@ def axes_of(
     large_islands = sorted(size.index[size >= config.min_synapses])
     if not large_islands:
         largest = size.max() if len(size) else 0
-        raise ManifoldError(f'no island of the map has {config.min_synapses} synapses; the largest has {largest}. '
+        raise NothingToDo(f'no island of the map has {config.min_synapses} synapses; the largest has {largest}. '
             'Lower [manifold] min_synapses')
     positions = []
     correlations = []
@@ -181,7 +181,10 @@ def manifold(
     "Write `run/axes.parquet`, `run/axis_correlations.parquet` and `run/islands.parquet`"
     run = Path(run)
     config = config or ManifoldConfig()
-    positions,correlations = axes_of(table, config)
+    try: positions,correlations = axes_of(table, config)
+    except NothingToDo: # what an earlier run of the stage wrote is of other islands
+        for name in ('axes', 'axis_correlations', 'islands'): (run/f'{name}.parquet').unlink(missing_ok=True)
+        raise
     source = read_metadata(run/'map.parquet')['provenance'].get('source')
     origin = provenance(config, source=source, n_synapses=len(table))
     summary = island_summary(annotations_of(table), table.island.to_numpy())

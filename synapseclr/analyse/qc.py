@@ -93,6 +93,7 @@ class DefectDetector(BaseEstimator):
     def _checked_rows(self, x: np.ndarray, prompts, clean, ids: np.ndarray|None) -> tuple[np.ndarray, np.ndarray]:
         "Row numbers of the prompts and of the clean synapses. Raises `QCError` if the input is not usable"
         if not 0 < self.fdr < 1: raise QCError(f'fdr is {self.fdr}; it has to be between 0 and 1')
+        if self.null_sets < 1: raise QCError(f'null_sets is {self.null_sets}; it has to be at least 1')
         finite = np.isfinite(x).all(1)
         if not finite.all():
             raise QCError(f'features of row {np.flatnonzero(~finite)[0]} are not finite; compute them again, or leave '

@@ -4,11 +4,12 @@
 
 # %% ../../nbs/analyse/02_query.ipynb #35497867
 from __future__ import annotations
+import re
 from pathlib import Path
 from typing import Literal
 import faiss, numpy as np, pandas as pd
 from sklearn.preprocessing import normalize
-from ..core import Strict, SynapseCLRError, threads
+from ..core import Strict, SynapseCLRError, suggest, threads
 from ..data.results import read_results
 from ..data.features import read_feature_sets, zscore
 from ..data.tables import read_table
@@ -219,8 +220,17 @@ def find_similar(
     if exported_path.exists():
         exported = read_table(exported_path, 'results')
         if 'neuroglancer' in exported: results = results.merge(exported[['id', 'neuroglancer']], on='id', how='left')
-    try: candidates = results.query(where).id.to_numpy() if where else None
-    except Exception as e:
-        raise QueryError(f"where = '{where}': {e}; columns are {', '.join(results.columns)}") from None
+    candidates = _matching(results, where) if where else None
     index = SimilarityIndex(sets[features], table.id.to_numpy(), metric)
     return index.query(query, k, candidates=candidates).merge(results, on='id', how='left')
+
+def _matching(results: pd.DataFrame, where: str) -> np.ndarray:
+    "Ids of the synapses that meet a condition. Raises `QueryError` if it is none"
+    try: return results.query(where).id.to_numpy()
+    except pd.errors.UndefinedVariableError as e:
+        name = re.search("'(.*)'", str(e))[1]
+        problem = f"there is no column '{name}'; {suggest(name, results.columns)}"
+    except Exception as e:
+        is_assignment = re.search('(?<![=<>!])=(?!=)', where)
+        problem = 'two values are compared by ==' if is_assignment else str(e)
+    raise QueryError(f"where = '{where}': {problem}")

@@ -135,7 +135,7 @@ class ChunkStore:
         for name in ('em', 'mask', 'id'): self.group[name].resize((n_places, *self.group[name].shape[1:]))
 
     def finish(self,
-        **attributes, # To add to the group: `mean`, `sd`
+        **attributes, # To add to the group: `mean`, `sd`; `records`, a hash of what was recorded of the chunks
     ):
         "Mark the store as complete"
         self.group.attrs.update(attributes | dict(complete=True))

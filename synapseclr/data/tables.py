@@ -62,35 +62,65 @@ def append_labels(
     ids, # Synapses
     label: str, # Their label; empty to remove it
 ):
-    "Label some synapses. The labels are on the disk when this returns"
+    """Label some synapses. The labels are on the disk when this returns.
+    Raises `TableError` if the file is not a file of labels"""
     now = datetime.now(UTC).isoformat(timespec='seconds')
-    lines = io.StringIO()
-    csv.writer(lines, lineterminator='\n').writerows([int(synapse), label, now] for synapse in ids)
     with _label_lock, open(path, 'ab+') as f:
-        size = f.tell()
-        if not size: start = _label_header + '\n'
-        else:
-            f.seek(size-1)
-            start = '' if f.read() == b'\n' else '\n' # a crash may have cut the last line short
-        f.write((start + lines.getvalue()).encode())
+        f.seek(0)
+        content = f.read()
+        _,separator,end = _parse_labels(path, content)
+        f.truncate(end)
+        lines = io.StringIO()
+        if not end: lines.write(_label_header)
+        elif content[end-1:end] not in (b'\n', b'\r'): lines.write('\n')
+        writer = csv.writer(lines, delimiter=separator, lineterminator='\n')
+        writer.writerows([int(synapse), label, now] for synapse in ids)
+        f.write(lines.getvalue().encode())
         f.flush()
         os.fsync(f.fileno())
 
-_label_header = 'id,label,time'
+_label_header = 'id,label,time\n'
 _label_lock = threading.Lock()
 
 def read_labels(
     path: str|Path, # `labels.csv`
 ) -> dict[int, str]: # Label of each synapse that has one
-    "The last label of each synapse. Raises `TableError` if the file is not a file of labels"
+    """The last label of each synapse.
+    Raises `TableError` if the file is not a file of labels, and for a line that is not understood"""
     if not Path(path).exists(): return {}
-    labels = {}
-    with open(path, newline='', encoding='utf-8', errors='replace') as f:
-        header = f.readline().strip()
-        if header != _label_header:
-            raise TableError(f"{path}: begins with '{header[:40]}', expected '{_label_header}'")
-        for line in f:
-            row = next(csv.reader([line]), []) # line by line: one that was cut short may have left a quote open
-            complete = len(row) == 3 and row[0].isdigit() and len(row[2].strip()) == 25 # characters of the time
-            if complete: labels[int(row[0])] = row[1]
+    labels,_,_ = _parse_labels(path, Path(path).read_bytes())
     return {synapse: label for synapse,label in labels.items() if label}
+
+def _parse_labels(path: str|Path, content: bytes) -> tuple[dict[int, str], str, int]:
+    "The last label of each synapse, the separator, and the length of the content without a line that was cut short"
+    if _label_header.encode().startswith(content): return {},',',0
+    header,*lines = content.splitlines(keepends=True)
+    separator,n_fields = _label_columns(path, header.decode('utf-8-sig', 'replace').strip())
+    labels = {}
+    for number,line in enumerate(lines, 2):
+        row = _label_fields(line, separator)
+        is_whole = line.endswith((b'\n', b'\r'))
+        if row is None or not is_whole and len(row) < n_fields:
+            if not is_whole: return labels,separator,len(content)-len(line)
+            text = line.decode(errors='replace').strip()
+            raise TableError(f"{path}, line {number}: '{text}' is not an id and a label in UTF-8 (a spreadsheet rounds "
+                "ids of more than 15 digits); correct this line, or delete it")
+        if row: labels[int(row[0])] = row[1]
+    return labels,separator,len(content)
+
+def _label_columns(path: str|Path, header: str) -> tuple[str, int]:
+    "Separator and number of columns of a file of labels"
+    for separator in ',;\t':
+        names = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
+        if names[:2] == ['id', 'label']: return separator,len(names)
+    raise TableError(f"{path}: begins with '{header[:40]}', expected '{_label_header.strip()}'")
+
+def _label_fields(line: bytes, separator: str) -> list[str]|None:
+    "The id as digits, the label and the rest of a line; an empty list for a blank line, None if it is not understood"
+    # line by line, because one that was cut short may have left a quote open
+    try: row = [field.strip() for field in next(csv.reader([line.decode()], delimiter=separator), [])]
+    except (UnicodeDecodeError, csv.Error): return None
+    if not any(row): return []
+    digits,_,decimals = row[0].replace(',', '.').partition('.')
+    is_id = digits.isascii() and digits.isdigit() and decimals in ('', '0', '00')
+    return [digits, *row[1:]] if is_id and len(row) > 1 and not any(row[3:]) else None

@@ -106,7 +106,9 @@ def annotate(
         write_table(table, path, 'synapses', made_by)
     origin = _skeleton_hash(skeletons) if skeletons else None
     if skeletons and made_by.get('skeletons') != origin:
-        lengths = path_lengths_to_soma(table, skeletons, neurons)
+        kept = table[table.reject_reason == '']
+        lengths = path_lengths_to_soma(kept, skeletons, neurons).reindex(table.index)
+        for side in ('pre', 'post'): lengths[f'{side}_soma_reason'] = lengths[f'{side}_soma_reason'].fillna('rejected')
         table = table.drop(columns=[column for column in lengths if column in table])
         table = pd.concat([table, lengths], axis=1)
         write_table(table, path, 'synapses', made_by | dict(skeletons=origin))

@@ -4,26 +4,26 @@
 
 # %% ../../nbs/ingest/04_fetch.ipynb #d4c4e1b0
 from __future__ import annotations
-import ctypes, hashlib, json, shutil, sys, time
+import ctypes, hashlib, json, shutil, sys, time, zlib
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow.parquet as pq
 from taskqueue import queueable
 from ..core import atomic, content_hash, provenance
 from ..data.store import ChunkStore, StoreError
-from ..data.synapses import draw_synapses, read_ids, read_synapses
-from ..data.tables import TableError, read_metadata, read_table, write_table
+from ..data.synapses import read_ids
+from ..data.tables import read_metadata, read_table, write_table
 from ..data.volume import Layer, VolumeError, check_layers
 from .cutout import (DataConfig, FetchConfig, LAYER_ORDER, centres_to_voxels, fetch_rows,
     layer_windows, open_layers)
 from .layer_checks import check_clefts, check_ids, check_window, missing_file
+from .rows import check_rows, read_rows, sampled_rows
 from .plan import plan_blocks, plan_costs
 from .queue import QueueError, attempt, clear_failures, dead_letters, run_local
 
 # %% auto #0
-__all__ = ['read_rows', 'check_rows', 'sampled_rows', 'assign_blocks', 'plan_fetch', 'extend_plan', 'replace_rejected',
-           'n_blocks', 'describe_plan', 'fetch_block', 'fetch_tasks', 'intensity_mean_sd', 'summarize_fetch',
-           'finish_fetch', 'fetch']
+__all__ = ['assign_blocks', 'plan_fetch', 'extend_plan', 'replace_rejected', 'n_blocks', 'describe_plan', 'fetch_block',
+           'fetch_tasks', 'intensity_mean_sd', 'summarize_fetch', 'finish_fetch', 'fetch']
 
 # %% ../../nbs/ingest/04_fetch.ipynb #08746982
 def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> dict:
@@ -62,63 +62,6 @@ def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n:
     file = missing_file(layers[name], centres_to_voxels(spread, layers['em'].voxel_nm)[0])
     raise VolumeError(f"layer {name}, {layers[name].volume.cloudpath}: {reason} at any of {n} synapses that were "
         f"tried: wrong mip, another version than the table's, or no permission to read its chunks{file}")
-
-def read_rows(
-    table: str|Path, # csv, parquet or feather
-    data: DataConfig, # Its voxels and columns
-    layers: dict[str, Layer], # From `open_layers`
-    only: np.ndarray|None = None, # Ids to read; all if None
-) -> pd.DataFrame: # From `read_synapses`
-    "Read a table. Synapses that are not inside all layers are rejected. Raises `TableError`"
-    rows = read_synapses(table, data.table_voxel_nm, data.columns, only)
-    is_inside = np.zeros(len(rows), bool)
-    usable = np.flatnonzero(rows.reject_reason == '')
-    centres = centres_to_voxels(rows.iloc[usable], layers['em'].voxel_nm)
-    lo = np.max([layer.box.lo for layer in layers.values()], 0)
-    hi = np.min([layer.box.hi for layer in layers.values()], 0)
-    is_inside[usable] = ((centres >= lo) & (centres < hi)).all(1)
-    rows.loc[(rows.reject_reason == '') & ~is_inside, 'reject_reason'] = 'outside the volume'
-    return rows
-
-def check_rows(
-    table: str|Path, # For the message
-    rows: pd.DataFrame, # From `read_rows`
-    layers: dict[str, Layer], # From `open_layers`
-):
-    "Raise `TableError` if no row can be used"
-    if (rows.reject_reason == '').any(): return
-    counts = ', '.join(f'{n} {reason}' for reason,n in rows.reject_reason.value_counts().items())
-    axes = ['ctr_x_nm', 'ctr_y_nm', 'ctr_z_nm']
-    spans = [f"layer {name} spans {_span(np.multiply(layer.box.lo, layer.voxel_nm)[::-1])} to "
-        f"{_span(np.multiply(layer.box.hi, layer.voxel_nm)[::-1])}" for name,layer in layers.items()]
-    raise TableError('\n  '.join([f"{table}: no row can be used: {counts}", "in nm (x, y, z):",
-        f"the table spans {_span(rows[axes].min())} to {_span(rows[axes].max())}: are units and voxel size right?",
-        *spans]))
-
-def _span(position) -> str: return ', '.join(f'{length:.0f}' for length in position)
-
-def sampled_rows(
-    data: DataConfig, # Table
-    config: FetchConfig, # How many to draw
-    layers: dict[str, Layer], # From `open_layers`
-    known: np.ndarray|tuple = (), # Ids that were drawn before
-    n: int|None = None, # Usable rows to draw; `config.sample` if None
-) -> tuple[pd.DataFrame, int]: # Rows from `read_rows`, and the number of rows of the table
-    """Draw rows of a table at random until enough of them can be used.
-    Raises `TableError` if the table cannot be used"""
-    n = n or config.sample
-    always = read_ids(config.always_keep) if config.always_keep else ()
-    n_drawn = n + len(known)
-    while True:
-        drawn,n_rows = draw_synapses(data.table, n_drawn, config.sample_seed, data.columns, always)
-        new = drawn[~np.isin(drawn, known)]
-        if n_rows and not len(new): return pd.DataFrame(),n_rows # the table has no more
-        rows = read_rows(data.table, data, layers, new).set_index('id').loc[new].reset_index()
-        is_usable = rows.reject_reason == ''
-        if is_usable.sum() >= n or len(drawn) == n_rows: break
-        share = max(is_usable.mean(), .01)
-        n_drawn = len(known) + int(1.1*n/share) + 100
-    return rows[is_usable.cumsum().shift(fill_value=0) < n],n_rows
 
 def assign_blocks(
     rows: pd.DataFrame, # Synapses
@@ -225,7 +168,7 @@ def replace_rejected(
     job = read_metadata(path)['provenance']['job']
     config = FetchConfig(**job['fetch'])
     if config.sample is None or fetch_tasks(run): return 0
-    table = _fetched_table(run)
+    table = _add_records(read_table(path, 'fetch plan'), _records(run))
     n_lacking = config.sample - table.reject_reason.isin(['', 'dropped']).sum()
     if n_lacking <= 0: return 0
     data = DataConfig(**job['data'])
@@ -320,9 +263,11 @@ def _fetch_block(run: Path, block: int, is_last: bool):
     rows = pd.read_parquet(plan_path, filters=[('plan_block', '==', block)])
     *chunks,records,grey = fetch_rows(layers, rows[rows.reject_reason == ''], config, salvage=is_last)
     store.write_shard(block, *chunks)
+    _,em,mask = chunks
+    checksum = zlib.crc32(mask, zlib.crc32(em)) # shows whether chunks that are fetched again differ
     with atomic(_record_path(run, block)) as f:
-        f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist())))
-    del chunks,records
+        f.write_text(json.dumps(dict(synapses=records, grey=grey.tolist(), checksum=checksum)))
+    del chunks,em,mask,records
     _release_memory()
 
 def _release_memory():
@@ -373,11 +318,12 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     missing_blocks = [task.keywords['block'] for task in fetch_tasks(run)]
     if missing_blocks: _report_missing(run, plan, missing_blocks)
     (run/'fetch/missing.csv').unlink(missing_ok=True)
-    table = _fetched_table(run)
-    grey = np.sum([record['grey'] for record in _records(run)], 0)
+    records = _records(run)
+    table = _add_records(plan, records)
+    grey = np.sum([record['grey'] for record in records], 0)
     any_kept = (table.reject_reason == '').any()
     mean,sd = intensity_mean_sd(grey) if any_kept else (None, None)
-    ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd)
+    ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd, records=content_hash(records))
     del made_by['job']
     write_table(table, run/'synapses.parquet', 'synapses', made_by)
     return table
@@ -385,10 +331,6 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
 def _records(run: Path) -> list[dict]:
     "The records of all blocks"
     return [json.loads(_record_path(run, block).read_text()) for block in range(n_blocks(run))]
-
-def _fetched_table(run: Path) -> pd.DataFrame:
-    "The synapses of a plan, with what the records of all its blocks say of them"
-    return _add_records(read_table(run/'fetch/plan.parquet', 'fetch plan'), _records(run))
 
 def _report_missing(run: Path, plan: pd.DataFrame, missing_blocks: list[int]):
     "Write `fetch/missing.csv`, and raise `QueueError`"

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import progress
 from .cutout import DataConfig, FetchConfig, fetch_rows, open_layers
-from .fetch import extend_plan, n_blocks, read_rows
+from .fetch import extend_plan, n_blocks
+from .rows import read_rows
 from ..data.store import ChunkStore, EMPTY, StoreError
 from ..data.tables import TableError, read_metadata, read_table, write_table
 

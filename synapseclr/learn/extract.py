@@ -107,6 +107,7 @@ def extract(
         views=views,
         cube=cube.model_dump(),
         n_synapses=len(store),
+        chunks=store.attrs.get('records'),
         batch_size=batch_size,
         precision=precision,
         device=augmenter.device.type,

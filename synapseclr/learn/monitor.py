@@ -118,7 +118,8 @@ class TrainingMonitor:
 
     @torch.no_grad()
     def __call__(self, net: SynapseNet, mode: dict) -> dict:
-        "Measures of `net`, computed in `mode`; those that are not finite are left out"
+        """Measures of `net`, computed in `mode`; those that are not finite are left out.
+        There are none if the network's output is not finite"""
         def compute(views, layer):
             n_parts = -(-len(views)//64) # of about equal size, so that none has a single synapse
             with autocast(self.device, mode):
@@ -131,6 +132,7 @@ class TrainingMonitor:
             with _batch_statistics(net): z1,z2 = [compute(views, 'projection') for views in self.pairs]
             loss = self.objective(z1, z2).item()
         net.train()
+        if not all(output.isfinite().all() for output in (backbone, projection, z1, z2)): return {}
         measures = dict(
             held_out_loss=loss,
             alignment=alignment(z1, z2),
@@ -165,7 +167,7 @@ class TrainingLog:
         self.clock = time.perf_counter()
         self.epoch_losses = [record['loss'] for record in records[last_epoch+1:]]
         # Lowest loss of the held-out synapses
-        self.best = min((record['held_out_loss'] for record in records if 'epoch' in record), default=math.inf)
+        self.best = min((record['held_out_loss'] for record in records if 'held_out_loss' in record), default=math.inf)
 
     def steps(self,
         step: int, # The last one
@@ -195,7 +197,7 @@ class TrainingLog:
     def epoch(self, record: dict):
         "Record an epoch"
         self.epoch_losses = []
-        self.best = min(self.best, record['held_out_loss'])
+        self.best = min(self.best, record.get('held_out_loss', math.inf))
         _append(self.path, record)
         for name,value in record.items():
             if name not in ('step', 'epoch'): self.board.add_scalar(f'epoch/{name}', value, record['step'])

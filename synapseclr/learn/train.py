@@ -109,7 +109,7 @@ def _table(
 def _allowed(config: TrainConfig, table: pd.DataFrame) -> np.ndarray:
     "Synapses that may be trained on"
     if not config.exclude: return np.arange(len(table))
-    ids = read_ids(config.exclude)
+    ids = np.unique(read_ids(config.exclude))
     unknown = np.setdiff1d(ids, table.id)
     if len(unknown) == len(ids):
         raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(unknown)} ids is in this run; "
@@ -353,12 +353,14 @@ def _train(setup: _Setup, pool: Executor) -> Path:
         if not (end_of_epoch or save_now): continue
         loss_values,norm_values = torch.stack([torch.stack(losses), torch.stack(norms)]).tolist()
         _check_losses(loss_values, step, setup.folder)
+        problem = None
         if data.rank == 0:
             log.steps(step, loss_values, norm_values, config.batch_size, waited)
-            if end_of_epoch: _end_epoch(setup, log, monitor, step, epoch, bar)
-            if save_now:
-                save_checkpoint(setup.folder, net, optimizer, config.keep_checkpoints, step=step+1, mode=setup.mode,
-                    origin=setup.origin)
+            if end_of_epoch: problem = _end_epoch(setup, log, monitor, step, epoch, bar)
+        if end_of_epoch: _stop_for(problem, data.world_size)
+        if data.rank == 0 and save_now:
+            save_checkpoint(setup.folder, net, optimizer, config.keep_checkpoints, step=step+1, mode=setup.mode,
+                origin=setup.origin)
         losses = []
         norms = []
         waited = 0.
@@ -398,8 +400,14 @@ def _check_losses(losses: list[float], step: int, folder: Path):
     raise TrainingError(f"the loss is not a number at step {first}; {_last_good(folder)}; start again with "
         "`synapseclr train --restart` and a lower train.lr")
 
-def _end_epoch(setup: _Setup, log: TrainingLog, monitor: TrainingMonitor, step: int, epoch: int, bar):
-    "Log an epoch, and save the weights if they are the best so far; stops the run if the features have collapsed"
+def _stop_for(problem: str|None, world_size: int):
+    "Raise `TrainingError` in all processes if the first one has found a problem"
+    problems = [problem]
+    if world_size > 1: dist.broadcast_object_list(problems)
+    if problems[0]: raise TrainingError(problems[0])
+
+def _end_epoch(setup: _Setup, log: TrainingLog, monitor: TrainingMonitor, step: int, epoch: int, bar) -> str|None:
+    "Log an epoch, and save the weights if they are the best so far. What is returned is why training has to stop"
     config = setup.config
     mean_loss = float(np.mean(log.epoch_losses))
     record = dict(step=step, epoch=epoch, mean_loss=mean_loss)
@@ -413,11 +421,15 @@ def _end_epoch(setup: _Setup, log: TrainingLog, monitor: TrainingMonitor, step: 
     record |= monitor(setup.net, setup.mode) | dict(lr=setup.optimizer.param_groups[0]['lr'])
     best_before = log.best
     log.epoch(record)
-    if record['uniformity'] > -4e-4:
-        raise TrainingError(f"collapse: after epoch {epoch} all projections point the same way (uniformity "
-            f"{record['uniformity']:.5f}); {_last_good(setup.folder)}; start again with `synapseclr train --restart` "
-            "and other settings in [augment] or [train]")
-    if record['held_out_loss'] < best_before:
+    problem = None
+    if 'uniformity' not in record: problem = f'after epoch {epoch} the features of held-out synapses are not finite'
+    elif record['uniformity'] > -4e-4:
+        problem = (f"collapse: after epoch {epoch} all projections point the same way (uniformity "
+            f"{record['uniformity']:.5f})")
+    if problem:
+        return (f"{problem}; {_last_good(setup.folder)}; start again with `synapseclr train --restart` and other "
+            "settings in [augment] or [train]")
+    if record.get('held_out_loss', math.inf) < best_before:
         save_weights(setup.net, setup.folder/'best.safetensors', **setup.metadata, steps=step+1)
     bar.set_postfix(loss=f"{mean_loss:.3f}", rank=f"{record['rank_backbone']:.1f}", refresh=False)
 

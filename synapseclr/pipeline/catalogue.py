@@ -15,23 +15,28 @@ class Stage:
     "A stage of a run"
     name: str # As on the command line
     help: str # What it does
-    after: tuple[str, ...] = () # Other parallel stages whose results it reads
+    after: tuple[str, ...] = () # Stages whose results it reads
     parallel: bool = False # It only reads features and tables, and can share the cores with other such stages
 
 STAGES = {stage.name: stage for stage in (
     Stage('phantom', 'Make a synthetic volume with known ground truth'),
-    Stage('fetch', 'Cut a chunk around every synapse of the table'),
-    Stage('annotate', 'Measure every synapse: volumes, contact area, cleft, missing sections, path length to soma'),
-    Stage('train', 'Train the network on the synapses, without labels'),
-    Stage('extract', 'Compute feature vectors (embeddings) of every synapse with the trained and other networks'),
+    Stage('fetch', 'Cut a chunk around every synapse of the table', after=('phantom',)),
+    Stage('annotate', 'Measure every synapse: volumes, contact area, cleft, missing sections, path length to soma',
+    after=('fetch',)),
+    Stage('train', 'Train the network on the synapses, without labels', after=('fetch',)),
+    Stage('extract', 'Compute feature vectors (embeddings) of every synapse with the trained and other networks',
+    after=('fetch', 'train')),
     Stage('embed', 'Compute the kNN graph, UMAP and Leiden clusters, and probe what the features encode',
+    after=('annotate', 'extract'), parallel=True),
+    Stage('qc', 'Find defective synapses from a few labelled examples', after=('annotate', 'extract', 'embed'),
     parallel=True),
-    Stage('qc', 'Find defective synapses from a few labelled examples', after=('embed',), parallel=True),
-    Stage('query', 'Find similar synapses, and score whether neighbours share an axon', after=('qc',), parallel=True),
-    Stage('impute', 'Impute up to nine traits of every synapse, and score them on held-out neurons', after=('qc',),
-    parallel=True),
+    Stage('query', 'Find similar synapses, and score whether neighbours share an axon',
+    after=('annotate', 'extract', 'qc'), parallel=True),
+    Stage('impute', 'Impute up to nine traits of every synapse, and score them on held-out neurons',
+    after=('annotate', 'extract', 'qc'), parallel=True),
     Stage('consensus', 'Type neurites by the consensus of their synapses', after=('impute',), parallel=True),
     Stage('manifold', 'Find the axes along which synapses vary', after=('embed', 'qc', 'impute'), parallel=True),
     Stage('export', 'Write a results table with neuroglancer links, AnnData, and an annotation layer',
     after=('embed', 'qc', 'impute', 'consensus'), parallel=True),
-    Stage('evaluate', "Compare the features with the phantom's ground truth", parallel=True))}
+    Stage('evaluate', "Compare the features with the phantom's ground truth", after=('phantom', 'annotate', 'extract'),
+    parallel=True))}

@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 import psutil
-from ..core import SynapseCLRError, asset, n_cores
+from ..core import NothingToDo, SynapseCLRError, asset, atomic, n_cores
 from .stages import open_run
 
 # %% auto #0
@@ -36,7 +36,7 @@ def execute_notebook(
     **parameters, # Values for the parameters
 ):
     """Execute a notebook with papermill, without a screen.
-    Raises `SynapseCLRError` with the message of an error of this package"""
+    Raises `SynapseCLRError` with the message of an error of this package, and `NothingToDo`"""
     import papermill
     out.parent.mkdir(parents=True, exist_ok=True)
     _print_progress_of_papermill()
@@ -46,6 +46,7 @@ def execute_notebook(
                 progress_bar=False, log_output=True, extra_arguments=['--log-level=CRITICAL'])
     except papermill.PapermillExecutionError as error:
         if error.ename == 'KeyboardInterrupt': raise KeyboardInterrupt from None
+        if error.ename == 'NothingToDo': raise NothingToDo(error.evalue) from None
         if error.ename in _error_names(SynapseCLRError): raise SynapseCLRError(error.evalue) from None
         raise
     _tidy(out)
@@ -57,10 +58,16 @@ def run_notebook(
     overrides: list[str], # `section.key=value`
     **parameters, # More parameters of the notebook
 ):
-    "Execute the notebook of a stage, into `RUN/report`"
+    "Execute the notebook of a stage, into `RUN/report`. If it has nothing to do, its page is the reason"
     out = open_run(config, overrides).folder/f'report/{stage}.ipynb'
     parameters = dict(config=str(Path(config).resolve()), overrides=list(overrides)) | parameters
-    execute_notebook(asset(f'runs/{stage}.ipynb'), out, **parameters)
+    out.with_suffix('.html').unlink(missing_ok=True) # of an earlier time
+    try: execute_notebook(asset(f'runs/{stage}.ipynb'), out, **parameters)
+    except NothingToDo as reason:
+        out.unlink()
+        with atomic(out.with_suffix('.html')) as f:
+            f.write_text(html_page(stage, f'{_back}<h1>{stage}</h1><p>Nothing to do: {html.escape(str(reason))}</p>'))
+        raise
 
 def _error_names(error: type) -> set[str]:
     "Names of a class of errors and of all its subclasses"
@@ -102,8 +109,9 @@ def _write_page(notebook: Path):
     from nbconvert import HTMLExporter
     exporter = HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True)
     body,_ = exporter.from_filename(str(notebook))
-    back = '<p class="noprint"><a href="index.html">← overview</a></p>'
-    notebook.with_suffix('.html').write_text(html_page(notebook.stem, back + body))
+    notebook.with_suffix('.html').write_text(html_page(notebook.stem, _back + body))
+
+_back = '<p class="noprint"><a href="index.html">← overview</a></p>'
 
 # %% ../../nbs/pipeline/03_report.ipynb #27f68703
 def run_parallel(

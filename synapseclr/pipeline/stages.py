@@ -4,17 +4,19 @@
 
 # %% ../../nbs/pipeline/02_stages.ipynb #316f927a
 from __future__ import annotations
+import hashlib
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from taskqueue import queueable
-from ..core import ConfigError, Strict, asset, provenance, read_config, write_toml
+from ..core import ConfigError, Strict, asset, config_of_run, provenance, read_config, write_toml
 from ..data.features import feature_provenance
 from ..data.results import read_results
 from ..data.store import ChunkStore
 from ..data.neurons import read_neurons, unrecognised_cell_types
 from ..data.synapses import moved_columns
-from ..data.tables import read_table, write_table
+from ..data.tables import read_labels, read_metadata, read_table, write_table
 from ..data.volume import LayerSource
 from ..ingest.annotate import annotate
 from ..ingest.cutout import DataConfig, FetchConfig, centres_to_voxels, layer_windows, open_layers
@@ -41,10 +43,10 @@ from ..evaluate.truth import evaluate
 from .catalogue import STAGES
 
 # %% auto #0
-__all__ = ['stages', 'RunConfig', 'open_run', 'phantom_stage', 'fetch_stage', 'hint_skeletons', 'annotate_stage', 'train_stage',
-           'extract_stage', 'extract_shard', 'networks_of', 'pretrained_network', 'embed_stage', 'qc_stage',
-           'query_stage', 'read_run_neurons', 'known_neurons', 'impute_stage', 'consensus_stage', 'manifold_stage',
-           'export_stage', 'evaluate_stage', 'stages_of']
+__all__ = ['stages', 'RunConfig', 'open_run', 'write_run_config', 'phantom_stage', 'fetch_stage', 'hint_skeletons',
+           'annotate_stage', 'train_stage', 'extract_stage', 'extract_shard', 'networks_of', 'pretrained_network',
+           'embed_stage', 'qc_stage', 'query_stage', 'read_run_neurons', 'known_neurons', 'impute_stage',
+           'consensus_stage', 'manifold_stage', 'export_stage', 'evaluate_stage', 'stages_of']
 
 # %% ../../nbs/pipeline/02_stages.ipynb #0c679ca1
 class RunConfig(Strict):
@@ -97,23 +99,37 @@ def open_run(
     config: str|Path, # TOML file, or the folder of a run that was begun
     overrides: list[str]|tuple = (), # `section.key=value`
 ) -> RunConfig:
-    """Read the configuration of a run.
-    Given a file, the configuration is also written to `RUN/config.toml`. Given a run folder, which may have been
-    moved, nothing is written. Raises `ConfigError` naming what is wrong in the file"""
-    if Path(config).is_dir():
-        c = read_config(RunConfig, Path(config)/'config.toml', overrides)
+    """Read the configuration of a run, from a file or from its folder, which may have been moved.
+    Raises `ConfigError` naming what is wrong in the file"""
+    config = Path(config).expanduser()
+    if config.is_dir():
+        c = read_config(RunConfig, config_of_run(config), overrides)
         return c.model_copy(update=dict(run=str(config)))
     c = read_config(RunConfig, config, overrides)
-    c = c.model_copy(update=dict(run=c.run or f'_runs/{Path(config).stem}'))
+    folder = Path(c.run).expanduser() if c.run else Path('_runs')/config.stem
+    return c.model_copy(update=dict(run=str(folder)))
+
+def write_run_config(c: RunConfig):
+    "Write all options to `RUN/config.toml`. A stage does so when it is done; one that fails leaves the file as it was"
     measured = {'mean', 'sd'} - c.augment.model_fields_set # left open: those of the run's own data are used
     write_toml(c, c.folder/'config.toml', exclude=dict(augment=measured))
-    return c
+
+def _stage(function: Callable) -> Callable:
+    "Make a function of a configuration a stage, which leaves this configuration in the run folder"
+    @wraps(function)
+    def stage(c: RunConfig, *args, **options):
+        result = function(c, *args, **options)
+        write_run_config(c)
+        return result
+    return stage
 
 # %% ../../nbs/pipeline/02_stages.ipynb #12c326e0
+@_stage
 def phantom_stage(c: RunConfig):
     if not c.phantom: raise ConfigError('this run has no section [phantom]; its synapses come from [data]')
     return make_phantom(c.phantom_folder, c.phantom)
 
+@_stage
 def fetch_stage(c: RunConfig, processes: int = 1):
     neurons = known_neurons(c) # read before the work starts, so that a bad table is reported at once
     window = c.fetch.window_nm or c.fetch.window_vx
@@ -139,6 +155,7 @@ def _advice(reason: str, table: pd.DataFrame, c: RunConfig) -> str:
     "What to do if synapses are rejected for a reason"
     if reason == 'blank EM':
         layers = open_layers(c.source)
+        table = table[table.reject_reason == reason]
         window = layer_windows(layers, c.fetch)[0]
         outside = np.median(1-window.share_inside(centres_to_voxels(table, layers['em'].voxel_nm)))
         missing = max(0, table.blank_fraction.median()-outside)
@@ -153,8 +170,8 @@ def hint_skeletons(c: RunConfig):
     """Print what is wrong with the skeletons of a few synapses of the plan.
     Raises `SkeletonError` if they cannot be read or do not fit"""
     if not c.source.skeletons: return
-    columns = ['pre_root_id', 'post_root_id', 'ctr_x_nm', 'ctr_y_nm', 'ctr_z_nm']
-    plan = pd.read_parquet(c.folder/'fetch/plan.parquet', columns=columns)
+    plan = read_table(c.folder/'fetch/plan.parquet', 'fetch plan')
+    plan = plan[plan.reject_reason == '']
     few = plan.iloc[np.linspace(0, len(plan)-1, min(20, len(plan))).astype(int)]
     lengths = path_lengths_to_soma(few, c.source.skeletons, known_neurons(c))
     for hint in skeleton_hints(lengths, few, c.source.skeletons): print(f'hint: {hint}')
@@ -177,17 +194,39 @@ def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, data: DataConfig)
         print(f'hint: {path}: {words.sum()} of {len(neurons)} cells have a type that is neither excitatory nor '
             f'inhibitory: {examples}; [data] types says what words mean')
 
+@_stage
 def annotate_stage(c: RunConfig):
+    _check_fetched(c)
     table = annotate(c.folder, c.source.skeletons, known_neurons(c))
     if c.source.skeletons:
-        for hint in skeleton_hints(table, table, c.source.skeletons): print(f'hint: {hint}')
+        kept = table[table.reject_reason == '']
+        for hint in skeleton_hints(kept, kept, c.source.skeletons): print(f'hint: {hint}')
     return table
 
+def _check_fetched(c: RunConfig):
+    "Raise `ConfigError` if the run was fetched with other options, or from another table, than `c` says"
+    path = c.folder/'fetch/plan.parquet'
+    if not path.exists(): return
+    fetched = read_metadata(path)['provenance']
+    changed = []
+    for name,value in c.fetch.model_dump(mode='json').items():
+        before = fetched['job']['fetch'].get(name, value)
+        if value != before: changed.append(f'fetch.{name} = {value} (fetched with {before})')
+    table = Path(c.source.table)
+    if str(table) != fetched['job']['data']['table'] and table.exists():
+        with open(table, 'rb') as f: table_hash = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
+        if table_hash != fetched.get('table', table_hash): changed.append(f'data.table = {table}')
+    if changed:
+        raise ConfigError(f"{c.folder}: was fetched from another table or with other options than are asked for: "
+            f"{', '.join(changed)}; choose a new run folder, or take that back")
+
+@_stage
 def train_stage(c: RunConfig, restart: bool = False):
     neurons = known_neurons(c)
     types = None if neurons is None else neurons.set_index('root_id').inhibitory
     return train(c.folder, c.train, c.augment, c.cube, restart, types=types)
 
+@_stage
 def extract_stage(c: RunConfig, shards: list[int]|None = None):
     networks = networks_of(c)
     precision = agreed_precision(c.folder, list(networks.values()), c.extract.precision)
@@ -251,6 +290,7 @@ def pretrained_network(
     augment = with_dataset_statistics(AugmentConfig(**settings), ChunkStore.open(Path(run)/'chunks.zarr'))
     return net,augment,CubeConfig(**about['cube'])
 
+@_stage
 def embed_stage(c: RunConfig):
     table = embed(c.folder, c.embed)
     scores = probe_run(c.folder, known_neurons(c), c.embed.layer, reference=c.embed.feature_set)
@@ -258,6 +298,7 @@ def embed_stage(c: RunConfig):
     write_table(scores, c.folder/'probe_scores.parquet', 'probe scores', provenance(c.embed, source=source))
     return table,scores
 
+@_stage
 def qc_stage(c: RunConfig):
     prompts = ()
     if c.qc.simulate_prompts:
@@ -267,6 +308,7 @@ def qc_stage(c: RunConfig):
         prompts = sample_true_defects(c.folder, c.phantom_folder, c.qc.simulate_prompts)
     return detect_defects(c.folder, c.qc, prompts)
 
+@_stage
 def query_stage(c: RunConfig):
     table = compare_retrieval(c.folder, c.query.layer)
     origin = provenance(c.query, source=feature_provenance(c.folder, 'trained'))
@@ -282,6 +324,7 @@ def known_neurons(c: RunConfig) -> pd.DataFrame|None:
     "As `read_run_neurons`; None if the run has no such table"
     return read_run_neurons(c) if c.source.neurons else None
 
+@_stage
 def impute_stage(c: RunConfig):
     neurons = read_run_neurons(c)
     _check_neurons(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source)
@@ -289,18 +332,22 @@ def impute_stage(c: RunConfig):
     if skipped: print(f"hint: not imputed: {'; '.join(skipped)}")
     return scores,skipped
 
+@_stage
 def consensus_stage(c: RunConfig):
     return type_neurites(c.folder, c.consensus)
 
+@_stage
 def manifold_stage(c: RunConfig):
     table = read_results(c.folder, known_neurons(c), include_defects=False, names=('map', 'defects', 'imputed'))
     return manifold(c.folder, table, c.manifold)
 
+@_stage
 def export_stage(c: RunConfig):
     voxel_nm = ChunkStore.open(c.folder/'chunks.zarr').voxel_nm
     return export(c.folder, c.source.viewable, voxel_nm, c.embed.feature_set, c.embed.umap_n_neighbors, c.embed.layer,
         known_neurons(c), c.export)
 
+@_stage
 def evaluate_stage(c: RunConfig):
     if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no ground truth to compare with')
     networks = {'trained': 'features', 'untrained': 'features_untrained'}
@@ -316,7 +363,7 @@ for _name,_stage in stages.items(): _stage.__doc__ = STAGES[_name].help
 def stages_of(c: RunConfig) -> list[str]:
     """The stages that apply to a run.
     Phantom and evaluate need a phantom, qc needs labelled defects, impute and consensus need a table of neurons"""
-    has_prompts = c.qc.prompts or c.qc.simulate_prompts or (c.folder/'labels.csv').exists()
+    has_prompts = c.qc.prompts or c.qc.simulate_prompts or 'defect' in read_labels(c.folder/'labels.csv').values()
     needs = dict(phantom=c.phantom, evaluate=c.phantom, qc=has_prompts, impute=c.source.neurons,
         consensus=c.source.neurons)
     return [name for name in stages if needs.get(name, True)]

@@ -237,8 +237,10 @@ def _cards(c: RunConfig) -> str:
         page = c.folder/f'report/{stage.name}.html'
         if not page.exists(): continue
         time = datetime.datetime.fromtimestamp(page.stat().st_mtime)
+        notebook = page.with_suffix('.ipynb')
+        link = f' · <a href="{notebook.name}">notebook</a>' if notebook.exists() else ''
         cards.append(f'<li><b><a href="{page.name}">{stage.name}</a></b>{html.escape(stage.help)}'
-            f'<small>{time:%Y-%m-%d %H:%M} · <a href="{stage.name}.ipynb">notebook</a></small></li>')
+            f'<small>{time:%Y-%m-%d %H:%M}{link}</small></li>')
     return f'<h2>Stages</h2><ul class="cards">{"".join(cards)}</ul>' if cards else ''
 
 def write_index(c: RunConfig) -> Path:

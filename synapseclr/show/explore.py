@@ -4,7 +4,7 @@
 
 # %% ../../nbs/show/02_explore.ipynb #6d3daa91
 from __future__ import annotations
-import difflib, hashlib, io, json, re
+import hashlib, io, json, re
 from contextlib import suppress
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 import matplotlib, numpy as np, pandas as pd
 from PIL import Image
 from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
-from ..core import SynapseCLRError, asset, atomic, progress
+from ..core import SynapseCLRError, asset, atomic, progress, suggest
 from ..data.results import read_results
 from .plot import COLOURS
 from ..data.store import CLEFT, Chunk, ChunkStore, POST, PRE, StoreError
-from ..data.tables import append_labels, read_labels, read_table
+from ..data.tables import TableError, append_labels, read_labels, read_table
 
 # %% auto #0
 __all__ = ['ExploreError', 'NotFound', 'draw_slices', 'encode_column', 'ExplorerData', 'make_server', 'serve', 'open_map',
@@ -159,7 +159,8 @@ class ExplorerData:
         self.store = store
         self.pictured = pictured
         self.columns = self._colour_columns()
-        if colour and colour not in self.columns: raise ExploreError(self._no_column(colour))
+        if colour and colour not in self.columns:
+            raise ExploreError(f"there is no column '{colour}'; {suggest(colour, self.columns)}")
         ramp = matplotlib.colormaps['viridis_r'](np.linspace(.08, 1, 64))
         # what the page reads first
         self.about = dict(
@@ -181,12 +182,6 @@ class ExplorerData:
         columns = [c for c in self.table if c not in ('id', 'umap_1', 'umap_2', 'neuroglancer')]
         if 'cluster' in columns: columns.insert(0, 'cluster')
         return list(dict.fromkeys(map(str, columns)))
-
-    def _no_column(self, name: str) -> str:
-        "Message about a column that does not exist"
-        similar = difflib.get_close_matches(name, self.columns, n=1)
-        hint = f"did you mean '{similar[0]}'?" if similar else f"there are {', '.join(self.columns)}"
-        return f"there is no column '{name}'; {hint}"
 
     def points(self) -> bytes:
         "x of all synapses, then y of all, float32, in a square from -1 to 1"
@@ -275,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
             content = self.server.labels_json() if path == 'labels.json' else self.server.data.file(path)
             self.answer(200, content, _content_types[re.split(r'[./]', path)[-1]])
         except NotFound as e: self.answer(404, str(e))
-        except StoreError as e: self.answer(500, str(e))
+        except (StoreError, TableError) as e: self.answer(500, str(e))
 
     def do_POST(self):
         if not self.is_from_page(): return self.answer(403, 'labels are accepted from the page itself only')
@@ -291,6 +286,7 @@ class _Handler(BaseHTTPRequestHandler):
         if unknown := [synapse for synapse in ids if synapse not in self.server.known_ids]:
             return self.answer(404, f'synapse {unknown[0]} is not on the map')
         try: append_labels(self.server.labels, ids, label)
+        except TableError as e: return self.answer(500, str(e))
         except OSError as e: return self.answer(500, f'the labels could not be written: {e.strerror}')
         self.answer(200, str(len(ids)))
 
@@ -337,8 +333,10 @@ def serve(
     colour: str|None = None, # Column to begin with
 ):
     """Show the map of a run at http://127.0.0.1:PORT, until it is interrupted.
-    Raises `ExploreError` if there is no map, no such column, or if the port cannot be used"""
+    Raises `ExploreError` if there is no map, no such column, or if the port cannot be used, and `TableError` if
+    `labels.csv` cannot be read"""
     labels = Path(run)/'labels.csv'
+    read_labels(labels) # what is wrong with the file is said at once
     data = open_map(run, colour)
     with make_server(data, labels, port) as server:
         print(f'{len(data.table)} synapses at http://127.0.0.1:{server.server_port}; stop with Ctrl-C', flush=True)

@@ -12,7 +12,7 @@ from ..data.features import read_feature_sets
 from ..data.results import read_results
 from ..data.tables import read_metadata, write_table
 from ..data.volume import LayerSource
-from ..analyse.embed import connectivities, read_neighbours
+from ..analyse.embed import LEIDEN_ITERATIONS, connectivities, read_neighbours
 from .neuroglancer import ExportConfig, ExportError, layer_urls, links, write_annotations
 
 # %% auto #0
@@ -27,6 +27,7 @@ def to_anndata(
     layer: str = 'backbone', # Layer from which the map was computed
 ) -> anndata.AnnData: # A row per synapse
     "All synapses of a run with all results. Raises `ExportError` if the map is of other synapses than the table"
+    from umap.umap_ import find_ab_params # imported here because numba takes seconds to load
     run = Path(run)
     table = read_results(run, neurons)
     ids,neighbours = read_neighbours(run)
@@ -46,6 +47,11 @@ def to_anndata(
         use_rep='X' if layer == 'backbone' else f'X_{layer}',
         random_state=0)
     origin = read_metadata(run/'map.parquet')['provenance']
+    if 'options' not in origin:
+        raise ExportError(f"{run/'map.parquet'}: does not say how the map was made; run `synapseclr embed` again")
+    options = origin['options']
+    a,b = find_ab_params(1., options['min_dist'])
+    clustering = dict(resolution=options['resolution'], random_state=options['seed'], n_iterations=LEIDEN_ITERATIONS)
     return anndata.AnnData(
         X=x,
         obs=obs,
@@ -54,8 +60,8 @@ def to_anndata(
         obsp=dict(distances=distances, connectivities=connectivities(neighbours, umap_neighbours)),
         uns=dict(
             neighbors=dict(connectivities_key='connectivities', distances_key='distances', params=graph_params),
-            umap=dict(params=dict(a=0., b=0.)),
-            leiden=dict(params=dict(resolution=0., random_state=0, n_iterations=10)),
+            umap=dict(params=dict(a=float(a), b=float(b))),
+            leiden=dict(params=clustering),
             synapseclr=json.dumps(dict(format='synapses', version=FORMAT_VERSION, provenance=origin))))
 
 def _feature_layers(run: Path, features: str) -> dict[str, np.ndarray]:
@@ -141,5 +147,5 @@ def export(
         annotations = _annotations_url(run, layers, config.local_url) if config.annotations else None
         table = table.assign(neuroglancer=links(table, urls, voxel_nm, annotations, config.viewer))
     write_table(table, run/'results.parquet', 'results', origin)
-    with atomic(run/'synapses.h5ad') as f: a.write_h5ad(f, compression='lzf')
+    with atomic(run/'synapses.h5ad') as f: a.write_h5ad(f, compression='gzip') # R, Julia and PyTables read it too
     return table

@@ -4,12 +4,13 @@
 
 # %% ../../nbs/show/03_neuroglancer.ipynb #29156ccb
 from __future__ import annotations
-import http.server, json, os, re, shutil
+import http.server, io, json, os, re, shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 import numpy as np, pandas as pd, tensorstore as ts
+from cloudfiles.compression import decompress
 from cloudvolume.datasource.precomputed.common import compressed_morton_code
 from ..core import Strict, SynapseCLRError
 from ..data.volume import LayerSource
@@ -133,7 +134,8 @@ def record_type(
 
 def _type_code(dtype) -> str:
     "Kind and size of a number, such as `f4`"
-    return 'u1' if isinstance(dtype, pd.CategoricalDtype) or pd.api.types.is_bool_dtype(dtype) else dtype.str[1:]
+    if isinstance(dtype, pd.CategoricalDtype): dtype = np.min_scalar_type(len(dtype.categories))
+    return 'u1' if pd.api.types.is_bool_dtype(dtype) else dtype.str[1:]
 
 def _records(position_nm: np.ndarray, properties: pd.DataFrame) -> tuple[np.ndarray, list[dict]]:
     "Records of all synapses, and the properties as in `info`; an enum is 0 where there is no value"
@@ -141,7 +143,8 @@ def _records(position_nm: np.ndarray, properties: pd.DataFrame) -> tuple[np.ndar
     records = np.zeros(len(position_nm), dtype)
     records['at'] = position_nm
     for name,values in properties.items():
-        records[name] = values.cat.codes+1 if isinstance(values.dtype, pd.CategoricalDtype) else values
+        is_enum = isinstance(values.dtype, pd.CategoricalDtype)
+        records[name] = values.cat.codes.to_numpy(np.int64)+1 if is_enum else values
     return records,specs
 
 def _single_annotations(ids: np.ndarray, records: np.ndarray, pre: np.ndarray,
@@ -195,8 +198,8 @@ def _sharding(n_keys: int) -> dict:
 def _write_shards(folder: Path, sharding: dict, items: Iterable[tuple[int, bytes]]):
     "Write all keys and values, or nothing"
     folder.mkdir(parents=True)
-    store = ts.KvStore.open(dict(driver='neuroglancer_uint64_sharded', metadata=sharding,
-        base=f'file://{folder.absolute()}/')).result()
+    base = dict(driver='file', path=f'{folder.absolute()}/') # a path may hold what an address may not: #, ?, %20
+    store = ts.KvStore.open(dict(driver='neuroglancer_uint64_sharded', metadata=sharding, base=base)).result()
     with ts.Transaction() as transaction:
         transactional = store.with_transaction(transaction)
         for key,value in items: transactional.write(key.to_bytes(8, 'big'), value)
@@ -250,6 +253,10 @@ def write_annotations(
     return path
 
 # %% ../../nbs/show/03_neuroglancer.ipynb #5d1cddae
+# The endings that CloudVolume gives to compressed files
+_encodings = {'.gz': 'gzip', '.br': 'br', '.zstd': 'zstd', '.xz': 'xz', '.bz2': 'bz2'}
+_read_by_browsers = ('gzip', 'br')
+
 class _Layers(http.server.SimpleHTTPRequestHandler):
     "Serves the files of a folder to any page, whole or in part"
     def log_message(self, *args): pass
@@ -260,18 +267,26 @@ class _Layers(http.server.SimpleHTTPRequestHandler):
 
     def send_head(self):
         path = Path(self.translate_path(self.path))
-        compressed = path.with_name(path.name + '.gz') # the name that CloudVolume gives to a compressed file
-        if path.is_dir() or not path.exists() and not compressed.exists(): return self.send_error(404)
-        is_compressed = not path.exists()
-        if is_compressed: path = compressed
-        size = path.stat().st_size
-        requested = None if is_compressed else self.requested_bytes(size)
-        if requested: return self.send_part(path, *requested, size)
-        file = open(path, 'rb')
+        if path.is_dir(): return self.send_error(404)
+        if path.exists():
+            size = path.stat().st_size
+            requested = self.requested_bytes(size)
+            return self.send_part(path, *requested, size) if requested else self.send_whole(open(path, 'rb'), size)
+        for ending,encoding in _encodings.items():
+            compressed = path.with_name(path.name + ending)
+            if not compressed.exists(): continue
+            content = compressed.read_bytes()
+            if encoding not in _read_by_browsers:
+                content = decompress(content, encoding)
+                encoding = None
+            return self.send_whole(io.BytesIO(content), len(content), encoding)
+        return self.send_error(404)
+
+    def send_whole(self, file, size: int, encoding: str|None = None):
         self.send_response(200)
         self.send_header('Content-Length', str(size))
         self.send_header('Content-Type', 'application/octet-stream')
-        if is_compressed: self.send_header('Content-Encoding', 'gzip')
+        if encoding: self.send_header('Content-Encoding', encoding)
         self.end_headers()
         return file
 

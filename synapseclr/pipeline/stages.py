@@ -67,6 +67,14 @@ class RunConfig(Strict):
     manifold: ManifoldConfig = ManifoldConfig() # Which axes of variation
     export: ExportConfig = ExportConfig() # What to export
 
+    @pydantic.field_validator('run')
+    @classmethod
+    def _is_folder(cls, run: str) -> str:
+        if '://' in run:
+            raise ValueError(f'{run} is not a folder. In a bucket files cannot be renamed, and a run needs that to '
+                'resume; use a folder that all machines see, and copy it to the bucket when the run is done')
+        return run
+
     @pydantic.model_validator(mode='after')
     def _one_source(self):
         if (self.data is None) == (self.phantom is None):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import progress
 from ..data.results import MORPHOMETRIC_COLUMNS
-from .skeleton import path_lengths_to_soma
+from .skeleton import path_lengths_to_soma, skeleton_hints
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE
 from ..data.tables import read_metadata, read_table, write_table
 
@@ -105,6 +105,7 @@ def annotate(
         write_table(table, path, 'synapses', made_by)
     if skeletons and made_by.get('skeletons') != skeletons:
         lengths = path_lengths_to_soma(table, skeletons, neurons)
+        skeleton_hints(lengths, table, skeletons) # raises an error if they do not fit
         table = table.drop(columns=[column for column in lengths if column in table])
         table = pd.concat([table, lengths], axis=1)
         write_table(table, path, 'synapses', made_by | dict(skeletons=skeletons))

@@ -1,9 +1,9 @@
 "All stages on a tiny volume: through papermill, as functions, and killed in every stage."
 import json, shutil, signal
 import pandas as pd, pytest
-from conftest import Links, files, kill_at, python, synapseclr
+from conftest import Links, command_code, files, forked, kill_at, synapseclr
 from synapseclr.pipeline.stages import open_run, stages, stages_of
-from synapseclr.data.features import FeatureError, read_features
+from synapseclr.data.features import read_features
 from synapseclr.data.store import ChunkStore
 from synapseclr.data.tables import read_table
 
@@ -29,7 +29,8 @@ def full_run(tiny_config, tmp_path_factory):
 def command_again(full_run, tiny_config):
     "A function that runs the command once more on the full run, without notebooks"
     def run(stage, *args):
-        return synapseclr(stage, '--config', tiny_config, '--no-notebook', *args, cwd=full_run.parent.parent)
+        return forked(command_code, stage, '--config', tiny_config, '--no-notebook', *args,
+            cwd=full_run.parent.parent)
     return run
 
 def test_outputs(full_run):
@@ -75,7 +76,7 @@ def test_report(full_run):
 
 def test_notebooks_change_nothing(full_run, tiny_config, tmp_path):
     "The functions alone write the same files"
-    assert synapseclr('run', '--config', tiny_config, '--no-notebook', cwd=tmp_path).returncode == 0
+    assert forked(command_code, 'run', '--config', tiny_config, '--no-notebook', cwd=tmp_path).returncode == 0
     assert files(tmp_path/'_runs/tiny', *outputs) == files(full_run, *outputs)
 
 def test_extract_uses_the_network_of_the_weights(full_run, command_again):
@@ -138,9 +139,9 @@ kills = {
 def test_killed_and_resumed(full_run, tiny_config, tmp_path):
     "A run that was killed in every stage, and resumed each time, has the same files as the uninterrupted run"
     for moment,code in kills.items():
-        killed = python(code, 'run', '--config', tiny_config, '--no-notebook', cwd=tmp_path)
+        killed = forked(code, 'run', '--config', tiny_config, '--no-notebook', cwd=tmp_path)
         assert killed.returncode == -signal.SIGKILL, (moment, killed.stderr)
-    done = synapseclr('run', '--config', tiny_config, '--no-notebook', cwd=tmp_path)
+    done = forked(command_code, 'run', '--config', tiny_config, '--no-notebook', cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert files(tmp_path/'_runs/tiny', *outputs) == files(full_run, *outputs)
 
@@ -156,41 +157,3 @@ def test_any_voxel(voxel_nm, tmp_path):
     assert store.voxel_nm == voxel_nm
     assert store.chunk_shape == (min(60, round(880/z)), round(896/y), round(896/x))
     assert len(read_features(tmp_path/'run/features')[0]) == len(store) == 4
-
-def test_all_stages_on_a_phantom(tmp_path):
-    """The command is killed while it writes the phantom. The same command then does all stages, and the phantom is that
-    of an uninterrupted run"""
-    from synapseclr.dev.fixtures import tiny_phantom
-    from synapseclr.phantom.build import make_phantom
-    from synapseclr.phantom.connectome import PhantomConfig
-    config,_ = tiny_phantom('phantom')
-    command = ['run', '--config', config, '--no-notebook', '--set', f'run={tmp_path/"run"}', '--set',
-        'embed.regress_out=["cutting_angle"]']
-    killed = python(kill_at('synapseclr.phantom.build', 'write_layer', 3), *command, cwd=tmp_path)
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path/'run/phantom/phantom.json').exists()
-    done = synapseclr(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    uninterrupted = make_phantom(tmp_path/'uninterrupted', PhantomConfig(seed=2, shape=(96, 384, 384), defects=.3))
-    assert files(tmp_path/'run/phantom', '**/*') == files(uninterrupted, '**/*')
-    targets = read_table(tmp_path/'run/evaluation_targets.parquet', 'evaluation targets')
-    assert set(targets.features) == {'trained', 'trained - cutting_angle', 'untrained', 'morphometrics', 'intensity',
-        'handcrafted', 'latents'}
-    type_scores = targets[(targets.target == 'presynaptic type') & (targets.subset == 'all')]
-    assert type_scores.set_index('features').value['latents'] > .9
-    assert_runs_of_two_networks_are_refused(tmp_path/'run', tmp_path/'other')
-
-def assert_runs_of_two_networks_are_refused(run, other):
-    "A probe may use features of several runs if one network computed them all, and not otherwise"
-    from synapseclr.evaluate.truth import load_with_truth
-    other.mkdir()
-    (other/'chunks.zarr').symlink_to(run/'chunks.zarr')
-    (other/'synapses.parquet').symlink_to(run/'synapses.parquet')
-    (other/'features').symlink_to(run/'features_untrained')
-    (other/'features_same').symlink_to(run/'features')
-    (run/'features_same').symlink_to(run/'features')
-    runs = [(run, run/'phantom'), (other, run/'phantom')]
-    with pytest.raises(FeatureError, match='described by another network, or in another way.*use `evaluate_each`'):
-        load_with_truth(runs, {'trained': 'features'})
-    table,feature_sets = load_with_truth(runs, {'trained': 'features_same'})
-    assert len(table) == len(feature_sets['trained']) == 2*table.id.nunique()

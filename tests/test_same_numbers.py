@@ -2,9 +2,10 @@
 resumed."""
 import io, os, re, shutil, signal, subprocess, sys
 from contextlib import contextmanager
-import pyarrow.parquet as pq, pytest
+import pandas as pd, pyarrow.parquet as pq, pytest
 from conftest import command_code, files, kill_at, python
 from synapseclr.dev.fixtures import tiny_phantom
+from synapseclr.data.features import FeatureError
 from synapseclr.data.results import is_reserved
 from synapseclr.data.synapses import read_synapses
 from synapseclr.data.tables import read_metadata
@@ -36,7 +37,8 @@ class Run:
         self.folder = cwd/'run'
         config,_ = tiny_phantom('phantom')
         self.options = ['--config', config, '--set', 'run=run', '--set', 'cube.size=20', '--set', 'train.threads=2',
-            '--set', 'train.precision="auto"', '--set', 'extract.precision="auto"']
+            '--set', 'train.precision="auto"', '--set', 'extract.precision="auto"', '--set',
+            'embed.regress_out=["cutting_angle"]']
 
     def do(self, stage, *args, code=command_code, **env):
         """Run a stage with `args`, or without notebooks if there are none. It uses as many threads as there are cores,
@@ -71,7 +73,10 @@ def run(tmp_path_factory): return Run(tmp_path_factory.mktemp('same'))
 
 @pytest.fixture(scope='module')
 def undisturbed(run):
-    "Files of an undisturbed run; afterwards only its phantom is left"
+    "Files of a run that was killed while it wrote the phantom only; afterwards only the phantom is left"
+    killed = run.do('run', code=kill_at('synapseclr.phantom.build', 'write_layer', 3))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (run.folder/'phantom/phantom.json').exists()
     run.succeed('run')
     contents = run.outputs() | run.phantom()
     provenance = [read_metadata(path)['provenance'] for path in run.folder.glob('features*/*.parquet')]
@@ -93,6 +98,14 @@ def test_every_stage_is_compared(undisturbed):
         'neurites.parquet', 'axes.parquet', 'results.parquet', 'evaluation_targets.parquet',
         'train/weights.safetensors', 'phantom/truth.parquet'} <= set(undisturbed)
     assert len([name for name in undisturbed if name.startswith('features/')]) > 2
+
+def test_targets(undisturbed):
+    "What each feature set says of the ground truth, also the one from which a nuisance was regressed out"
+    targets = pd.read_parquet(io.BytesIO(undisturbed['evaluation_targets.parquet']))
+    assert set(targets.features) == {'trained', 'trained - cutting_angle', 'untrained', 'morphometrics', 'intensity',
+        'handcrafted', 'latents'}
+    type_scores = targets[(targets.target == 'presynaptic type') & (targets.subset == 'all')]
+    assert type_scores.set_index('features').value['latents'] > .9
 
 def test_stages_write_reserved_columns_only(run, undisturbed):
     "A new column of a stage has to be in the list, or a lab's column of that name would get in its way"
@@ -125,3 +138,19 @@ def test_busy_killed_and_shared(run, undisturbed):
     assert sum(int(count[1]) for count in counts) == n_shards > 2
     run.succeed('run', '--notebook', OMP_NUM_THREADS='3') # stages side by side
     assert_same(run, undisturbed)
+    assert_runs_of_two_networks_are_refused(run.folder, run.cwd/'other')
+
+def assert_runs_of_two_networks_are_refused(run, other):
+    "A probe may use features of several runs if one network computed them all, and not otherwise"
+    from synapseclr.evaluate.truth import load_with_truth
+    other.mkdir()
+    (other/'chunks.zarr').symlink_to(run/'chunks.zarr')
+    (other/'synapses.parquet').symlink_to(run/'synapses.parquet')
+    (other/'features').symlink_to(run/'features_untrained')
+    (other/'features_same').symlink_to(run/'features')
+    (run/'features_same').symlink_to(run/'features')
+    runs = [(run, run/'phantom'), (other, run/'phantom')]
+    with pytest.raises(FeatureError, match='described by another network, or in another way.*use `evaluate_each`'):
+        load_with_truth(runs, {'trained': 'features'})
+    table,feature_sets = load_with_truth(runs, {'trained': 'features_same'})
+    assert len(table) == len(feature_sets['trained']) == 2*table.id.nunique()

@@ -7,7 +7,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 # Notebooks and tests that need the same small run share what one of them has done of it
 export SYNAPSECLR_SHARED_FIXTURES := $(CURDIR)/build/fixtures
 
-.PHONY: install demo test check notebooks site results narrowed same_bytes clean
+.PHONY: install demo test test-engines check notebooks site results narrowed same_bytes clean
 
 install: $(BIN)/.installed
 
@@ -23,6 +23,10 @@ demo: install
 
 test: install check notebooks site
 	OMP_NUM_THREADS=1 python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
+
+# SLURM, S3, SQS, graphene and CAVE instead of stand-ins: installed for the tests, started, stopped and deleted
+test-engines: install
+	tests/engines/run.sh
 
 # Package, notebooks and README say the same; the code is tidy
 check: install

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 import typer
 import synapseclr
-from .core import (ConfigError, SynapseCLRError, asset, config_of_run, describe_options,
-    provenance, suggest)
+from .cli_tables import tables
+from .core import ConfigError, SynapseCLRError, asset, config_of_run, describe_options, suggest
 from .pipeline.catalogue import STAGES
 
 # %% auto #0
 __all__ = ['app', 'ConfigOption', 'SetOption', 'NotebookOption', 'PrecisionOption', 'CompileOption', 'WeightsOption',
-           'RestartOption', 'QueueOption', 'tables', 'bench', 'phantom_command', 'fetch_command', 'train_command',
+           'RestartOption', 'QueueOption', 'bench', 'phantom_command', 'fetch_command', 'train_command',
            'extract_command', 'run_all', 'worker_command', 'demo', 'examples_command', 'explore_command',
-           'figures_command', 'similar_command', 'serve_command', 'remap_command', 'bench_augment_command',
-           'bench_gp_command', 'bench_consensus_command', 'bench_fetch_command', 'bench_train_command',
-           'bench_extract_command', 'bench_maps_command', 'main']
+           'figures_command', 'similar_command', 'serve_command', 'bench_augment_command', 'bench_gp_command',
+           'bench_consensus_command', 'bench_fetch_command', 'bench_train_command', 'bench_extract_command',
+           'bench_maps_command', 'main']
 
 # %% ../nbs/90_cli.ipynb #f93275ff
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -302,35 +302,7 @@ def serve_command(
         except KeyboardInterrupt: pass
 
 # %% ../nbs/90_cli.ipynb #8ce1d725
-tables = typer.Typer(no_args_is_help=True, help='Change synapse tables')
 app.add_typer(tables, name='tables')
-
-@tables.callback()
-def _tables(): "With one command only, typer would drop its name; a callback keeps it"
-
-@_command('remap', 'Look up the partners of synapses in another version of the segmentation', tables)
-def remap_command(
-    table: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help='Synapse table with points on both sides')],
-    seg: Annotated[str, typer.Option(
-        help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
-    out: Annotated[Path, typer.Option(help='Parquet file to write; the changed ids are written beside it')],
-    mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
-    voxel_nm: Annotated[str, typer.Option(
-        help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
-):
-    from synapseclr.data.synapses import read_synapses
-    from synapseclr.data.tables import write_table
-    from synapseclr.data.volume import LayerSource, open_layer
-    from synapseclr.ingest.remap import remap, summarize_remap
-    path,_,seconds = seg.rpartition('@')
-    has_time = path and seconds.isdigit()
-    source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if has_time else LayerSource(path=seg, mip=mip)
-    size = tuple(float(length) for length in voxel_nm.split(',')) if voxel_nm else None
-    synapses = read_synapses(table, size).drop(columns='reject_reason')
-    remapped,changes = remap(synapses, open_layer('seg', source), size)
-    write_table(remapped, out, 'synapses', provenance(seg=source.model_dump(mode='json')))
-    changes.to_csv(out.with_suffix('.changed.csv'), index=False)
-    print(summarize_remap(changes))
 
 bench = typer.Typer(no_args_is_help=True, help='Measure speed and memory against a baseline')
 app.add_typer(bench, name='bench')

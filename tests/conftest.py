@@ -1,7 +1,10 @@
 "A tiny volume, and ways to run the command on it, in this process, in another one and in a browser."
 import json, os, shutil, subprocess, sys
+from contextlib import contextmanager
 from html.parser import HTMLParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 import pytest
 from synapseclr.dev.fixtures import tiny_volume
 
@@ -108,6 +111,34 @@ class Links(HTMLParser):
 def tiny_config(tmp_path_factory):
     "Configuration file of a run on the tiny volume; the layers and the table lie beside it"
     return tiny_volume(tmp_path_factory.mktemp('tiny'), n=12)
+
+@contextmanager
+def http_server(answer):
+    """An HTTP server on this machine; yields its address.
+    `answer(method, path, headers, body)` returns status, headers and body"""
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = 'HTTP/1.1'
+        def log_message(self, *args): pass
+        def do_GET(self):
+            body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
+            status,headers,content = answer(self.command, self.path, self.headers, body)
+            self.send_response(status)
+            for name,value in (headers | {'Content-Length': str(len(content))}).items(): self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+        do_POST = do_GET
+    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        try: yield f'http://127.0.0.1:{server.server_port}'
+        finally: server.shutdown()
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "A home folder without secrets; a function that writes one into it"
+    monkeypatch.setenv('HOME', str(tmp_path/'home'))
+    secrets = tmp_path/'home/.cloudvolume/secrets'
+    secrets.mkdir(parents=True)
+    return lambda name, **content: (secrets/f'{name}-secret.json').write_text(json.dumps(content))
 
 # Files that take longest; begun first, so that the workers end at about the same time
 longest = ['test_same_numbers', 'test_line', 'test_processes', 'test_figures', 'test_bad_input', 'test_faults']

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from botocore.exceptions import BotoCoreError, ClientError
 from taskqueue import TaskQueue
 from taskqueue.taskqueue import QueueEmptyError
 from ..core import SynapseCLRError, atomic, progress
@@ -97,13 +98,16 @@ def enqueue(
     url: str, # `fq://FOLDER` or `sqs://NAME`
     tasks: list[partial], # To be done by workers
 ):
-    "Put tasks into a queue. Raises `QueueError` if `url` is not one"
+    "Put tasks into a queue. Raises `QueueError` if `url` is not one, or if there is no such queue"
     _open(url).insert(tasks)
 
 def _open(url: str) -> TaskQueue:
     if not url.startswith(('fq://', 'sqs://')):
         raise QueueError(f"{url}: a queue is fq://FOLDER, a folder that all workers see, or sqs://NAME")
-    return TaskQueue(url, progress=False)
+    try: return TaskQueue(url, progress=False)
+    except (BotoCoreError, ClientError) as e:
+        raise QueueError(f"{url}: {str(e).rstrip('.')}; `aws sqs create-queue --queue-name NAME` makes a queue, and "
+            "credentials are read from ~/.cloudvolume/secrets/aws-secret.json or from the environment") from None
 
 def run_worker(
     url: str, # Queue
@@ -118,8 +122,9 @@ def run_worker(
         except QueueEmptyError:
             time.sleep(wait_s)
             continue
+        lease_end = time.monotonic() + lease_s
         outcome = task.tofunc()()
         counts[outcome] += 1
-        if outcome == 'failed': queue.cancel(task)
-        else: queue.delete(task)
+        if outcome != 'failed': queue.delete(task)
+        elif time.monotonic() < lease_end: queue.cancel(task) # SQS refuses to end a lease that is over
     return counts

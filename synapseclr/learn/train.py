@@ -109,12 +109,11 @@ def _table(
 def _allowed(config: TrainConfig, table: pd.DataFrame) -> np.ndarray:
     "Synapses that may be trained on"
     if not config.exclude: return np.arange(len(table))
-    ids = np.unique(read_ids(config.exclude))
-    unknown = np.setdiff1d(ids, table.id)
-    if len(unknown) == len(ids):
-        raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(unknown)} ids is in this run; "
-            "take ids from the synapse table of this run")
-    return np.flatnonzero(~(table.id.isin(ids) & (table.store == 0)))
+    ids = read_ids(config.exclude)
+    is_listed = table.id.isin(ids)
+    if not is_listed.any():
+        raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(ids)} ids is in this run's table")
+    return np.flatnonzero(~(is_listed & (table.store == 0)))
 
 def with_dataset_statistics(
     config: AugmentConfig, # With or without a mean and an sd of its own

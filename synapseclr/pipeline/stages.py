@@ -66,6 +66,14 @@ class RunConfig(Strict):
     manifold: ManifoldConfig = ManifoldConfig() # Which axes of variation
     export: ExportConfig = ExportConfig() # What to export
 
+    @pydantic.field_validator('run')
+    @classmethod
+    def _is_folder(cls, run: str) -> str:
+        if '://' in run:
+            raise ValueError(f'{run} is not a folder. In a bucket files cannot be renamed, and a run needs that to '
+                'resume; use a folder that all machines see, and copy it to the bucket when the run is done')
+        return run
+
     @pydantic.model_validator(mode='after')
     def _one_source(self):
         if (self.data is None) == (self.phantom is None):
@@ -176,9 +184,9 @@ def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, data: DataConfig)
         raise ConfigError(f'{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, '
             'is a partner of any synapse; are its root_id and the synapse table of the same version of the '
             'segmentation?')
-    if n := neurons.attrs['no_cell']: print(f'hint: {path}: {n} rows have no cell (root id 0) and are left out')
+    if n := neurons.attrs['no_cell']: print(f'hint: {path}: rows without a cell (root id 0), which are left out: {n}')
     if n := neurons.attrs['contradictory']:
-        print(f'hint: {path}: {n} cells are excitatory in one row and inhibitory in another; they count as not typed')
+        print(f'hint: {path}: cells of both types in different rows, which count as not typed: {n}')
     words = unrecognised_cell_types(neurons, data.types)
     if len(words):
         examples = ', '.join(f'{word} ({n})' for word,n in words.head(5).items())

@@ -22,8 +22,8 @@ from .plan import plan_blocks, plan_costs
 from .queue import QueueError, attempt, clear_failures, dead_letters, run_local
 
 # %% auto #0
-__all__ = ['assign_blocks', 'plan_fetch', 'extend_plan', 'replace_rejected', 'n_blocks', 'describe_plan', 'fetch_block',
-           'fetch_tasks', 'intensity_mean_sd', 'summarize_fetch', 'finish_fetch', 'fetch']
+__all__ = ['file_hash', 'assign_blocks', 'plan_fetch', 'extend_plan', 'replace_rejected', 'n_blocks', 'describe_plan',
+           'fetch_block', 'fetch_tasks', 'intensity_mean_sd', 'summarize_fetch', 'finish_fetch', 'fetch']
 
 # %% ../../nbs/ingest/04_fetch.ipynb #08746982
 def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -> dict:
@@ -34,12 +34,12 @@ def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -
     if data.cleft.kind != 'ids': versions['kind of clefts'] = data.cleft.kind
     options = dict(columns=data.columns) if data.columns else {}
     if config.always_keep: options['always_keep'] = content_hash(read_ids(config.always_keep).tolist())
-    return provenance(config.model_copy(update=dict(always_keep=None)), table=_file_hash(Path(data.table)),
+    return provenance(config.model_copy(update=dict(always_keep=None)), table=file_hash(Path(data.table)),
         layers=content_hash(versions), voxel_nm=list(layers['em'].voxel_nm), **options)
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
     "A hash of the content of a file, or of the files of a folder"
-    if path.is_dir(): return content_hash([_file_hash(part) for part in sorted(path.rglob('*')) if part.is_file()])
+    if path.is_dir(): return content_hash([file_hash(part) for part in sorted(path.rglob('*')) if part.is_file()])
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):

@@ -356,7 +356,7 @@ def _train(setup: _Setup, pool: Executor) -> Path:
         if data.rank == 0:
             log.steps(step, loss_values, norm_values, config.batch_size, waited)
             if end_of_epoch: problem = _end_epoch(setup, log, monitor, step, epoch, bar)
-        if end_of_epoch: _stop_for(problem, data.world_size)
+        if end_of_epoch: _stop_for(problem, setup)
         if data.rank == 0 and save_now:
             save_checkpoint(setup.folder, net, optimizer, config.keep_checkpoints, step=step+1, mode=setup.mode,
                 origin=setup.origin)
@@ -399,11 +399,13 @@ def _check_losses(losses: list[float], step: int, folder: Path):
     raise TrainingError(f"the loss is not a number at step {first}; {_last_good(folder)}; start again with "
         "`synapseclr train --restart` and a lower train.lr")
 
-def _stop_for(problem: str|None, world_size: int):
+def _stop_for(problem: str|None, setup: _Setup):
     "Raise `TrainingError` in all processes if the first one has found a problem"
     problems = [problem]
-    if world_size > 1: dist.broadcast_object_list(problems)
-    if problems[0]: raise TrainingError(problems[0])
+    if setup.data.world_size > 1: dist.broadcast_object_list(problems)
+    if problems[0]:
+        raise TrainingError(f"{problems[0]}; {_last_good(setup.folder)}; start again with `synapseclr train --restart` "
+            "and other settings in [augment] or [train]")
 
 def _end_epoch(setup: _Setup, log: TrainingLog, monitor: TrainingMonitor, step: int, epoch: int, bar) -> str|None:
     "Log an epoch, and save the weights if they are the best so far. What is returned is why training has to stop"
@@ -420,14 +422,10 @@ def _end_epoch(setup: _Setup, log: TrainingLog, monitor: TrainingMonitor, step: 
     record |= monitor(setup.net, setup.mode) | dict(lr=setup.optimizer.param_groups[0]['lr'])
     best_before = log.best
     log.epoch(record)
-    problem = None
-    if 'uniformity' not in record: problem = f'after epoch {epoch} the features of held-out synapses are not finite'
-    elif record['uniformity'] > -4e-4:
-        problem = (f"collapse: after epoch {epoch} all projections point the same way (uniformity "
-            f"{record['uniformity']:.5f})")
-    if problem:
-        return (f"{problem}; {_last_good(setup.folder)}; start again with `synapseclr train --restart` and other "
-            "settings in [augment] or [train]")
+    evenness = record.get('uniformity')
+    if evenness is None: return f'after epoch {epoch} the features of held-out synapses are not finite'
+    if evenness > -4e-4:
+        return f'collapse: after epoch {epoch} all projections point the same way (uniformity {evenness:.5f})'
     if record.get('held_out_loss', math.inf) < best_before:
         save_weights(setup.net, setup.folder/'best.safetensors', **setup.metadata, steps=step+1)
     bar.set_postfix(loss=f"{mean_loss:.3f}", rank=f"{record['rank_backbone']:.1f}", refresh=False)

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/pipeline/02_stages.ipynb #316f927a
 from __future__ import annotations
-import hashlib
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -20,7 +19,7 @@ from ..data.tables import read_labels, read_metadata, read_table, write_table
 from ..data.volume import LayerSource
 from ..ingest.annotate import annotate
 from ..ingest.cutout import DataConfig, FetchConfig, centres_to_voxels, layer_windows, open_layers
-from ..ingest.fetch import fetch, plan_fetch, summarize_fetch
+from ..ingest.fetch import fetch, file_hash, plan_fetch, summarize_fetch
 from ..ingest.queue import attempt
 from ..ingest.skeleton import path_lengths_to_soma, skeleton_hints
 from ..phantom.build import make_phantom
@@ -209,13 +208,12 @@ def _check_fetched(c: RunConfig):
     if not path.exists(): return
     fetched = read_metadata(path)['provenance']
     changed = []
-    for name,value in c.fetch.model_dump(mode='json').items():
+    for name,value in c.fetch.model_dump(mode='json', exclude={'always_keep'}).items(): # a file may have been moved
         before = fetched['job']['fetch'].get(name, value)
         if value != before: changed.append(f'fetch.{name} = {value} (fetched with {before})')
     table = Path(c.source.table)
-    if str(table) != fetched['job']['data']['table'] and table.exists():
-        with open(table, 'rb') as f: table_hash = hashlib.file_digest(f, 'sha256').hexdigest()[:16]
-        if table_hash != fetched.get('table', table_hash): changed.append(f'data.table = {table}')
+    if str(table) != fetched['job']['data']['table'] and table.exists() and file_hash(table) != fetched['table']:
+        changed.append(f'data.table = {table}')
     if changed:
         raise ConfigError(f"{c.folder}: was fetched from another table or with other options than are asked for: "
             f"{', '.join(changed)}; choose a new run folder, or take that back")
@@ -227,7 +225,9 @@ def train_stage(c: RunConfig, restart: bool = False):
     return train(c.folder, c.train, c.augment, c.cube, restart, types=types)
 
 @_stage
-def extract_stage(c: RunConfig, shards: list[int]|None = None):
+def extract_stage(c: RunConfig): return _extract(c)
+
+def _extract(c: RunConfig, shards: list[int]|None = None) -> Path:
     networks = networks_of(c)
     precision = agreed_precision(c.folder, list(networks.values()), c.extract.precision)
     for name,network in networks.items():
@@ -241,7 +241,7 @@ def extract_shard(
 ) -> str: # As of `attempt`
     "A task of a queue: compute the feature vectors of one shard"
     c = open_run(run)
-    return attempt(c.folder/'extract', f'{shard:06d}', lambda last: extract_stage(c, [shard]))
+    return attempt(c.folder/'extract', f'{shard:06d}', lambda last: _extract(c, [shard]))
 
 def networks_of(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConfig, CubeConfig]]:
     """The networks of a run with the settings of their views, by the folder of their features.

@@ -120,6 +120,8 @@ def fetch_stage(c: RunConfig, processes: int = 1):
         if not kept.any(): raise ConfigError(f'{summarize_fetch(table)}. {_advice(reason, table, c)}')
         if kept.mean() < .5:
             print(f'hint: most of the {len(table)} synapses are rejected: {reason}. {_advice(reason, table, c)}')
+    if kept.any() and table.blank_fraction[kept].median() > .5:
+        print(f"hint: more than half of most windows is blank EM. {_advice('blank EM', table, c)}")
     if neurons is not None: _check_neurons(neurons, table, c.source.neurons)
     return table
 

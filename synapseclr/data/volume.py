@@ -5,9 +5,11 @@
 # %% ../../nbs/data/01_volume.ipynb #f293cc18
 from __future__ import annotations
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from typing import Annotated, Literal
 import botocore.exceptions, google.auth.exceptions, numpy as np, pydantic
 from cloudfiles.interfaces import HttpInterface
@@ -223,7 +225,19 @@ def mark_missing(
             # the edge of a window acts as a mirror: a strip of half a side is enough there
             elif n_flat >= side**2/4:
                 known[z][ndimage.grey_opening(section.view(np.uint8), (side, side)) > 0] = 0
+    for chunk in _storage_chunks(layer, inside):
+        corner = tuple(axis.start for axis in chunk)
+        if present[corner] == 0 and not present[chunk].any(): known[chunk] = 0
     return marked
+
+def _storage_chunks(layer: Layer, box: Box) -> Iterator[tuple[slice, slice, slice]]:
+    "The parts of storage chunks in a box inside a layer, as indices in an array of the box"
+    axes = []
+    for lo,hi,origin,size in zip(box.lo, box.hi, layer.box.lo, layer.volume.chunk_size[::-1]):
+        first = lo - (lo-origin) % int(size)
+        cuts = [max(0, cut-lo) for cut in range(first, hi, int(size))] + [hi-lo]
+        axes.append([slice(start, stop) for start,stop in zip(cuts, cuts[1:])])
+    return product(*axes)
 
 # %% ../../nbs/data/01_volume.ipynb #d91a8281
 def check_layers(

@@ -7,7 +7,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from typing import Annotated, Literal
@@ -72,16 +71,15 @@ def open_layer(
     """Open a layer.
     Raises `VolumeError`, which names the layer, if it is absent, has no such mip or cannot be decoded"""
     path = source.path if '://' in source.path else f'file://{source.path}'
-    connect = partial(CloudVolume, path, mip=source.mip, timestamp=source.timestamp, bounded=True, progress=False,
-        agglomerate=path.startswith('graphene://'), fill_missing=source.fill_missing, lru_bytes=cache_bytes)
+    options = dict(timestamp=source.timestamp, agglomerate=path.startswith('graphene://'), bounded=True,
+        fill_missing=source.fill_missing, lru_bytes=cache_bytes, progress=False)
     try:
-        try: volume = connect()
-        except _NO_CREDENTIALS: volume = connect(use_https=True) # a public bucket needs none
+        volume = _connect(path, source.mip, **options)
         _check_format(volume)
     except InfoUnavailableError:
         raise VolumeError(f"layer {name}: there is no volume at {path} (no file `info`)") from None
     except ScaleUnavailableError:
-        mips = ', '.join(map(str, CloudVolume(path).available_mips))
+        mips = ', '.join(map(str, _connect(path, 0).available_mips))
         raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has {mips}") from None
     except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e, path)}") from e
     x,y,z = (float(size) for size in volume.resolution)
@@ -89,7 +87,11 @@ def open_layer(
     hi = tuple(int(index) for index in volume.bounds.maxpt)[::-1]
     return Layer(name, volume, tuple(voxel_nm or (z, y, x)), Box(lo, hi), source.kind)
 
-_NO_CREDENTIALS = (google.auth.exceptions.DefaultCredentialsError, botocore.exceptions.NoCredentialsError)
+def _connect(path: str, mip: int, **options) -> CloudVolume:
+    "Open a volume; without credentials, as a public one"
+    try: return CloudVolume(path, mip=mip, **options)
+    except (google.auth.exceptions.DefaultCredentialsError, botocore.exceptions.NoCredentialsError):
+        return CloudVolume(path, mip=mip, use_https=True, **options)
 
 def _plain(e: Exception, reader: str) -> str:
     "Type and message of `e`, without terminal colours; for Zarr and N5 also what can be read"

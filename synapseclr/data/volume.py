@@ -5,9 +5,10 @@
 # %% ../../nbs/data/01_volume.ipynb #f293cc18
 from __future__ import annotations
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from typing import Annotated, Literal
 import botocore.exceptions, google.auth.exceptions, numpy as np, pydantic
 from cloudfiles.interfaces import HttpInterface
@@ -70,16 +71,15 @@ def open_layer(
     """Open a layer.
     Raises `VolumeError`, which names the layer, if it is absent, has no such mip or cannot be decoded"""
     path = source.path if '://' in source.path else f'file://{source.path}'
-    connect = partial(CloudVolume, path, mip=source.mip, timestamp=source.timestamp, bounded=True, progress=False,
-        agglomerate=path.startswith('graphene://'), fill_missing=source.fill_missing, lru_bytes=cache_bytes)
+    options = dict(timestamp=source.timestamp, agglomerate=path.startswith('graphene://'), bounded=True,
+        fill_missing=source.fill_missing, lru_bytes=cache_bytes, progress=False)
     try:
-        try: volume = connect()
-        except _NO_CREDENTIALS: volume = connect(use_https=True) # a public bucket needs none
+        volume = _connect(path, source.mip, **options)
         _check_format(volume)
     except InfoUnavailableError:
         raise VolumeError(f"layer {name}: there is no volume at {path} (no file `info`)") from None
     except ScaleUnavailableError:
-        mips = ', '.join(map(str, CloudVolume(path).available_mips))
+        mips = ', '.join(map(str, _connect(path, 0).available_mips))
         raise VolumeError(f"layer {name}, {path}: has no mip {source.mip}; it has {mips}") from None
     except Exception as e: raise VolumeError(f"layer {name}, {path}, mip {source.mip}: {_plain(e, path)}") from e
     x,y,z = (float(size) for size in volume.resolution)
@@ -87,7 +87,11 @@ def open_layer(
     hi = tuple(int(index) for index in volume.bounds.maxpt)[::-1]
     return Layer(name, volume, tuple(voxel_nm or (z, y, x)), Box(lo, hi), source.kind)
 
-_NO_CREDENTIALS = (google.auth.exceptions.DefaultCredentialsError, botocore.exceptions.NoCredentialsError)
+def _connect(path: str, mip: int, **options) -> CloudVolume:
+    "Open a volume; without credentials, as a public one"
+    try: return CloudVolume(path, mip=mip, **options)
+    except (google.auth.exceptions.DefaultCredentialsError, botocore.exceptions.NoCredentialsError):
+        return CloudVolume(path, mip=mip, use_https=True, **options)
 
 def _plain(e: Exception, reader: str) -> str:
     "Type and message of `e`, without terminal colours; for Zarr and N5 also what can be read"
@@ -223,7 +227,19 @@ def mark_missing(
             # the edge of a window acts as a mirror: a strip of half a side is enough there
             elif n_flat >= side**2/4:
                 known[z][ndimage.grey_opening(section.view(np.uint8), (side, side)) > 0] = 0
+    for chunk in _storage_chunks(layer, inside):
+        corner = tuple(axis.start for axis in chunk)
+        if present[corner] == 0 and not present[chunk].any(): known[chunk] = 0
     return marked
+
+def _storage_chunks(layer: Layer, box: Box) -> Iterator[tuple[slice, slice, slice]]:
+    "The parts of storage chunks in a box inside a layer, as indices in an array of the box"
+    axes = []
+    for lo,hi,origin,size in zip(box.lo, box.hi, layer.box.lo, layer.volume.chunk_size[::-1]):
+        first = lo - (lo-origin) % int(size)
+        cuts = [max(0, cut-lo) for cut in range(first, hi, int(size))] + [hi-lo]
+        axes.append([slice(start, stop) for start,stop in zip(cuts, cuts[1:])])
+    return product(*axes)
 
 # %% ../../nbs/data/01_volume.ipynb #d91a8281
 def check_layers(

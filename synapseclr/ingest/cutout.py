@@ -299,7 +299,7 @@ def _fetch_read(
     first_section = window_of['em'].window[0]//2 - em.shape[1]//2
     for i,box,window in cut_windows('em'):
         window = mark_missing(layers['em'], box, window)
-        records[i]['blank_fraction'] = float((window == 0).mean())
+        records[i]['blank_fraction'] = np.count_nonzero(window == 0)/window.size
         if records[i]['blank_fraction'] >= config.max_blank_fraction: records[i]['reject_reason'] = 'blank EM'
         else: em[i] = window[first_section:first_section+em.shape[1]]
     for i,_,window in cut_windows('cleft'):

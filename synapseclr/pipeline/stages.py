@@ -145,6 +145,8 @@ def fetch_stage(c: RunConfig, processes: int = 1):
         if not kept.any(): raise ConfigError(f'{summarize_fetch(table)}. {_advice(reason, table, c)}')
         if kept.mean() < .5:
             print(f'hint: most of the {len(table)} synapses are rejected: {reason}. {_advice(reason, table, c)}')
+    if kept.any() and table.blank_fraction[kept].median() > .5:
+        print(f"hint: more than half of most windows is blank EM. {_advice('blank EM', table, c)}")
     if moved := moved_columns(c.source.table, table):
         print(f"hint: columns of {c.source.table} have names that the results need; they are called {', '.join(moved)}")
     if neurons is not None: _check_neurons(neurons, table, c.source)
@@ -154,7 +156,7 @@ def _advice(reason: str, table: pd.DataFrame, c: RunConfig) -> str:
     "What to do if synapses are rejected for a reason"
     if reason == 'blank EM':
         layers = open_layers(c.source)
-        table = table[table.reject_reason == reason]
+        table = table[table.blank_fraction.notna()] # those that were read
         window = layer_windows(layers, c.fetch)[0]
         outside = np.median(1-window.share_inside(centres_to_voxels(table, layers['em'].voxel_nm)))
         missing = max(0, table.blank_fraction.median()-outside)

@@ -4,16 +4,14 @@
 
 # %% ../nbs/90_cli.ipynb #bef9bd4c
 from __future__ import annotations
-import os, re, sys, time, traceback
+import re, sys
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 import typer
 import synapseclr
 from .cli_tables import tables
-from synapseclr.core import (ConfigError, NothingToDo, SynapseCLRError, asset, config_of_run, describe_options,
-    suggest)
+from .core import ConfigError, SynapseCLRError, asset, config_of_run, describe_options, suggest
 from .pipeline.catalogue import STAGES
 
 # %% auto #0
@@ -66,58 +64,11 @@ RestartOption = Annotated[bool, typer.Option('--restart/--resume', help='Delete 
 
 # %% ../nbs/90_cli.ipynb #a6475d92
 def _run_stages(names: list[str], config: Path, overrides: list[str], notebook: bool, **parameters):
-    """Run some stages, and print how they ended.
-    A stage that fails stops only those that read its results. Raises what a single stage raises, or
-    `SynapseCLRError` with the messages of all that failed"""
-    from synapseclr.data.tables import read_table
-    from synapseclr.ingest.fetch import summarize_fetch
-    from synapseclr.pipeline.stages import open_run, stages, train_stage
-    c = open_run(config, overrides)
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: # started by torchrun
-        if names != ['train']:
-            raise ConfigError(f"{', '.join(names)}: only `train` works in several processes of torchrun")
-        return train_stage(c, **parameters)
-    from synapseclr.pipeline.report import run_notebook, run_parallel
-    from synapseclr.pipeline.summary import write_index
-
-    failed = {}
-
-    def run(name) -> str: # How it ended
-        missing = [before for before in STAGES[name].after if before in failed]
-        if missing:
-            failed[name] = SynapseCLRError(f'not done, because it reads the results of {missing[0]}')
-            return str(failed[name])
-        start = time.perf_counter()
-        header = f'[{names.index(name)+1}/{len(names)}] {name}: {STAGES[name].help}\n'
-        print(header, end='', flush=True) # one write, because another stage may print at the same time
-        try:
-            if notebook: run_notebook(name, config, overrides, **parameters)
-            else: stages[name](c, **parameters)
-        except NothingToDo as reason: return f'nothing to do: {reason}'
-        except Exception as error:
-            if len(names) == 1: raise
-            if not isinstance(error, SynapseCLRError|OSError): traceback.print_exception(error)
-            failed[name] = error
-            return f'failed: {error}'
-        return f'done in {time.perf_counter()-start:.0f} s'
-
-    parallel = [name for name in names if STAGES[name].parallel] if notebook and len(names) > 1 else []
-    alone = ((name, run(name)) for name in names if name not in parallel)
-    shared = run_parallel({name: partial(run, name) for name in parallel},
-        {name: STAGES[name].after for name in parallel})
-    try:
-        for name,outcome in chain(alone, shared):
-            if notebook and (c.folder/'config.toml').exists(): write_index(c)
-            if name == 'fetch' and not failed:
-                table = read_table(c.folder/'synapses.parquet', 'synapses')
-                print(f'      {summarize_fetch(table)}')
-            print(f'      {name}: {outcome}', flush=True)
+    from synapseclr.pipeline.run import run_stages
+    try: run_stages(names, config, overrides, notebook, **parameters)
     except KeyboardInterrupt:
         print('stopped; give the same command again to resume', file=sys.stderr)
         raise typer.Exit(130) from None
-    index = c.folder/'report/index.html'
-    if notebook and index.exists(): print(f'report: {index.resolve()}')
-    if failed: raise SynapseCLRError('\n  '.join(f'{name}: {error}' for name,error in failed.items()))
 
 # %% ../nbs/90_cli.ipynb #9ae5d867
 def phantom_command(

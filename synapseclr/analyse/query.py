@@ -219,10 +219,12 @@ def find_similar(
     exported_path = Path(run)/'results.parquet'
     if exported_path.exists():
         exported = read_table(exported_path, 'results')
-        if 'neuroglancer' in exported: results = results.merge(exported[['id', 'neuroglancer']], on='id', how='left')
+        if 'neuroglancer' in exported:
+            urls = exported[['id', 'neuroglancer']]
+            results = results.merge(urls, on='id', how='left', suffixes=(None, None))
     candidates = _matching(results, where) if where else None
     index = SimilarityIndex(sets[features], table.id.to_numpy(), metric)
-    return index.query(query, k, candidates=candidates).merge(results, on='id', how='left')
+    return index.query(query, k, candidates=candidates).merge(results, on='id', how='left', suffixes=(None, None))
 
 def _matching(results: pd.DataFrame, where: str) -> np.ndarray:
     "Ids of the synapses that meet a condition. Raises `QueryError` if it is none"

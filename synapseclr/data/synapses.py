@@ -14,9 +14,9 @@ from .results import is_reserved
 from .tables import TableError
 
 # %% auto #0
-__all__ = ['COLUMN_ALIASES', 'CENTRE_PATTERNS_NM', 'CENTRE_PATTERNS_VX', 'ID_COLUMNS', 'column_sources', 'column_problems',
-           'columns_hint', 'unusable', 'id_problem', 'read_synapses', 'moved_columns', 'read_ids', 'random_order',
-           'draw_synapses']
+__all__ = ['COLUMN_ALIASES', 'CENTRE_PATTERNS_NM', 'CENTRE_PATTERNS_VX', 'SIDE_PATTERNS_NM', 'SIDE_PATTERNS_VX', 'ID_COLUMNS',
+           'column_sources', 'side_columns', 'column_problems', 'columns_hint', 'unusable', 'id_problem',
+           'read_synapses', 'moved_columns', 'read_ids', 'random_order', 'draw_synapses']
 
 # %% ../../nbs/data/07_synapses.ipynb #ffd4f544
 COLUMN_ALIASES = dict(
@@ -28,6 +28,10 @@ COLUMN_ALIASES = dict(
 CENTRE_PATTERNS_NM = ['ctr_{}_nm', 'centroid_{}_nm', 'ctr_pt_{}_nm', 'ctr_pos_{}_nm']
 CENTRE_PATTERNS_VX = ['ctr_{}_vx', 'centroid_{}_vx', 'ctr_pos_{}_vx', 'ctr_pt_{}_vx', 'ctr_pt_position_{}',
     'centroid_{}']
+# Points on the two sides of a synapse; {0} is `pre` or `post`, {1} the axis
+SIDE_PATTERNS_NM = ['{0}_pt_{1}_nm', '{0}syn_{1}_nm', '{0}_pos_{1}_nm']
+SIDE_PATTERNS_VX = ['{0}_pt_{1}_vx', '{0}syn_{1}_vx', '{0}_pos_{1}_vx', '{0}_pt_position_{1}', '{0}syn_{1}', '{0}_{1}',
+    '{1}_{0}']
 ID_COLUMNS = ['id', 'pre_root_id', 'post_root_id']
 
 def column_sources(
@@ -52,6 +56,18 @@ def _centre_columns(names: set[str], columns: dict[str, str]) -> tuple[list[str]
         for pattern in patterns:
             found = [pattern.format(axis) for axis in 'xyz']
             if set(found) <= names: return found,in_vx
+    (pre,in_vx),(post,post_in_vx) = (side_columns(names, side) for side in ('pre', 'post'))
+    return (pre + post,in_vx) if pre and post and in_vx == post_in_vx else ([],False)
+
+def side_columns(
+    names: Iterable[str], # Columns of a table
+    side: str, # `pre` or `post`
+) -> tuple[list[str], bool]: # x, y and z, and whether they are in voxels; an empty list if there are none
+    "The columns with the points on one side of the synapses"
+    for patterns,in_vx in ((SIDE_PATTERNS_NM, False), (SIDE_PATTERNS_VX, True)):
+        for pattern in patterns:
+            found = [pattern.format(side, axis) for axis in 'xyz']
+            if set(found) <= set(names): return found,in_vx
     return [],False
 
 def _stated_column(axis: str, patterns: list[str], columns: dict[str, str]) -> str|None:
@@ -134,7 +150,8 @@ def read_synapses(
     ours = {name: whole_numbers(table[column])[0] for name,column in source.items() if column}
     for i,axis in enumerate('xyz'): ours[f'ctr_{axis}_nm'] = centres[:, i]
     ours['reject_reason'] = _reject_reasons(ours, centres)
-    table.drop(columns=list({*centre_columns, *filter(None, source.values())}), inplace=True)
+    used = {*centre_columns[:3*(len(centre_columns) == 3)], *filter(None, source.values())} # points of sides stay
+    table.drop(columns=list(used), inplace=True)
     return _with_rest(ours, table)
 
 def _id_problems(table: pd.DataFrame, source: dict[str, str|None]) -> list[str]:
@@ -154,14 +171,15 @@ def _centres(table: pd.DataFrame, columns: list[str], scale) -> tuple[np.ndarray
     "Centres in nm, `(n, 3)` as x, y, z, and why there are none"
     if not columns:
         names = ', '.join(pattern.format('x') for pattern in CENTRE_PATTERNS_NM + CENTRE_PATTERNS_VX)
-        return None,f"no columns with the centre of the cleft: one of {names}, and the same for y and z"
+        return None,(f"no columns with the centre of the cleft: one of {names}, and the same for y and z; or points on "
+            "both sides")
     names = ', '.join(columns)
     if scale is None:
         return None,f"positions are in voxels ({names}): state the size of these voxels (table_voxel_nm)"
     try: positions = table[columns].to_numpy(np.float64, na_value=np.nan)
     except (TypeError, ValueError): return None,f"columns {names}: not numbers"
-    positions *= scale[::-1]
-    return positions,None
+    points = positions.reshape(len(table), len(columns)//3, 3)*scale[::-1]
+    return points.mean(1),None # of one point, or of those on the two sides
 
 def _reject_reasons(ours: dict[str, np.ndarray], centres: np.ndarray) -> np.ndarray:
     "Why each row cannot be used"

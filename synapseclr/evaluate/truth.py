@@ -86,7 +86,8 @@ def _synapses_with_truth(k: int, run: Path, phantom: Path) -> tuple[pd.DataFrame
     "Synapses of run number `k` with their truth, and the feature sets that need no network"
     store = ChunkStore.open(run/'chunks.zarr')
     truth = pd.read_parquet(phantom/'truth.parquet')
-    table = read_table(run/'synapses.parquet', 'synapses').merge(truth, on='id', validate='1:1')
+    synapses = read_table(run/'synapses.parquet', 'synapses')
+    table = synapses.merge(truth, on='id', validate='1:1', suffixes=(None, None))
     table = table.set_index('id').loc[store.ids].reset_index()
     for side in ('pre', 'post'): table[f'{side}_neuron'] = f'{k}:' + table[f'true_{side}_root_id'].astype(str)
     grey = _intensity_table(store)

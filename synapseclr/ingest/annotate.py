@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from ..core import content_hash, progress
 from ..data.results import MORPHOMETRIC_COLUMNS
-from .skeleton import path_lengths_to_soma
+from .skeleton import path_lengths_to_soma, skeleton_hints
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE
 from ..data.tables import read_metadata, read_table, write_table
 
@@ -109,6 +109,7 @@ def annotate(
         kept = table[table.reject_reason == '']
         lengths = path_lengths_to_soma(kept, skeletons, neurons).reindex(table.index)
         for side in ('pre', 'post'): lengths[f'{side}_soma_reason'] = lengths[f'{side}_soma_reason'].fillna('rejected')
+        skeleton_hints(lengths.loc[kept.index], kept, skeletons) # raises an error if they do not fit
         table = table.drop(columns=[column for column in lengths if column in table])
         table = pd.concat([table, lengths], axis=1)
         write_table(table, path, 'synapses', made_by | dict(skeletons=origin))

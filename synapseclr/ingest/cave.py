@@ -108,7 +108,8 @@ def cave_neurons(
         ids = rows.target_id.unique().tolist()
         targets = all_rows(partial(_query(client, reference), filter_in_dict=dict(id=ids)))
         targets = targets[['id', *(column for column in targets if column.startswith('pt_'))]]
-        rows = rows.drop(columns=[*points, 'id']).merge(targets, left_on='target_id', right_on='id')
+        rows = rows.drop(columns=[*points, 'id']).merge(targets, left_on='target_id', right_on='id',
+            suffixes=(None, None))
     is_soma = client.info.get_datastack_info().get('soma_table') in (table, reference)
     names = [name for name in ('pt_root_id', 'cell_type', 'classification_system') if name in rows]
     neurons = rows[names].rename(columns=dict(pt_root_id='root_id'))

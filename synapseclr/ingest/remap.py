@@ -6,11 +6,12 @@
 from __future__ import annotations
 import numpy as np, pandas as pd
 from ..core import Box, progress
+from ..data.synapses import SIDE_PATTERNS_NM, SIDE_PATTERNS_VX, side_columns
 from ..data.tables import TableError
 from ..data.volume import Layer, read
 
 # %% auto #0
-__all__ = ['points_nm', 'points_vx', 'root_ids_at', 'side_points', 'remap', 'summarize_remap']
+__all__ = ['root_ids_at', 'side_points', 'remap', 'summarize_remap']
 
 # %% ../../nbs/ingest/06_remap.ipynb #67b641cf
 def root_ids_at(
@@ -29,10 +30,6 @@ def root_ids_at(
     return root_ids
 
 # %% ../../nbs/ingest/06_remap.ipynb #df1c4ff1
-points_nm = ['{}_pt_{}_nm', '{}syn_{}_nm', '{}_pos_{}_nm']
-points_vx = ['{}_pt_{}_vx', '{}syn_{}_vx', '{}_pos_{}_vx', '{}_pt_position_{}',
-    '{}syn_{}']
-
 def side_points(
     table: pd.DataFrame, # Synapses
     side: str, # `pre` or `post`
@@ -40,16 +37,15 @@ def side_points(
     voxel_nm: tuple[float, float, float]|None = None,
 ) -> np.ndarray: # `(n, 3)` nm, z, y, x
     "The points on one side of the synapses. Raises `TableError` if the table has none"
-    for pattern in points_nm + points_vx:
-        columns = [pattern.format(side, axis) for axis in 'zyx']
-        if not set(columns) <= set(table): continue
-        if pattern in points_nm: return table[columns].to_numpy(float)
-        if voxel_nm is None:
-            raise TableError(f"points are in voxels ({', '.join(columns)}): state the size of these voxels (voxel_nm)")
-        return table[columns].to_numpy(float)*voxel_nm
-    names = ', '.join(pattern.format(side, 'x') for pattern in points_nm + points_vx)
-    raise TableError(f"no columns with a point on the {side} side: the table needs one of {names}, and the same for y "
-        "and z")
+    columns,in_vx = side_columns(table, side)
+    if not columns:
+        names = ', '.join(pattern.format(side, 'x') for pattern in SIDE_PATTERNS_NM + SIDE_PATTERNS_VX)
+        raise TableError(f"no columns with a point on the {side} side: the table needs one of {names}, and the same "
+            "for y and z")
+    if in_vx and voxel_nm is None:
+        raise TableError(f"points are in voxels ({', '.join(columns)}): state the size of these voxels (voxel_nm)")
+    points = table[columns[::-1]].to_numpy(np.float64, na_value=np.nan)
+    return points*voxel_nm if in_vx else points
 
 def remap(
     table: pd.DataFrame, # Synapses, from `read_synapses`
@@ -58,19 +54,18 @@ def remap(
     voxel_nm: tuple[float, float, float]|None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]: # The table with today's ids, and the changes of ids
     """Look up the partners of synapses in another version of the segmentation.
-    The table gets `pre_remap` and `post_remap`: `same`, `changed` or `nothing there`. The changes count the
+    The table gets `pre_remap` and `post_remap`: `same`, `changed`, `nothing there` or `no point`. The changes count the
     synapses for each old and new id of a side, in the columns side, old, new, status and synapses. Raises
     `TableError` if points are missing"""
     table = table.copy()
     id_changes = []
     for side in ('pre', 'post'):
         points = side_points(table, side, voxel_nm)
-        is_finite = np.isfinite(points).all(1)
-        if not is_finite.all():
-            raise TableError(f"points on the {side} side are not finite in {(~is_finite).sum()} rows")
-        old = table[f'{side}_root_id'].to_numpy(np.uint64)
-        new = root_ids_at(seg, np.floor(points/seg.voxel_nm + .5).astype(np.int64))
-        status = np.select([new == 0, new == old], ['nothing there', 'same'], 'changed')
+        has_point = np.isfinite(points).all(1)
+        old = table[f'{side}_root_id'].clip(lower=0).to_numpy(np.uint64)
+        new = np.zeros(len(table), np.uint64)
+        new[has_point] = root_ids_at(seg, np.floor(points[has_point]/seg.voxel_nm + .5).astype(np.int64))
+        status = np.select([~has_point, new == 0, new == old], ['no point', 'nothing there', 'same'], 'changed')
         table[f'{side}_root_id'] = np.where(new == 0, old, new)
         table[f'{side}_remap'] = status
         pairs = pd.DataFrame(dict(side=side, old=old, new=new, status=status))
@@ -84,11 +79,11 @@ def summarize_remap(
     lines = []
     for side,changes in id_changes.groupby('side', sort=False):
         counts = changes.groupby('status').synapses.sum()
-        counts = counts.reindex(['same', 'changed', 'nothing there'], fill_value=0)
-        with_cell = changes[changes.status != 'nothing there']
+        counts = counts.reindex(['same', 'changed', 'nothing there', 'no point'], fill_value=0)
+        with_cell = changes[changes.status.isin(['same', 'changed'])]
         n_split = (with_cell.groupby('old').new.nunique() > 1).sum()
         n_merged = (with_cell.groupby('new').old.nunique() > 1).sum()
         lines.append(f"{side}: {counts['same']} synapses have the same cell, {counts['changed']} have another one, "
-            f"{counts['nothing there']} are where there is no cell; {n_split} cells were split, {n_merged} were merged "
-            "from several")
+            f"{counts['nothing there']} are where there is no cell, {counts['no point']} have no point; {n_split} "
+            f"cells were split, {n_merged} were merged from several")
     return '\n'.join(lines)

@@ -20,7 +20,7 @@ from ..data.store import ConcatStore
 from ..metrics import cross_val_predict_by_neuron, explained_variance, roc_auc
 
 # %% auto #0
-__all__ = ['rank_me', 'alignment', 'uniformity', 'knn_predict', 'online_probe', 'TrainingMonitor', 'TrainingLog']
+__all__ = ['rank_me', 'alignment', 'uniformity', 'knn_predict', 'online_probe', 'TrainingMonitor', 'TrainingLog', 'read_log']
 
 # %% ../../nbs/learn/07_monitor.ipynb #a3a691c7
 def rank_me(
@@ -206,3 +206,13 @@ class TrainingLog:
 
 def _append(path: Path, *records: dict):
     with open(path, 'a') as f: f.writelines(json.dumps(record)+'\n' for record in records)
+
+# %% ../../nbs/learn/07_monitor.ipynb #3b7fac70
+def read_log(
+    run: str|Path, # Run folder
+) -> tuple[list[dict], list[dict]]: # Records of steps, records of epochs
+    "The training log of a run"
+    records = [json.loads(line) for line in (Path(run)/'train/log.jsonl').read_text().splitlines()]
+    steps = [record for record in records if 'loss' in record]
+    epochs = [record for record in records if 'epoch' in record]
+    return steps,epochs

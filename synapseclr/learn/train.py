@@ -4,7 +4,7 @@
 
 # %% ../../nbs/learn/10_train.ipynb #9e8b666e
 from __future__ import annotations
-import json, math, shutil
+import math, shutil
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from .precision import Precision, autocast, check_mode, choose_mode, time_mode
 from .views import AugmentConfig, CubeConfig
 
 # %% auto #0
-__all__ = ['TrainConfig', 'TrainingError', 'learning_rate', 'with_dataset_statistics', 'train', 'read_log']
+__all__ = ['TrainConfig', 'TrainingError', 'learning_rate', 'with_dataset_statistics', 'train']
 
 # %% ../../nbs/learn/10_train.ipynb #3920d63f
 class TrainConfig(Strict):
@@ -109,12 +109,11 @@ def _table(
 def _allowed(config: TrainConfig, table: pd.DataFrame) -> np.ndarray:
     "Synapses that may be trained on"
     if not config.exclude: return np.arange(len(table))
-    ids = np.unique(read_ids(config.exclude))
-    unknown = np.setdiff1d(ids, table.id)
-    if len(unknown) == len(ids):
-        raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(unknown)} ids is in this run; "
-            "take ids from the synapse table of this run")
-    return np.flatnonzero(~(table.id.isin(ids) & (table.store == 0)))
+    ids = read_ids(config.exclude)
+    is_listed = table.id.isin(ids)
+    if not is_listed.any():
+        raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(ids)} ids is in this run's table")
+    return np.flatnonzero(~(is_listed & (table.store == 0)))
 
 def with_dataset_statistics(
     config: AugmentConfig, # With or without a mean and an sd of its own
@@ -435,13 +434,3 @@ def _end_epoch(setup: _Setup, log: TrainingLog, monitor: TrainingMonitor, step: 
 
 def _last_good(folder: Path) -> str:
     return f"the last good checkpoint is {next(iter(checkpoint_paths(folder)), 'none')}"
-
-# %% ../../nbs/learn/10_train.ipynb #3b7fac70
-def read_log(
-    run: str|Path, # Run folder
-) -> tuple[list[dict], list[dict]]: # Records of steps, records of epochs
-    "The training log of a run"
-    records = [json.loads(line) for line in (Path(run)/'train/log.jsonl').read_text().splitlines()]
-    steps = [record for record in records if 'loss' in record]
-    epochs = [record for record in records if 'epoch' in record]
-    return steps,epochs

@@ -185,9 +185,9 @@ def _check_neurons(neurons: pd.DataFrame, table: pd.DataFrame, data: DataConfig)
         raise ConfigError(f'{path}: none of its {len(neurons)} cells, such as {neurons.root_id[0]}, '
             'is a partner of any synapse; are its root_id and the synapse table of the same version of the '
             'segmentation?')
-    if n := neurons.attrs['no_cell']: print(f'hint: {path}: {n} rows have no cell (root id 0) and are left out')
+    if n := neurons.attrs['no_cell']: print(f'hint: {path}: rows without a cell (root id 0), which are left out: {n}')
     if n := neurons.attrs['contradictory']:
-        print(f'hint: {path}: {n} cells are excitatory in one row and inhibitory in another; they count as not typed')
+        print(f'hint: {path}: cells of both types in different rows, which count as not typed: {n}')
     words = unrecognised_cell_types(neurons, data.types)
     if len(words):
         examples = ', '.join(f'{word} ({n})' for word,n in words.head(5).items())

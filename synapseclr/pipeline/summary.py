@@ -13,7 +13,7 @@ import synapseclr
 from ..core import SynapseCLRError, atomic
 from ..data.results import read_results
 from ..data.tables import read_table
-from ..learn.train import read_log
+from ..learn.monitor import read_log
 from ..analyse.impute import MIN_NEURONS, traits_above_chance
 from ..show.plot import draw_map, plot_probe_scores, training_curve
 from .catalogue import STAGES

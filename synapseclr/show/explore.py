@@ -353,7 +353,8 @@ def open_map(
     path = Path(run)/'results.parquet'
     exported = read_table(path, 'results') if path.exists() else None
     if exported is not None and 'neuroglancer' in exported:
-        table = table.merge(exported[['id', 'neuroglancer']], on='id', how='left', validate='1:1')
+        urls = exported[['id', 'neuroglancer']]
+        table = table.merge(urls, on='id', how='left', validate='1:1', suffixes=(None, None))
     return ExplorerData(table, ChunkStore.open(Path(run)/'chunks.zarr'), Path(run).resolve().name, colour, pictured)
 
 # %% ../../nbs/show/02_explore.ipynb #30f1de43

@@ -208,8 +208,8 @@ def grid_sheet(
 
 # %% ../../nbs/show/01_plot.ipynb #50df2242
 def training_curve(
-    steps: list[dict], # From `train.read_log`, a row per step
-    epochs: list[dict], # From `train.read_log`, a row per epoch
+    steps: list[dict], # From `monitor.read_log`, a row per step
+    epochs: list[dict], # From `monitor.read_log`, a row per epoch
 ) -> plt.Figure:
     """Draw the loss per step, its mean per epoch and the loss of held-out synapses (Fig.
     S1B). Lines show the loss if all features are identical, and its lower bound. Below are the effective rank, and

@@ -50,7 +50,7 @@ def cave_synapses(
     client, # From `open_cave`
     table: str, # Name of the synapse table
     cells: np.ndarray|None = None, # Root ids: synapses with one of these cells on either side ...
-    box_nm: tuple|None = None, # ... or lowest and highest position, each `(z, y, x)`, of the centre
+    box_nm: tuple|None = None, # ... or lowest and highest position of the centre, each `(z, y, x)`
 ) -> pd.DataFrame: # Its columns are those of the server, with positions in nm
     "Ask for synapses. Raises `CaveError` if the server does not send all of them"
     query = _query(client, table)
@@ -61,8 +61,6 @@ def cave_synapses(
     rows = pd.concat([answer for answer in answers if len(answer)] or answers[:1])
     rows = rows.drop_duplicates('id').sort_values('id', ignore_index=True)
     rows = rows.drop(columns=_BOOKKEEPING, errors='ignore').rename(columns=_nm_name)
-    if centre == 'pre_pt':
-        for axis in 'xyz': rows[f'ctr_pt_{axis}_nm'] = (rows[f'pre_pt_{axis}_nm'] + rows[f'post_pt_{axis}_nm'])/2
     if box_nm is None: return rows
     return _inside(rows, [f'{centre}_{axis}_nm' for axis in 'zyx'], box_nm)
 
@@ -108,8 +106,8 @@ def cave_neurons(
         ids = rows.target_id.unique().tolist()
         targets = all_rows(partial(_query(client, reference), filter_in_dict=dict(id=ids)))
         targets = targets[['id', *(column for column in targets if column.startswith('pt_'))]]
-        rows = rows.drop(columns=[*points, 'id']).merge(targets, left_on='target_id', right_on='id',
-            suffixes=(None, None))
+        rows = rows.drop(columns=[*points, 'id'])
+        rows = rows.merge(targets, left_on='target_id', right_on='id', suffixes=(None, None))
     is_soma = client.info.get_datastack_info().get('soma_table') in (table, reference)
     names = [name for name in ('pt_root_id', 'cell_type', 'classification_system') if name in rows]
     neurons = rows[names].rename(columns=dict(pt_root_id='root_id'))

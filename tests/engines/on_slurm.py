@@ -144,7 +144,7 @@ def test_cancelled_training(slurm, volume, fetched, tmp_path):
     shutil.copytree(fetched, run)
     number,log = train(slurm, volume, run)
     wait_for('a step', lambda: n_steps(run), 120)
-    is_ours = lambda process: f'--set=run={run}' in process.info['cmdline']
+    is_ours = lambda process: f'--set=run={run}' in (process.info['cmdline'] or []) # a zombie has none
     ours = [process for process in psutil.process_iter(['cmdline']) if is_ours(process)]
     cores = {len(process.cpu_affinity()) for process in ours}
     command('scancel', number)

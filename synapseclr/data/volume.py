@@ -4,7 +4,7 @@
 
 # %% ../../nbs/data/01_volume.ipynb #f293cc18
 from __future__ import annotations
-import re
+import os, re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -71,6 +71,8 @@ def open_layer(
     """Open a layer.
     Raises `VolumeError`, which names the layer, if it is absent, has no such mip or cannot be decoded"""
     path = source.path if '://' in source.path else f'file://{source.path}'
+    # cloud-files requires this variable beside the others, but permanent credentials have no session token
+    if 'AWS_ACCESS_KEY_ID' in os.environ: os.environ.setdefault('AWS_SESSION_TOKEN', '')
     options = dict(timestamp=source.timestamp, agglomerate=path.startswith('graphene://'), bounded=True,
         fill_missing=source.fill_missing, lru_bytes=cache_bytes, progress=False)
     try:

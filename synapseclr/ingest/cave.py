@@ -14,7 +14,7 @@ from ..core import SynapseCLRError, atomic, content_hash, progress, provenance
 from ..data.tables import write_table
 
 # %% auto #0
-__all__ = ['cells_per_question', 'CaveError', 'all_rows', 'cave_synapses', 'cave_neurons', 'write_cave_tables', 'open_cave',
+__all__ = ['CELLS_PER_QUESTION', 'CaveError', 'all_rows', 'cave_synapses', 'cave_neurons', 'write_cave_tables', 'open_cave',
            'cave_errors']
 
 # %% ../../nbs/ingest/09_cave.ipynb #c5a1e007
@@ -38,16 +38,19 @@ def all_rows(
         rows = pd.concat([all_rows(query, after, middle), all_rows(query, middle, upto)])
     if len(rows) != n_rows or rows.id.duplicated().any():
         raise CaveError(f'the server counts {n_rows} rows, and sends {len(rows)}; ask again later')
+    inexact = [column for column in rows if column.endswith('_id') and pd.api.types.is_float_dtype(rows[column])]
+    if len(rows) and inexact:
+        raise CaveError(f"{', '.join(inexact)}: came as floating point, which loses digits of ids; update caveclient")
     return rows.sort_values('id', ignore_index=True)
 
 # %% ../../nbs/ingest/09_cave.ipynb #c5a1e013
-cells_per_question = 50
+CELLS_PER_QUESTION = 50
 
 def cave_synapses(
     client, # From `open_cave`
     table: str, # Name of the synapse table
     cells: np.ndarray|None = None, # Root ids: synapses with one of these cells on either side ...
-    box_nm: tuple|None = None, # ... or lowest and highest position, each `(z, y, x)`, of the centre
+    box_nm: tuple|None = None, # ... or lowest and highest position of the centre, each `(z, y, x)`
 ) -> pd.DataFrame: # Its columns are those of the server, with positions in nm
     "Ask for synapses. Raises `CaveError` if the server does not send all of them"
     query = _query(client, table)
@@ -57,9 +60,7 @@ def cave_synapses(
     answers = [all_rows(partial(query, **question)) for question in progress(questions, desc='ask', unit='question')]
     rows = pd.concat([answer for answer in answers if len(answer)] or answers[:1])
     rows = rows.drop_duplicates('id').sort_values('id', ignore_index=True)
-    rows = rows.drop(columns=_bookkeeping, errors='ignore').rename(columns=_nm_name)
-    if centre == 'pre_pt':
-        for axis in 'xyz': rows[f'ctr_pt_{axis}_nm'] = (rows[f'pre_pt_{axis}_nm'] + rows[f'post_pt_{axis}_nm'])/2
+    rows = rows.drop(columns=_BOOKKEEPING, errors='ignore').rename(columns=_nm_name)
     if box_nm is None: return rows
     return _inside(rows, [f'{centre}_{axis}_nm' for axis in 'zyx'], box_nm)
 
@@ -70,7 +71,7 @@ def _inside(rows: pd.DataFrame, columns: list[str], box_nm: tuple) -> pd.DataFra
     if not is_near.all(): raise CaveError(f'the server sends {(~is_near).sum()} synapses outside of the box')
     return rows[((where >= box_nm[0]) & (where < box_nm[1])).all(1)].reset_index(drop=True)
 
-_bookkeeping = ['valid', 'created', 'deleted', 'superceded_id', 'superceded'] # Of the server
+_BOOKKEEPING = ['valid', 'created', 'deleted', 'superceded_id', 'superceded'] # Of the server
 
 def _query(client, table: str) -> Callable:
     "A question about one table without those that it refers to: CAVE cannot count the rows of several"
@@ -79,7 +80,7 @@ def _query(client, table: str) -> Callable:
 
 def _about_cells(cells: np.ndarray) -> list[dict]:
     "Questions about the outputs and inputs of some cells"
-    chunks = np.split(cells, range(cells_per_question, len(cells), cells_per_question))
+    chunks = np.split(cells, range(CELLS_PER_QUESTION, len(cells), CELLS_PER_QUESTION))
     return [dict(filter_in_dict={f'{side}_pt_root_id': chunk.tolist()}) for chunk in chunks for side in ('pre', 'post')]
 
 def _box_vx(client, table: str, box_nm: tuple) -> list[list[int]]:
@@ -94,7 +95,7 @@ def _nm_name(column: str) -> str: return re.sub(r'_position_([xyz])$', r'_\1_nm'
 def cave_neurons(
     client, # From `open_cave`
     table: str, # Name of a table with a column `cell_type`
-) -> pd.DataFrame: # `root_id`, `cell_type`, position; one row for each of the table's that has a cell
+) -> pd.DataFrame: # `root_id`, `cell_type`, `classification_system` if there is one, position; rows with a cell
     "Ask for the types of cells. Raises `CaveError` if the table has none, or if the server does not send all of it"
     rows = all_rows(_query(client, table))
     if 'cell_type' not in rows:
@@ -105,10 +106,11 @@ def cave_neurons(
         ids = rows.target_id.unique().tolist()
         targets = all_rows(partial(_query(client, reference), filter_in_dict=dict(id=ids)))
         targets = targets[['id', *(column for column in targets if column.startswith('pt_'))]]
-        rows = rows.drop(columns=[*points, 'id']).merge(targets, left_on='target_id', right_on='id',
-            suffixes=(None, None))
+        rows = rows.drop(columns=[*points, 'id'])
+        rows = rows.merge(targets, left_on='target_id', right_on='id', suffixes=(None, None))
     is_soma = client.info.get_datastack_info().get('soma_table') in (table, reference)
-    neurons = rows[['pt_root_id', 'cell_type']].rename(columns=dict(pt_root_id='root_id'))
+    names = [name for name in ('pt_root_id', 'cell_type', 'classification_system') if name in rows]
+    neurons = rows[names].rename(columns=dict(pt_root_id='root_id'))
     for axis in 'xyz': neurons[f"{'soma' if is_soma else 'pt'}_{axis}_nm"] = rows[f'pt_position_{axis}']
     return neurons[neurons.root_id != 0].reset_index(drop=True)
 
@@ -132,14 +134,14 @@ def write_cave_tables(
     write_table(synapses, out, 'synapses', provenance(server=client.server_address, datastack=client.datastack_name,
         materialization=client.version, time=client.timestamp.isoformat(), table=table, **asked))
     lines = [f'{out}: {len(synapses)} synapses of {state}']
-    found = synapses[['pre_pt_root_id', 'post_pt_root_id']].to_numpy()
+    found = synapses[['pre_pt_root_id', 'post_pt_root_id']].to_numpy(np.int64)
     if cells is not None and len(absent := np.setdiff1d(cells, found)):
         lines.append(f'hint: {len(absent)} of {len(cells)} cells have no synapse, such as {absent[0]}: are their ids '
             'of this version?')
     if typed is None: return '\n'.join(lines)
     neurons = Path(neurons or Path(out).with_name('neurons.csv'))
     with atomic(neurons) as f: typed.to_csv(f, index=False)
-    is_typed = np.isin(found, typed.root_id).any(1)
+    is_typed = np.isin(found, typed.root_id.to_numpy(np.int64)).any(1)
     lines.append(f'{neurons}: {len(typed)} cells of {types}; {is_typed.sum()} of the synapses have one of them')
     return '\n'.join(lines)
 

@@ -2,6 +2,8 @@
 A plugin of pytest, which `run.sh` names; without it these tests are not collected."""
 import os, shutil, socket, subprocess, time
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 import pytest
 from synapseclr.dev.fixtures import tiny_volume
@@ -56,5 +58,6 @@ def pytest_runtest_logreport(report):
 
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.section('engines')
-    for name,version in versions.items(): terminalreporter.line(f'{name}: {version}')
+    if find_spec('caveclient'): versions['caveclient'] = version('caveclient')
+    for name,text in versions.items(): terminalreporter.line(f'{name}: {text}')
     for test,result in results.items(): terminalreporter.line(f'{result}  {test}')

@@ -73,6 +73,17 @@ def test_layers_in_a_bucket(client, amazon, home, volume, direct, tmp_path, monk
     assert done.returncode == 0, done.stderr
     assert files(tmp_path/'alias', chunk_files) == files(direct, chunk_files)
 
+def test_credentials_in_the_environment(client, volume, direct, tmp_path, monkeypatch):
+    "The two variables that permanent credentials have are enough"
+    upload(client('s3'), volume, 'bucket')
+    for path in (tmp_path/'home/.cloudvolume/secrets').iterdir(): path.unlink()
+    for name in ('AWS_SESSION_TOKEN', 'AWS_DEFAULT_REGION'): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('AWS_ACCESS_KEY_ID', 'ours')
+    monkeypatch.setenv('AWS_SECRET_ACCESS_KEY', 'secret')
+    done = fetch(volume, 's3://bucket', tmp_path/'run')
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path/'run', chunk_files) == files(direct, chunk_files)
+
 def test_results_in_a_bucket(client, amazon, volume, direct, tmp_path):
     """A run cannot be in a bucket, where files cannot be renamed, and the error says what to do instead. A finished run
     that was copied to a bucket is read from there by tensorstore and pyarrow"""

@@ -39,7 +39,7 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 @pytest.fixture(scope='session')
 def slurm(tmp_path_factory):
     "A cluster of this machine alone, with two GPUs that do not exist. A function that submits a job"
-    for name in ('munged', 'slurmctld', 'slurmd', 'sbatch', 'srun', 'scontrol', 'scancel'): program(name)
+    for name in ('munged', 'slurmctld', 'slurmd', 'sbatch', 'srun', 'scontrol', 'scancel', 'squeue'): program(name)
     folder = tmp_path_factory.mktemp('slurm')
     for name in ('state', 'spool'): (folder/name).mkdir()
     ports = dict(controller_port=free_port(), node_port=free_port())
@@ -64,6 +64,8 @@ def slurm(tmp_path_factory):
         start('slurmd', '-D', *stepd)
         wait_for('an idle node', lambda: 'idle' in command('sinfo', '--noheader', '--format=%T'))
         yield submit
+        command('scancel', f'--user={getpass.getuser()}')
+        wait_for('the end of all jobs', lambda: not command('squeue', '--noheader').strip())
 
 def command(*args):
     "What a command of SLURM printed"
@@ -142,7 +144,7 @@ def test_cancelled_training(slurm, volume, fetched, tmp_path):
     shutil.copytree(fetched, run)
     number,log = train(slurm, volume, run)
     wait_for('a step', lambda: n_steps(run), 120)
-    is_ours = lambda process: f'--set=run={run}' in process.info['cmdline']
+    is_ours = lambda process: f'--set=run={run}' in (process.info['cmdline'] or []) # a zombie has none
     ours = [process for process in psutil.process_iter(['cmdline']) if is_ours(process)]
     cores = {len(process.cpu_affinity()) for process in ours}
     command('scancel', number)

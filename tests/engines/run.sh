@@ -23,11 +23,11 @@ if ! command -v slurmctld > /dev/null && command -v apt-get > /dev/null; then
     (unpack slurm-wlm munge) > "$folder/apt.log" 2>&1 || { echo 'no SLURM from apt:'; tail -n 3 "$folder/apt.log"; }
 fi
 python -m venv "$folder/moto"
-"$folder/moto/bin/pip" install -q 'moto[server]' || echo 'no moto from pip'
+"$folder/moto/bin/pip" install -qq 'moto[server]' || echo 'no moto from pip'
 if ! python -c 'import caveclient' 2> /dev/null; then
-    pip install -q --no-deps --target "$folder/cave" caveclient cachetools || echo 'no caveclient from pip'
+    pip install -qq --no-deps --target "$folder/cave" caveclient cachetools || echo 'no caveclient from pip'
 fi
 
 cd "$repository"
 export ENGINES="$folder" PYTHONPATH="tests/engines:$folder/cave${PYTHONPATH:+:$PYTHONPATH}"
-python -m pytest -q -rs -p engine -p no:cacheprovider "$@" tests/engines/on_*.py tests/test_cave.py
+python -m pytest -q -rs -p engine -p no:cacheprovider --basetemp "$folder/pytest" "$@" tests/engines/on_*.py tests/test_cave.py

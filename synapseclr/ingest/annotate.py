@@ -11,7 +11,9 @@ from ..core import content_hash, progress
 from ..data.results import MORPHOMETRIC_COLUMNS
 from .skeleton import path_lengths_to_soma, skeleton_hints
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE
+from ..data.neurons import SOMA_COLUMNS
 from ..data.tables import read_metadata, read_table, write_table
+from .fetch import file_hash
 
 # %% auto #0
 __all__ = ['contact_um2', 'cleft_plane', 'morphometrics', 'annotate']
@@ -104,7 +106,7 @@ def annotate(
         table = table.merge(pd.concat(parts), on='id', how='left', validate='1:1', suffixes=(None, None))
         made_by['annotated'] = _version
         write_table(table, path, 'synapses', made_by)
-    origin = _skeleton_hash(skeletons) if skeletons else None
+    origin = _skeleton_hash(skeletons, neurons) if skeletons else None
     if skeletons and made_by.get('skeletons') != origin:
         kept = table[table.reject_reason == '']
         lengths = path_lengths_to_soma(kept, skeletons, neurons).reindex(table.index)
@@ -115,13 +117,11 @@ def annotate(
         write_table(table, path, 'synapses', made_by | dict(skeletons=origin))
     return table
 
-def _skeleton_hash(source: str) -> str:
-    "A hash of an address, or of the names, sizes and times of local files"
-    path = Path(source)
-    if '://' in source or not path.exists(): return content_hash(source)
-    files = sorted(path.rglob('*')) if path.is_dir() else [path]
-    stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files if file.is_file()]
-    return content_hash([(name, stat.st_size, stat.st_mtime_ns) for name,stat in stats])
+def _skeleton_hash(source: str, neurons: pd.DataFrame|None) -> str:
+    "A hash of local skeletons, or of the address of others, and of the positions of somata"
+    skeletons = file_hash(Path(source)) if Path(source).exists() else source
+    somata = [] if neurons is None else neurons[['root_id', *SOMA_COLUMNS]].to_csv()
+    return content_hash([skeletons, somata])
 
 _version = 1 # Of the measurements
 

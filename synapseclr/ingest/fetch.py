@@ -39,7 +39,9 @@ def _identity(data: DataConfig, config: FetchConfig, layers: dict[str, Layer]) -
 
 def file_hash(path: Path) -> str:
     "A hash of the content of a file, or of the files of a folder"
-    if path.is_dir(): return content_hash([file_hash(part) for part in sorted(path.rglob('*')) if part.is_file()])
+    if path.is_dir():
+        parts = sorted(part for part in path.rglob('*') if part.is_file())
+        return content_hash([(part.relative_to(path).as_posix(), file_hash(part)) for part in parts])
     with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()[:16]
 
 def _probe(layers: dict[str, Layer], rows: pd.DataFrame, config: FetchConfig, n: int = 8):

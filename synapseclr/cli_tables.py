@@ -28,13 +28,15 @@ def _lengths(text: str, form: str) -> list[float]:
 # %% ../nbs/89_cli_tables.ipynb #7d20c1a7
 @tables.command('remap')
 def remap_command(
-    table: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help='Synapse table with points on both sides')],
+    table: Annotated[Path, typer.Argument(exists=True, help='Synapse table with points on both sides')],
     seg: Annotated[str, typer.Option(
         help='Segmentation, as CloudVolume takes it; a graphene one may end in @SECONDS, its state at that time')],
     out: Annotated[Path, typer.Option(help='Parquet file to write; the changed ids are written beside it')],
     mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
     voxel_nm: Annotated[str, typer.Option(
         help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
+    column: Annotated[list[str], typer.Option( # noqa: B006
+        help='OUR_NAME=NAME: a column that has another name in this table, as in [data] columns')] = [],
 ):
     "Look up the partners of synapses in another version of the segmentation"
     from synapseclr.data.synapses import read_synapses
@@ -45,7 +47,10 @@ def remap_command(
     has_time = path and seconds.isdigit()
     source = LayerSource(path=path, mip=mip, timestamp=int(seconds)) if has_time else LayerSource(path=seg, mip=mip)
     size = tuple(_lengths(voxel_nm, 'Z,Y,X')) if voxel_nm else None
-    synapses = read_synapses(table, size).drop(columns='reject_reason')
+    wrong = [text for text in column if '=' not in text]
+    if wrong: raise typer.BadParameter(f"'{wrong[0]}' is not OUR_NAME=NAME")
+    columns = dict(text.split('=', 1) for text in column)
+    synapses = read_synapses(table, size, columns).drop(columns='reject_reason')
     remapped,changes = remap(synapses, open_layer('seg', source), size)
     write_table(remapped, out, 'synapses', provenance(seg=source.model_dump(mode='json')))
     changes.to_csv(out.with_suffix('.changed.csv'), index=False)

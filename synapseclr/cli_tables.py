@@ -35,8 +35,8 @@ def remap_command(
     mip: Annotated[int, typer.Option(help='Of the segmentation', min=0)] = 0,
     voxel_nm: Annotated[str, typer.Option(
         help="Z,Y,X: voxel size of the table's positions, if they are in voxels")] = None,
-    column: Annotated[list[str], typer.Option( # noqa: B006
-        help='OUR_NAME=NAME: a column that has another name in this table, as in [data] columns')] = [],
+    column: Annotated[list[str], typer.Option(
+        help='OUR_NAME=NAME: a column that has another name in this table, as in [data] columns')] = [], # noqa: B006
 ):
     "Look up the partners of synapses in another version of the segmentation"
     from synapseclr.data.synapses import read_synapses

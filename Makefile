@@ -47,7 +47,7 @@ site: install
 results: install
 	synapseclr demo
 	synapseclr figures _runs/demo
-	synapseclr_results _runs/demo
+	synapseclr_results --run _runs/demo
 	synapseclr_docs
 
 # What compares bytes, once more as processors without some instructions of this one would compute it

@@ -4,7 +4,7 @@
 
 # %% ../nbs/90_cli.ipynb #bef9bd4c
 from __future__ import annotations
-import re, sys
+import os, re, sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal

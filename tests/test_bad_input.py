@@ -187,18 +187,15 @@ table_faults = {
     'duplicate ids': (
         lambda t: t.assign(cleft_segid=7),
         ['ids that came before in 11 rows']),
-    'not finite': (
-        lambda t: t.assign(centroid_x_nm=t.centroid_x_nm.where(t.index != 2, np.inf)),
-        ['not finite in 1 row (row 2)']),
     'out of volume': (
         lambda t: t.assign(centroid_z_nm=t.centroid_z_nm*1000),
         ['outside the volume']),
-    'pre is post': (
-        lambda t: t.assign(postsyn_segid=t.presyn_segid.where(t.index == 5, t.postsyn_segid)),
-        ['same cell in 1 row (row 5)']),
+    'no row of use': (
+        lambda t: t.assign(postsyn_segid=t.presyn_segid),
+        ['no row can be used: 12 the same cell on both sides']),
     'all at once': (
-        lambda t: t.assign(cleft_segid=7, centroid_x_nm=np.nan, postsyn_segid=t.presyn_segid),
-        ['came before', 'not finite', 'same cell']),
+        lambda t: t.assign(cleft_segid=7, centroid_x_nm='left', postsyn_segid='cell'),
+        ['came before', 'not numbers', "not whole numbers in 12 rows (row 0, 1, 2 ...), such as 'cell'"]),
 }
 
 @pytest.mark.parametrize('suffix', ['.csv', '.parquet', '.feather'])
@@ -213,6 +210,22 @@ def test_wrong_table(spoil, messages, suffix, table, run_stage, tmp_path):
     assert str(path) in text
     for message in messages: assert message in text
     assert not (tmp_path/'run/chunks.zarr').exists()
+
+@pytest.mark.parametrize('suffix', ['.csv', '.parquet', '.feather'])
+def test_wrong_rows(suffix, table, run_stage, tmp_path):
+    "Single rows that cannot be used are rejected, and said; the others are fetched"
+    bad = table.assign(
+        centroid_x_nm=table.centroid_x_nm.where(table.index != 2, np.inf),
+        centroid_z_nm=table.centroid_z_nm.where(table.index != 4, 1e9),
+        postsyn_segid=table.postsyn_segid.where(table.index != 5, table.presyn_segid))
+    path = tmp_path/f'bad{suffix}'
+    if suffix == '.csv': bad.to_csv(path, index=False)
+    else: getattr(bad, f'to_{suffix[1:]}')(path)
+    code,text = run_stage('fetch', '--set', f'data.table="{path}"', '--no-notebook')
+    assert code == 0
+    for reason in ('no position', 'outside the volume', 'the same cell on both sides'):
+        assert f'1 rejected: {reason}' in text
+    assert '9 of 12 synapses kept' in text
 
 def test_another_table_harms_nothing(table, run_stage, tmp_path):
     "A run folder belongs to one table. Fetching with another table is refused, and the folder stays as it is"

@@ -11,6 +11,7 @@ import numpy as np, pandas as pd, pyarrow.parquet as pq
 from taskqueue import queueable
 from ..core import atomic, content_hash, provenance
 from ..data.store import ChunkStore, StoreError
+from ..data.lab_tables import column_names
 from ..data.synapses import read_ids
 from ..data.tables import read_metadata, read_table, write_table
 from ..data.volume import Layer, VolumeError, check_layers
@@ -108,6 +109,7 @@ def plan_fetch(
     path = run/'fetch/plan.parquet'
     layers = open_layers(data)
     check_layers(layers)
+    column_names(data.table) # raises an error if the table cannot be read
     identity = _identity(data, config, layers)
     if path.exists(): _discard_other_fetch(run, identity)
     before = read_metadata(path)['provenance'] if path.exists() else None

@@ -135,6 +135,7 @@ def test_no_mitochondria_layer(lab, base):
 def test_hole_in_the_mitochondria_layer(lab, base):
     "Where the layer ends inside a synapse, its mitochondria are not known"
     table = lab.measured('half mito', mito=lab.write('half', lab.voxels['mito'][:, :, :200]))
+    assert (table.reject_reason == base.reject_reason).all()
     known = table.mito_measured
     assert 0 < known.sum() < len(table)
     pd.testing.assert_frame_equal(table.loc[known, mito_columns], base.loc[known, mito_columns])

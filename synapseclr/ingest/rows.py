@@ -21,13 +21,15 @@ def read_rows(
     layers: dict[str, Layer], # From `open_layers`
     only: np.ndarray|None = None, # Ids to read; all if None
 ) -> pd.DataFrame: # From `read_synapses`
-    "Read a table. Synapses that are not inside all layers are rejected. Raises `TableError`"
+    """Read a table. Synapses that are not inside all layers are rejected; mitochondria may be known in a part only.
+    Raises `TableError`"""
     rows = read_synapses(table, data.table_voxel_nm, data.columns, only)
     is_inside = np.zeros(len(rows), bool)
     usable = np.flatnonzero(rows.reject_reason == '')
     centres = centres_to_voxels(rows.iloc[usable], layers['em'].voxel_nm)
-    lo = np.max([layer.box.lo for layer in layers.values()], 0)
-    hi = np.min([layer.box.hi for layer in layers.values()], 0)
+    boxes = [layer.box for name,layer in layers.items() if name != 'mito']
+    lo = np.max([box.lo for box in boxes], 0)
+    hi = np.min([box.hi for box in boxes], 0)
     is_inside[usable] = ((centres >= lo) & (centres < hi)).all(1)
     rows.loc[(rows.reject_reason == '') & ~is_inside, 'reject_reason'] = 'outside the volume'
     return rows

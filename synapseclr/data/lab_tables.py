@@ -135,7 +135,7 @@ def _for_json(value):
 # %% ../../nbs/data/06_lab_tables.ipynb #dd1b4e6e
 TABLE_SUFFIXES = ('.csv', '.tsv', '.parquet', '.feather')
 _compressions = ('.gz', '.bz2', '.xz', '.zst')
-_unnamed_index = r'__index_level_\d+__|Unnamed: \d+|level_\d+'
+_unnamed_index = r'__index_level_\d+__|Unnamed: \d+'
 # pandas' own integers turn into floating point at the first gap
 _types = {pa.bool_(): pd.BooleanDtype(), **{getattr(pa, kind.lower())(): getattr(pd, f'{kind}Dtype')()
     for kind in ('Int8', 'Int16', 'Int32', 'Int64', 'UInt8', 'UInt16', 'UInt32', 'UInt64')}}
@@ -161,7 +161,9 @@ def read_parts(
     try: yield from (_csv_parts if suffix in ('.csv', '.tsv') else _arrow_parts)(path, suffix, columns, n)
     except UnicodeDecodeError as e:
         raise TableError(f"{path}: byte {e.object[e.start]:#x} is not UTF-8; save the table as UTF-8") from None
-    except (ValueError, OSError, pa.ArrowException) as e: raise TableError(f"{path}: {e}") from None
+    except (ValueError, OSError, pa.ArrowException) as e:
+        message = str(e).removeprefix('Error tokenizing data. C error: ').strip()
+        raise TableError(f"{path}: {message}") from None
 
 def _arrow_parts(path: Path, suffix: str, columns: list[str]|None, n: int) -> Iterator[pd.DataFrame]:
     "The rows of a parquet or feather file, or of a folder of them; the first part is empty"

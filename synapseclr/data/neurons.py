@@ -79,7 +79,7 @@ def _one_row_per_cell(root: pd.Series, inhibitory: pd.Series, somata: np.ndarray
     neurons['n_somata'] = by_cell.inhibitory.transform('size')
     neurons.loc[neurons.n_somata > 1, SOMA_COLUMNS] = np.nan
     first = ~neurons.root_id.duplicated()
-    others = rest[is_cell].drop(columns=[column for column in rest if column in neurons])
+    others = rest[is_cell].rename(columns={column: f'table_{column}' for column in rest if column in neurons})
     table = pd.concat([neurons, others], axis=1)[first].reset_index(drop=True)
     table.attrs = dict(no_cell=int((~is_cell).sum()), contradictory=int((n_types[first] > 1).sum()))
     return table

@@ -51,7 +51,7 @@ def _centre_columns(names: set[str], columns: dict[str, str]) -> tuple[list[str]
         stated = [_stated_column(axis, patterns, columns) for axis in 'xyz']
         if not any(stated): continue
         sources = [name or _any_column(axis, patterns, names) for name,axis in zip(stated, 'xyz')]
-        if None not in sources: return sources,in_vx
+        return ([],False) if None in sources else (sources,in_vx)
     for patterns,in_vx in units:
         for pattern in patterns:
             found = [pattern.format(axis) for axis in 'xyz']
@@ -255,7 +255,7 @@ def draw_synapses(
     names = column_names(path)
     source = column_sources(names, COLUMN_ALIASES, columns)
     if source['id'] is None: raise unusable(path, ["no column for id", columns_hint(names, source)])
-    always = np.asarray(always, np.int64)
+    always = np.unique(np.asarray(always, np.int64))
     drawn = np.zeros(0, np.int64)
     n_rows = 0
     found = 0

@@ -122,17 +122,17 @@ def test_one_core(run, undisturbed):
     assert_same(run, undisturbed)
 
 def test_busy_killed_and_shared(run, undisturbed):
-    """On a busy machine: training is killed on two cores and resumed on one, two workers compute the features, and the
-    stages that follow run side by side in notebooks"""
+    """Training is killed on two busy cores and resumed on one, two workers compute the features, and the stages that
+    follow run side by side in notebooks"""
     run.remove_all_but_phantom()
     queue = f'fq://{run.cwd}/queue'
     with busy_cores():
         killed = run.do('run', code=kill_at('synapseclr.learn.train', 'nt_xent', 5))
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         run.succeed('train', code=command_on_one_core)
-        run.succeed('extract', '--queue', queue)
-        workers = [run.start_worker(queue, command_on_one_core, 3), run.start_worker(queue, command_code, 1)]
-        printed = [worker.communicate()[0] for worker in workers]
+    run.succeed('extract', '--queue', queue)
+    workers = [run.start_worker(queue, command_on_one_core, 3), run.start_worker(queue, command_code, 1)]
+    printed = [worker.communicate()[0] for worker in workers]
     counts = [re.search(r'(\d+) tasks done, 0 tasks failed, 0 tasks dead', text) for text in printed]
     n_shards = len(list((run.folder/'features').glob('*.parquet')))
     assert sum(int(count[1]) for count in counts) == n_shards > 2

@@ -22,7 +22,7 @@ demo: install
 	synapseclr demo
 
 test: install check notebooks site
-	OMP_NUM_THREADS=1 python -m pytest -q -rs -n 3 --dist loadfile --no-loadscope-reorder tests
+	OMP_NUM_THREADS=1 python -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # SLURM, S3, SQS, graphene and CAVE instead of stand-ins: installed for the tests, started, stopped and deleted
 test-engines: install

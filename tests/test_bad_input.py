@@ -195,7 +195,7 @@ table_faults = {
         ['no row can be used: 12 the same cell on both sides']),
     'all at once': (
         lambda t: t.assign(cleft_segid=7, centroid_x_nm='left', postsyn_segid='cell'),
-        ['came before', 'not numbers', "not whole numbers in 12 rows (row 0, 1, 2 ...), such as 'cell'"]),
+        ['came before', 'not numbers', "not a whole number in 12 rows (row 0, 1, 2 ...), such as 'cell'"]),
 }
 
 @pytest.mark.parametrize('suffix', ['.csv', '.parquet', '.feather'])

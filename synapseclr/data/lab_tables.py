@@ -42,14 +42,14 @@ def whole_numbers(
             return None,missing,(f'is {column.dtype}: ids of 2^53 and more have lost digits; make the table again '
                 'from its source with this column as int64 or as text')
         wrong = ~missing & (values%1 != 0)
-        if wrong.any(): return None,missing,f'is not whole numbers in {row_examples(wrong, first)}'
+        if wrong.any(): return None,missing,f'is not a whole number in {row_examples(wrong, first)}'
         return np.where(missing, 0, values).astype(np.int64),missing,''
     text = column.astype('string').str.strip()
     missing |= text.str.lower().isin(MISSING_WORDS).to_numpy(bool, na_value=True)
     wrong = ~missing & ~text.str.fullmatch(r'[+-]?\d{1,20}(\.0*)?').to_numpy(bool, na_value=False)
     if wrong.any():
         example = text[wrong].iloc[0]
-        return None,missing,f"is not whole numbers in {row_examples(wrong, first)}, such as '{example}'"
+        return None,missing,f"is not a whole number in {row_examples(wrong, first)}, such as '{example}'"
     digits = text.mask(missing, '0').str.partition('.')[0] if len(text) else text
     try: return _to_integers(digits),missing,''
     except OverflowError: return None,missing,'has numbers beyond 64 bits'
@@ -76,7 +76,7 @@ def plain_columns(
         parts = [f'{name}_{axis}' for axis in 'xyz']
         if vectors is None or names & set(parts): plain[str(name)] = _plain(column)
         else: plain.update(zip(parts, map(pd.Series, vectors.T)))
-    return pd.DataFrame(plain)
+    return pd.DataFrame(plain, copy=False)
 
 _number = r'\s*([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)'
 _three_numbers = rf'[\[(]{_number}[\s,]+{_number}[\s,]+{_number}\s*,?\s*[\])]'
@@ -108,13 +108,28 @@ def _plain(column: pd.Series) -> pd.Series:
     if pd.api.types.is_complex_dtype(dtype): return column.astype(str)
     if pd.api.types.is_numeric_dtype(dtype) or isinstance(dtype, pd.StringDtype): return column
     if pd.api.types.is_timedelta64_dtype(dtype): return column.dt.total_seconds()
-    if not pd.api.types.is_object_dtype(dtype): return column.astype('string[pyarrow]') # times and periods
+    if not pd.api.types.is_object_dtype(dtype): return _as_words(column) # times and periods
     kind = pd.api.types.infer_dtype(column, skipna=True)
     if kind in ('string', 'empty'): return column
     if kind == 'boolean': return column.astype('boolean')
-    if kind == 'decimal': return column.astype(float)
+    if kind in ('integer', 'decimal', 'floating', 'mixed-integer-float'):
+        whole = _whole_column(column)
+        return column.astype(float) if whole is None else whole
     if kind in ('timedelta', 'timedelta64'): return pd.to_timedelta(column).dt.total_seconds()
     return column.map(_as_text, na_action='ignore')
+
+def _whole_column(column: pd.Series) -> pd.Series|None:
+    "A column as whole numbers with all their digits, nullable if it has gaps; None if it holds anything else"
+    numbers,missing,_ = whole_numbers(column)
+    if numbers is None: return None
+    whole = pd.Series(numbers, column.index)
+    if not missing.any(): return whole
+    return whole.astype(dict(int64='Int64', uint64='UInt64')[whole.dtype.name]).mask(missing)
+
+def _as_words(column: pd.Series, n: int = 2**18) -> pd.Series:
+    "Each value as text, `n` at a time, because Python's own text needs much memory"
+    parts = [column.iloc[start:start+n] for start in range(0, len(column), n)] or [column]
+    return pd.concat([part.map(str, na_action='ignore').astype('string[pyarrow]') for part in parts])
 
 def _is_plain(dtype) -> bool:
     "Whether numbers or text"
@@ -209,8 +224,6 @@ def read_lab_table(
         columns[name] = _typed(column) if is_text and len(column) else column
     return plain_columns(columns)
 
-_with_gaps = dict(int64='Int64', uint64='UInt64')
-
 def _typed(column: pd.Series) -> pd.Series:
     "A column of text as numbers or truth values, if all its values are"
     text = column.str.strip()
@@ -218,9 +231,7 @@ def _typed(column: pd.Series) -> pd.Series:
     missing = words.isin(MISSING_WORDS)
     if missing.all(): return text.mask(text == '', None)
     if words[~missing].isin(('true', 'false')).all(): return words.map({'true': True, 'false': False}).astype('boolean')
-    numbers,_,_ = whole_numbers(text)
-    if numbers is not None:
-        whole = pd.Series(numbers, column.index)
-        return whole.astype(_with_gaps[whole.dtype.name]).mask(missing) if missing.any() else whole
+    whole = _whole_column(text)
+    if whole is not None: return whole
     try: return pd.to_numeric(text.mask(missing))
     except (ValueError, TypeError): return text.mask(text == '', None)

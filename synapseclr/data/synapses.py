@@ -178,8 +178,9 @@ def _centres(table: pd.DataFrame, columns: list[str], scale) -> tuple[np.ndarray
         return None,f"positions are in voxels ({names}): state the size of these voxels (table_voxel_nm)"
     try: positions = table[columns].to_numpy(np.float64, na_value=np.nan)
     except (TypeError, ValueError): return None,f"columns {names}: not numbers"
-    points = positions.reshape(len(table), len(columns)//3, 3)*scale[::-1]
-    return points.mean(1),None # of one point, or of those on the two sides
+    positions = sum(np.split(positions, len(columns)//3, 1))/(len(columns)//3) # one point, or those on the two sides
+    positions *= scale[::-1]
+    return positions,None
 
 def _reject_reasons(ours: dict[str, np.ndarray], centres: np.ndarray) -> np.ndarray:
     "Why each row cannot be used"

@@ -112,7 +112,7 @@ def _check_format(volume: CloudVolume):
     _find_arrays(meta)
     codecs = [volume.encoding]
     if hasattr(meta, 'codecs'): codecs = [codec['name'] for codec in meta.codecs(volume.mip)]
-    if 'sharding_indexed' in codecs: raise NotImplementedError('the array has shards')
+    if 'sharding_indexed' in codecs: raise VolumeError('the array has shards')
     if 'blosc' in codecs and not find_spec('blosc'):
         raise ImportError('the codec blosc is not installed: pip install blosc')
 

@@ -79,8 +79,9 @@ def assign_blocks(
     block = np.full(len(rows), -1)
     centres = centres_to_voxels(rows[is_usable], voxel_nm)
     block[is_usable] = first_block + plan_blocks(layer_windows(layers, config), centres, config.capacity(voxel_nm))
-    plan = rows.assign(plan_block=block, plan_row=first_row+np.arange(len(rows)))
-    return plan.sort_values(['plan_block', 'id'], ignore_index=True)
+    plan = dict(rows.items()) | dict(plan_block=block, plan_row=first_row+np.arange(len(rows)))
+    order = np.lexsort((rows.id, block))
+    return pd.DataFrame({name: pd.Series(column).take(order).array for name,column in plan.items()}, copy=False)
 
 def _pin_timestamps(
     data: DataConfig, # As configured

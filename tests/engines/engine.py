@@ -9,7 +9,7 @@ import pytest
 from synapseclr.dev.fixtures import tiny_volume
 
 installed = Path(os.environ['ENGINES']) # by `run.sh`
-for folder in ('root/usr/bin', 'root/usr/sbin', 'moto/bin'):
+for folder in ('system/usr/bin', 'system/usr/sbin', 'moto/bin'):
     os.environ['PATH'] = f'{installed/folder}:{os.environ["PATH"]}'
 
 versions = {} # Of the engines that were started

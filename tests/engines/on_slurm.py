@@ -43,7 +43,7 @@ def slurm(tmp_path_factory):
     folder = tmp_path_factory.mktemp('slurm')
     for name in ('state', 'spool'): (folder/name).mkdir()
     ports = dict(controller_port=free_port(), node_port=free_port())
-    libraries = [path.parent for path in (installed/'root').glob('usr/lib/*/libmunge.so.2')]
+    libraries = [path.parent for path in (installed/'system').glob('usr/lib/*/libmunge.so.2')]
     plugins = [path/'slurm-wlm' for path in libraries] or glob.glob('/usr/lib*/slurm*') + glob.glob('/usr/lib/*/slurm*')
     (folder/'slurm.conf').write_text(conf.format(host=socket.gethostname(), user=getpass.getuser(), folder=folder,
         plugins=plugins[0], cores=os.cpu_count(), **ports))
@@ -55,7 +55,7 @@ def slurm(tmp_path_factory):
     versions['SLURM'] = command('sbatch', '--version').strip()
     versions['munge'] = command('munged', '--version').strip()
     munge_files = [f'--{name}-file={folder}/munge.{name}' for name in ('key', 'log', 'pid', 'seed')]
-    stepd = ['-d', installed/'root/usr/sbin/slurmstepd'] if libraries else []
+    stepd = ['-d', installed/'system/usr/sbin/slurmstepd'] if libraries else []
     with ExitStack() as engines:
         start = lambda name, *args: engines.enter_context(daemon(name, *map(str, args), log=folder/f'{name}.log'))
         start('munged', '--foreground', '--force', *munge_files, f'--socket={folder}/munge.socket')

@@ -15,8 +15,8 @@ unpack() { # packages, with all that they need and this machine lacks
     mkdir "$folder/debs"
     cd "$folder/debs"
     apt-get download -q $lacking
-    for package in *.deb; do dpkg-deb --extract "$package" "$folder/root"; done
-    for program in "$folder"/root/usr/sbin/*-wlm; do ln -s "$program" "${program%-wlm}"; done # as Debian's alternatives
+    for package in *.deb; do dpkg-deb --extract "$package" "$folder/system"; done
+    for program in "$folder"/system/usr/sbin/*-wlm; do ln -s "$program" "${program%-wlm}"; done # as Debian's alternatives
     rm -r "$folder/debs"
 }
 if ! command -v slurmctld > /dev/null && command -v apt-get > /dev/null; then

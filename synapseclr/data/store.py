@@ -176,7 +176,8 @@ def _tensorstore(path: Path, **mode) -> tensorstore.TensorStore:
 
 # %% ../../nbs/data/03_store.ipynb #f9da4563
 class ConcatStore:
-    "Several stores, one after the other. Raises `StoreError` if their chunk shapes or voxel sizes differ"
+    """Several stores, one after the other, with the grey values of all moved to the mean and sd of the first.
+    Raises `StoreError` if their chunk shapes or voxel sizes differ"""
     def __init__(self,
         stores: list[ChunkStore], # At least one
     ):
@@ -189,11 +190,9 @@ class ConcatStore:
         self.stores = stores
         self.voxel_nm = first.voxel_nm
         self.ends = np.cumsum([len(store) for store in stores])
-        each_attrs = [store.attrs for store in stores]
-        self.attrs = dict(provenance=[attrs.get('provenance') for attrs in each_attrs])
-        if all(attrs.get('mean') for attrs in each_attrs):
-            for name in ('mean', 'sd'):
-                self.attrs[name] = float(np.mean([attrs[name] for attrs in each_attrs]))
+        self.attrs = dict(provenance=[store.attrs.get('provenance') for store in stores])
+        self.attrs |= {name: first.attrs[name] for name in ('mean', 'sd') if name in first.attrs}
+        self.greys = [_grey_table(store.attrs, self.attrs) for store in stores]
 
     def __len__(self) -> int: return int(self.ends[-1])
 
@@ -208,4 +207,15 @@ class ConcatStore:
             rows = store_of == k
             start = self.ends[k-1] if k else 0
             em[rows],mask[rows] = self.stores[k].batch(indices[rows]-start)
+            if self.greys[k] is not None: em[rows] = self.greys[k][em[rows]]
         return em,mask
+
+def _grey_table(attrs: dict, reference: dict) -> np.ndarray|None: # `(256,)` uint8
+    "The new grey value of each grey value, with the mean and sd of a reference; 0 stays missing. None for no change"
+    names = ('mean', 'sd')
+    if not all(name in attrs and name in reference for name in names): return None
+    if all(attrs[name] == reference[name] for name in names): return None
+    z = (np.arange(256)/255-attrs['mean'])/attrs['sd']
+    greys = np.rint(255*(reference['mean'] + reference['sd']*z)).clip(1, 255)
+    greys[0] = 0
+    return greys.astype(np.uint8)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/learn/11_extract.ipynb #585c8524
 from __future__ import annotations
-import hashlib, json
+import json
 from pathlib import Path
 from typing import Literal
 import numpy as np, pyarrow as pa, pydantic, torch
@@ -12,14 +12,14 @@ from .augment import Augmenter
 from .views import AugmentConfig, CubeConfig
 from synapseclr.core import (Source, Strict, content_hash, n_cores, progress, provenance, threads, worker_pool,
     write_once)
-from .model import Features, SynapseNet
+from .model import Features, SynapseNet, weights_digest
 from .precision import Precision, choose_forward_mode, forward_features, mode_of, say_if_emulated
 from ..data.features import FeatureError, read_features
 from ..data.store import ChunkStore
 from ..data.tables import read_metadata, write_table
 
 # %% auto #0
-__all__ = ['ExtractConfig', 'weights_digest', 'agreed_precision', 'extract']
+__all__ = ['ExtractConfig', 'agreed_precision', 'extract']
 
 # %% ../../nbs/learn/11_extract.ipynb #cd4d9609
 class ExtractConfig(Strict):
@@ -35,14 +35,6 @@ class ExtractConfig(Strict):
     weights: list[Source] = []
 
 # %% ../../nbs/learn/11_extract.ipynb #a3721d99
-def weights_digest(net: SynapseNet) -> str:
-    "A short hash of the weights, by content"
-    digest = hashlib.sha256()
-    for name,value in sorted(net.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 def _feature_table(ids: np.ndarray, features: Features) -> pa.Table:
     "One row per synapse; each layer is a list of fixed length"
     columns = dict(id=ids)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/learn/03_model.ipynb #2c4c61ca
 from __future__ import annotations
-import json, math
+import hashlib, json, math
 from pathlib import Path
 from typing import Literal, NamedTuple
 import safetensors.torch, torch, torch.nn.functional as F
@@ -13,7 +13,7 @@ from ..core import FORMAT_VERSION, SynapseCLRError, atomic, version_problem
 
 # %% auto #0
 __all__ = ['PRESETS', 'initialize', 'Features', 'SpaceToDepth', 'BasicBlock', 'Backbone', 'ModelError', 'Projector', 'SynapseNet',
-           'save_weights', 'load_weights', 'read_network']
+           'save_weights', 'load_weights', 'weights_digest', 'read_network']
 
 # %% ../../nbs/learn/03_model.ipynb #129941fd
 def initialize(
@@ -193,6 +193,14 @@ def load_weights(
     try: net.load_state_dict(state)
     except RuntimeError as e: raise ModelError(f"{path}: {e}") from None
     return net.eval(),header['about']
+
+def weights_digest(net: SynapseNet) -> str:
+    "A short hash of the weights, by content"
+    digest = hashlib.sha256()
+    for name,value in sorted(net.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 # %% ../../nbs/learn/03_model.ipynb #582abab3
 def _released_name(name: str) -> str:

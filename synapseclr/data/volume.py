@@ -178,9 +178,11 @@ def write_layer(
     offset_vx: tuple[int, int, int] = (0, 0, 0), # Position of the first voxel
     chunk_vx: tuple[int, int, int] = (32, 64, 64), # Size of a storage chunk
     ids: np.ndarray|None = None, # The id to write for each value of `voxels`; the value itself if None
+    n_mips: int = 1, # Resolutions: each has half the pixels of the last along x and along y
 ) -> str: # The path, for `LayerSource`
     """Write `voxels` as a precomputed layer: uint8 as an image, wider integers as a segmentation.
-    Some rows of storage chunks are written at a time"""
+    Some rows of storage chunks are written at a time. At a lower resolution an image has the mean of 2 x 2 pixels, a
+    segmentation every second pixel"""
     path = str(path) if '://' in str(path) else f'file://{path}'
     dtype = voxels.dtype if ids is None else ids.dtype
     is_image = dtype == np.uint8
@@ -194,15 +196,29 @@ def write_layer(
         volume_size=list(voxels.shape)[::-1],
         chunk_size=[min(chunk, size) for chunk,size in zip(chunk_vx, voxels.shape)][::-1])
     volume = CloudVolume(path, info=info, progress=False, compress='gzip', delete_black_uploads=True)
+    for mip in range(1, n_mips): volume.add_scale((2**mip, 2**mip, 1), chunk_size=volume.chunk_size)
     volume.commit_info()
-    # whole rows of storage chunks, of at most 2^24 voxels unless a single row is larger
-    depth = max(1, 2**24//(voxels[0].size*chunk_vx[0]))*chunk_vx[0]
+    for mip in range(n_mips):
+        if mip: voxels = _mean_of_pixels(voxels) if is_image else voxels[:, ::2, ::2]
+        volume.mip = mip
+        _write_slabs(volume, voxels, chunk_vx[0], ids)
+    return path
+
+def _mean_of_pixels(em: np.ndarray) -> np.ndarray:
+    "An image at half the resolution in plane; an odd last row or column stands for itself"
+    padding = [(0, 0)] + [(0, size%2) for size in em.shape[1:]]
+    z,y,x = np.add(em.shape, [sum(pad) for pad in padding])
+    blocks = np.pad(em, padding, mode='edge').reshape(z, y//2, 2, x//2, 2)
+    return np.rint(blocks.mean((2, 4), dtype=np.float32)).astype(em.dtype)
+
+def _write_slabs(volume: CloudVolume, voxels: np.ndarray, chunk_depth: int, ids: np.ndarray|None):
+    "Write whole rows of storage chunks, of at most 2^24 voxels unless a single row is larger"
+    depth = max(1, 2**24//(voxels[0].size*chunk_depth))*chunk_depth
     for z in range(0, len(voxels), depth):
         slab = voxels[z:z+depth]
         if ids is not None: slab = ids[slab]
-        first = offset_vx[0] + z
+        first = int(volume.bounds.minpt.z) + z
         volume[:, :, first:first+len(slab)] = np.asfortranarray(slab.T)[..., None]
-    return path
 
 # %% ../../nbs/data/01_volume.ipynb #e57050b2
 PADDING_NM = 500. # A black square of this side is not tissue

@@ -194,7 +194,8 @@ def _stage_command(name: str):
 _with_options = dict(phantom=phantom_command, fetch=fetch_command, train=train_command, extract=extract_command)
 for _name,_stage in STAGES.items(): _command(_name, _stage.help)(_with_options.get(_name) or _stage_command(_name))
 
-@_command('run', 'Run all stages that apply: phantom and evaluate need a [phantom] section, qc needs labelled defects, '
+@_command('run', 'Run all stages that apply: phantom needs a [phantom] section, evaluate that or a table in [evaluate] '
+    'truth, qc needs labelled defects, '
     'impute and consensus need a neuron table')
 def run_all(config: ConfigOption, set: SetOption = [], notebook: NotebookOption = True): # noqa: B006
     from synapseclr.pipeline.stages import open_run, stages_of

@@ -14,7 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% auto #0
-__all__ = ['neuron_disjoint_folds', 'linear_probe', 'cross_val_predict_by_neuron', 'roc_auc', 'explained_variance',
+__all__ = ['neuron_disjoint_folds', 'linear_probe', 'cross_val_predict_by_neuron', 'roc_auc', 'explained_variance', 'spearman',
            'average_precision', 'cluster_bootstrap', 'percentile_interval', 'uncentred_explained_variance',
            'expected_calibration_error', 'regression_scores', 'classification_scores']
 
@@ -93,6 +93,23 @@ def explained_variance(y: np.ndarray, score: np.ndarray, weight: np.ndarray|None
     if not use.any() or variance(y[use]) == 0: return np.nan
     return float(1 - variance(y[use]-score[use])/variance(y[use]))
 
+def spearman(y: np.ndarray, score: np.ndarray, weight: np.ndarray|None = None) -> float:
+    "Spearman's rank correlation; nan if `y` or `score` is constant. Weights count how often a row is there"
+    weight = np.ones(len(y)) if weight is None else weight
+    use = np.isfinite(score) & (weight > 0)
+    weight = weight[use]
+    if not use.any(): return np.nan
+    a,b = (_weighted_ranks(values[use], weight) for values in (y, score))
+    covariance = np.cov(a, b, aweights=weight)
+    sd = np.sqrt(np.diag(covariance))
+    return float(covariance[0, 1]/sd.prod()) if sd.all() else np.nan
+
+def _weighted_ranks(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    "Mean rank of each value if each row is there `weight` times"
+    _,rank = np.unique(values, return_inverse=True)
+    times = np.bincount(rank, weight)
+    return (np.cumsum(times)-(times-1)/2)[rank]
+
 def average_precision(y: np.ndarray, score: np.ndarray, prevalence: float|None = None) -> float:
     """Average precision.
     With `prevalence` it is reweighted as if that fraction of all were positive. It is nan if there is only one
@@ -109,15 +126,20 @@ def cluster_bootstrap(
     scores: list[np.ndarray], # Each `(N,)`
     neuron: np.ndarray, # `(N,)` the neuron of each synapse
     n_draws: int = 400, seed: int = 0, # Bootstrap samples, and the seed of their draws
+    partner: np.ndarray|None = None, # `(N,)` the neuron on the other side, if both sides are drawn
 ) -> np.ndarray: # `(n_draws, len(scores))`
-    "The statistic of each set of scores on neurons drawn with replacement; the draws are the same for all sets"
+    """The statistic of each set of scores on neurons drawn with replacement; the draws are the same for all sets.
+    With `partner`, a synapse counts as often as both its neurons were drawn, multiplied (Owen 2007, *Ann. Appl.
+    Stat.* 1:386); such intervals are rather too wide than too narrow"""
     rng = np.random.default_rng(seed)
-    neurons,position = np.unique(neuron, return_inverse=True)
-    n = len(neurons)
+    sides = [np.unique(side, return_inverse=True)[1] for side in (neuron, partner) if side is not None]
     draws = []
     for _ in range(n_draws):
-        times_drawn = np.bincount(rng.integers(0, n, n), minlength=n)
-        weight = times_drawn[position]
+        weight = np.ones(len(y), int)
+        for position in sides:
+            n = position.max()+1
+            times_drawn = np.bincount(rng.integers(0, n, n), minlength=n)
+            weight *= times_drawn[position]
         draws.append([statistic(y, score, weight) for score in scores])
     return np.array(draws)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from ..learn.views import AugmentConfig, CubeConfig
 from ..core import Strict, read_config
-from .truth import load_with_truth, score_nuisances, score_targets
+from .truth import load_with_truth, phantom_targets, score_nuisances, score_targets
 from ..learn.extract import extract
 from ..learn.model import SynapseNet, load_weights
 from ..data.store import ChunkStore
@@ -62,11 +62,13 @@ def score_ablations(
     clean = (synapses.defect == '').to_numpy()
     table = synapses[clean].reset_index(drop=True)
     sets = {name: x[clean] for name,x in sets.items()}
-    targets = score_targets(table, sets).set_index(['target', 'subset', 'features']).value.sort_index()
+    pre,post = (table[f'{side}_neuron'].to_numpy() for side in ('pre', 'post'))
+    target_scores = score_targets(phantom_targets(table, sets), sets, pre, post)
+    values = target_scores.set_index(['target', 'subset', 'features']).value.sort_index()
     columns = {
         'type AUC': ('presynaptic type', 'all'),
         'type AUC, shaft': ('presynaptic type', 'shaft'),
         'cleft size EV': ('cleft size', 'all')}
     scores = score_nuisances(table, sets).set_index('features')
-    for column,target_and_subset in columns.items(): scores.insert(0, column, targets.loc[target_and_subset])
+    for column,target_and_subset in columns.items(): scores.insert(0, column, values.loc[target_and_subset])
     return scores.reset_index()

@@ -46,8 +46,8 @@ def read_volume(
             voxel_nm=voxel_nm,
             synapses=pd.read_csv(folder/'all/synapses.csv'))
     except FileNotFoundError as e:
-        raise SynapseCLRError(f"{e.filename}: there is no such file; the folder of a volume has raw_png.zip or raw.npz, "
-            "labels.npz, and all/ with cleft.npz and synapses.csv") from None
+        raise SynapseCLRError(f"{e.filename}: there is no such file; the folder of a volume has raw_png.zip or "
+            "raw.npz, labels.npz, and all/ with cleft.npz and synapses.csv") from None
 
 def _read_pictures(path: Path) -> np.ndarray: # `(z, y, x)` uint8
     with zipfile.ZipFile(path) as archive:

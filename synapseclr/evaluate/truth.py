@@ -6,13 +6,14 @@
 from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from scipy import ndimage
 from ..core import n_cores, provenance, threads, worker_pool
 from synapseclr.metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval,
-    roc_auc)
+    roc_auc, spearman)
 from ..data.features import FeatureError, parse_feature_name, read_features, regress_out
 from ..data.results import MORPHOMETRIC_COLUMNS
 from ..data.store import CLEFT, ChunkStore, POST, PRE
@@ -22,8 +23,9 @@ from ..learn.monitor import rank_me
 from .defects import benchmark_detection
 
 # %% auto #0
-__all__ = ['SHELLS_NM', 'intensity_statistics', 'load_with_truth', 'score_targets', 'stratified_auc', 'neurite_scores',
-           'score_defects', 'score_nuisances', 'evaluate', 'average_runs', 'evaluate_each']
+__all__ = ['SHELLS_NM', 'METRICS', 'intensity_statistics', 'load_with_truth', 'Target', 'predict_out_of_fold', 'score_targets',
+           'stratified_auc', 'phantom_targets', 'neurite_scores', 'score_defects', 'score_nuisances', 'evaluate',
+           'average_runs', 'evaluate_each']
 
 # %% ../../nbs/evaluate/02_truth.ipynb #e7016d6d
 SHELLS_NM = (0, 40, 80, 160, 320) # Edges of the profile around the cleft
@@ -111,68 +113,84 @@ def _extract_settings(folder: Path) -> dict:
     return {key: value for key,value in origin.items() if key in ('weights', 'views', 'cube', 'precision')}
 
 # %% ../../nbs/evaluate/02_truth.ipynb #f5061501
-class _Target(NamedTuple):
+METRICS = {'AUC': roc_auc, 'EV': explained_variance, 'Spearman': spearman}
+
+class Target(NamedTuple):
+    "What a probe is to predict"
     name: str
-    y: np.ndarray # `(N,)`
-    metric: Callable # Of `y`, a prediction and weights
-    side: str # Whose neurons the bootstrap draws
-    subset: str
+    y: np.ndarray # `(N,)`, bool for a classifier
+    metric: str # One of `METRICS`
+    side: str # Whose neurons the bootstrap draws: `pre`, `post` or `both`
+    subset: str # Name of the synapses that are scored
     scored: np.ndarray # `(N,)` bool: the synapses of the subset
+    known: np.ndarray|None = None # `(N,)` bool: synapses whose `y` is known; all if None
+    group: np.ndarray|None = None # `(N,)` for an AUC: only synapses of the same group are compared
 
-def _targets(table: pd.DataFrame) -> list[_Target]:
-    spine = (table.place == 'spine').to_numpy()
-    everywhere = np.ones(len(table), bool)
-    subsets = dict(all=everywhere, shaft=~spine, spine=spine)
-    targets = []
-    for side in ('pre', 'post'):
-        inhibitory = (table[f'{side}_type'] == 'inhibitory').to_numpy()
-        for subset,scored in subsets.items():
-            targets.append(_Target(f'{side}synaptic type', inhibitory, roc_auc, side, subset, scored))
-    size = np.log(table.cleft_vx.to_numpy(float))
-    targets.append(_Target('cleft size', size, explained_variance, 'pre', 'all', everywhere))
-    mitochondrion = (table.mito_vx > 0).to_numpy()
-    targets.append(_Target('mitochondrion', mitochondrion, roc_auc, 'pre', 'all', everywhere))
-    return targets
+    def score(self, y: np.ndarray, prediction: np.ndarray, weight: np.ndarray|None = None) -> float:
+        "The metric of a prediction"
+        if self.group is not None: return stratified_auc(y, prediction, self.group, weight)
+        return METRICS[self.metric](y, prediction, weight)
 
-def _within_grey_deciles(target: _Target, intensity: np.ndarray, pre: np.ndarray, post: np.ndarray) -> _Target:
-    "The target, scored only among synapses whose mean grey values predict it to the same degree"
-    three_means = intensity[:, [0, 5, 10]]
-    score = cross_val_predict_by_neuron(three_means, target.y, pre, post)
-    decile = np.digitize(score, np.nanquantile(score, np.linspace(0, 1, 11)[1:-1]))
-    metric = lambda y, score, weight=None: stratified_auc(y, score, decile, weight)
-    return target._replace(metric=metric, subset='mean grey deciles', scored=np.ones(len(decile), bool))
+def predict_out_of_fold(
+    target: Target,
+    x: np.ndarray, # `(N, d)` features
+    pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
+    seed: int = 0, # Of the folds
+) -> np.ndarray: # `(N,)` log-odds or values; nan where `y` is not known
+    "Predict a target by a linear probe for synapses of held-out neurons"
+    known = np.ones(len(x), bool) if target.known is None else target.known
+    prediction = np.full(len(x), np.nan)
+    prediction[known] = cross_val_predict_by_neuron(x[known], target.y[known], pre[known], post[known], seed=seed)
+    return prediction
 
 def score_targets(
-    table: pd.DataFrame, # Without defects, from `load_with_truth`
-    sets: dict[str, np.ndarray],
+    targets: list[Target], # Those of the same name have the same `y` and `known`
+    sets: dict[str, np.ndarray], # Feature sets, `(N, d)` each
+    pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
     references: list[str]|tuple = (), # Feature sets whose gain over every feature set is reported
+    n_splits: int = 1, # Random divisions of the neurons into folds; scores are means over them
 ) -> pd.DataFrame: # For each target, subset and feature set: value and gain of each reference, with 95 % intervals
-    "How well a linear probe predicts each target for synapses of held-out neurons"
-    pre = table.pre_neuron.to_numpy()
-    post = table.post_neuron.to_numpy()
-    targets = _targets(table)
+    """How well a linear probe predicts each target for synapses of held-out neurons.
+    `n` synapses are scored, `n_positive` of them of the class that an AUC is for. `split_sd` is the sd over the
+    divisions of the neurons"""
     predictions = {}
-    for name,y in {target.name: target.y for target in targets}.items():
-        predictions[name] = [cross_val_predict_by_neuron(x, y, pre, post) for x in sets.values()]
-    presynaptic_type = targets[0]
-    targets.append(_within_grey_deciles(presynaptic_type, sets['intensity'], pre, post))
-    position = {name: i for i,name in enumerate(sets)}
+    for name,target in {target.name: target for target in targets}.items():
+        jobs = product(sets.values(), range(n_splits))
+        flat = [predict_out_of_fold(target, x, pre, post, seed) for x,seed in jobs]
+        predictions[name] = np.reshape(flat, (len(sets), n_splits, -1))
     rows = []
-    for target in targets:
-        scores = [np.where(target.scored, prediction, np.nan) for prediction in predictions[target.name]]
-        draws = cluster_bootstrap(target.metric, target.y, scores, table[f'{target.side}_neuron'].to_numpy())
-        for name,i in position.items():
-            value = target.metric(target.y, scores[i])
-            row = dict(target=target.name, subset=target.subset, features=name, value=value)
-            row['lo95'],row['hi95'] = percentile_interval(draws[:, i])
-            for reference in references:
-                j = position[reference]
-                row[f'{reference}_gain'] = target.metric(target.y, scores[j]) - value
-                lo,hi = percentile_interval(draws[:, j]-draws[:, i])
-                row[f'{reference}_gain_lo95'] = lo
-                row[f'{reference}_gain_hi95'] = hi
-            rows.append(row)
+    for target in targets: rows += _score_target(target, list(sets), predictions[target.name], pre, post, references)
     return pd.DataFrame(rows)
+
+def _score_target(
+    target: Target, names: list[str], predictions: np.ndarray, # `(sets, n_splits, N)`
+    pre: np.ndarray, post: np.ndarray, references: list[str]|tuple,
+) -> list[dict]:
+    "The rows of one target, one for each feature set"
+    scored = np.where(target.scored, predictions, np.nan)
+    shape = scored.shape[:2]
+    neuron = post if target.side == 'post' else pre
+    flat = list(scored.reshape(-1, scored.shape[2]))
+    drawn = cluster_bootstrap(target.score, target.y, flat, neuron, partner=post if target.side == 'both' else None)
+    draws = drawn.reshape(-1, *shape).mean(2) # over the divisions
+    each_split = np.reshape([target.score(target.y, prediction) for prediction in flat], shape)
+    values = each_split.mean(1)
+    used = target.scored if target.known is None else target.scored & target.known
+    counts = dict(n=int(used.sum()))
+    if target.metric == 'AUC': counts['n_positive'] = int(target.y[used].sum())
+    rows = []
+    for i,name in enumerate(names):
+        row = dict(target=target.name, subset=target.subset, metric=target.metric, features=name, value=values[i])
+        row['lo95'],row['hi95'] = percentile_interval(draws[:, i])
+        if shape[1] > 1: row['split_sd'] = each_split[i].std(ddof=1)
+        for reference in references:
+            j = names.index(reference)
+            row[f'{reference}_gain'] = values[j]-values[i]
+            lo,hi = percentile_interval(draws[:, j]-draws[:, i])
+            row[f'{reference}_gain_lo95'] = lo
+            row[f'{reference}_gain_hi95'] = hi
+        rows.append(row | counts)
+    return rows
 
 def stratified_auc(
     y: np.ndarray, score: np.ndarray, # `(N,)`
@@ -190,6 +208,34 @@ def stratified_auc(
     defined = np.isfinite(areas)
     if not defined.any(): return np.nan
     return float(np.average(np.array(areas)[defined], weights=np.array(pair_weights)[defined]))
+
+# %% ../../nbs/evaluate/02_truth.ipynb #0451a0b6
+def phantom_targets(
+    table: pd.DataFrame, # Without defects, from `load_with_truth`
+    sets: dict[str, np.ndarray], # Feature sets, `intensity` among them
+) -> list[Target]:
+    "Types of both partners, size of the cleft, and presence of a mitochondrion"
+    spine = (table.place == 'spine').to_numpy()
+    everywhere = np.ones(len(table), bool)
+    subsets = dict(all=everywhere, shaft=~spine, spine=spine)
+    targets = []
+    for side in ('pre', 'post'):
+        inhibitory = (table[f'{side}_type'] == 'inhibitory').to_numpy()
+        for subset,scored in subsets.items():
+            targets.append(Target(f'{side}synaptic type', inhibitory, 'AUC', side, subset, scored))
+    size = np.log(table.cleft_vx.to_numpy(float))
+    targets.append(Target('cleft size', size, 'EV', 'pre', 'all', everywhere))
+    mitochondrion = (table.mito_vx > 0).to_numpy()
+    targets.append(Target('mitochondrion', mitochondrion, 'AUC', 'pre', 'all', everywhere))
+    pre,post = (table[f'{side}_neuron'].to_numpy() for side in ('pre', 'post'))
+    return [*targets, _within_grey_deciles(targets[0], sets['intensity'], pre, post)]
+
+def _within_grey_deciles(target: Target, intensity: np.ndarray, pre: np.ndarray, post: np.ndarray) -> Target:
+    "The target, scored only among synapses whose mean grey values predict it to the same degree"
+    three_means = intensity[:, [0, 5, 10]]
+    score = cross_val_predict_by_neuron(three_means, target.y, pre, post)
+    decile = np.digitize(score, np.nanquantile(score, np.linspace(0, 1, 11)[1:-1]))
+    return target._replace(subset='mean grey deciles', group=decile)
 
 # %% ../../nbs/evaluate/02_truth.ipynb #1dcfeb76
 def neurite_scores(
@@ -285,7 +331,7 @@ def evaluate(
         log_odds = cross_val_predict_by_neuron(x, inhibitory, pre, post)
         neurites.append(neurite_scores(table, log_odds).assign(features=name))
     tables = dict(
-        targets=score_targets(table, clean_sets, references),
+        targets=score_targets(phantom_targets(table, clean_sets), clean_sets, pre, post, references),
         neurites=pd.concat(neurites),
         defects=score_defects(synapses, sets),
         nuisances=score_nuisances(table, clean_sets))
@@ -303,8 +349,8 @@ def average_runs(
 ) -> pd.DataFrame: # The same columns; the counts are of all runs together
     "Average over independent runs, with the 95 % intervals of the means"
     stacked = pd.concat(tables, ignore_index=True)
-    key = [column for column in ('target', 'subset', 'defect', 'synapses', 'features') if column in stacked]
-    counts = [column for column in ('n', 'neurites', 'inhibitory') if column in stacked]
+    key = [column for column in ('target', 'subset', 'metric', 'defect', 'synapses', 'features') if column in stacked]
+    counts = [column for column in ('n', 'n_positive', 'neurites', 'inhibitory') if column in stacked]
     value_of = {bound: bound[:-5] or 'value' for bound in stacked if bound.endswith(('lo95', 'hi95'))}
     for bound,value in value_of.items(): stacked[bound] = (stacked[bound]-stacked[value])**2
     groups = stacked.groupby(key, sort=False)

@@ -38,5 +38,6 @@ STAGES = {stage.name: stage for stage in (
     Stage('manifold', 'Find the axes along which synapses vary', after=('embed', 'qc', 'impute'), parallel=True),
     Stage('export', 'Write a results table with neuroglancer links, AnnData, and an annotation layer',
     after=('embed', 'qc', 'impute', 'consensus'), parallel=True),
-    Stage('evaluate', "Compare the features with the phantom's ground truth", after=('phantom', 'annotate', 'extract'),
+    Stage('evaluate', 'Compare the features with a table of annotations, or with the ground truth of the phantom',
+    after=('phantom', 'annotate', 'extract'),
     parallel=True))}

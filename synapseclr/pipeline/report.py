@@ -59,10 +59,12 @@ def run_notebook(
     **parameters, # More parameters of the notebook
 ):
     "Execute the notebook of a stage, into `RUN/report`. If it has nothing to do, its page is the reason"
-    out = open_run(config, overrides).folder/f'report/{stage}.ipynb'
+    c = open_run(config, overrides)
+    out = c.folder/f'report/{stage}.ipynb'
+    source = 'evaluate_truth' if stage == 'evaluate' and c.evaluate.truth else stage
     parameters = dict(config=str(Path(config).resolve()), overrides=list(overrides)) | parameters
     out.with_suffix('.html').unlink(missing_ok=True) # of an earlier time
-    try: execute_notebook(asset(f'runs/{stage}.ipynb'), out, **parameters)
+    try: execute_notebook(asset(f'runs/{source}.ipynb'), out, **parameters)
     except NothingToDo as reason:
         out.unlink()
         with atomic(out.with_suffix('.html')) as f:

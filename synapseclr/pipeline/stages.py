@@ -38,6 +38,7 @@ from ..analyse.query import QueryConfig, compare_retrieval
 from ..show.export import export
 from ..show.neuroglancer import ExportConfig
 from ..evaluate.defects import sample_true_defects
+from ..evaluate.expert import EvaluateConfig, evaluate_expert
 from ..evaluate.truth import evaluate
 from .catalogue import STAGES
 
@@ -65,6 +66,7 @@ class RunConfig(Strict):
     consensus: ConsensusConfig = ConsensusConfig() # How to type neurites
     manifold: ManifoldConfig = ManifoldConfig() # Which axes of variation
     export: ExportConfig = ExportConfig() # What to export
+    evaluate: EvaluateConfig = EvaluateConfig() # What to compare the features with
 
     @pydantic.field_validator('run')
     @classmethod
@@ -351,7 +353,10 @@ def export_stage(c: RunConfig):
 
 @_stage
 def evaluate_stage(c: RunConfig):
-    if not c.phantom: raise ConfigError('this run has no section [phantom]; there is no ground truth to compare with')
+    if c.evaluate.truth: return evaluate_expert(c.folder, c.evaluate)
+    if not c.phantom:
+        raise ConfigError('this run has no section [phantom], and [evaluate] truth names no table of annotations; '
+            'there is no ground truth to compare with')
     networks = {'trained': 'features', 'untrained': 'features_untrained'}
     if c.extract.pretrained: networks = {'pretrained': 'features_pretrained'} | networks
     if c.embed.features in networks: networks[c.embed.feature_set] = networks[c.embed.features]
@@ -364,8 +369,9 @@ for _name,_stage in stages.items(): _stage.__doc__ = STAGES[_name].help
 
 def stages_of(c: RunConfig) -> list[str]:
     """The stages that apply to a run.
-    Phantom and evaluate need a phantom, qc needs labelled defects, impute and consensus need a table of neurons"""
+    Phantom needs a section [phantom], evaluate needs a phantom or a table of annotations, qc needs labelled defects,
+    impute and consensus need a table of neurons"""
     has_prompts = c.qc.prompts or c.qc.simulate_prompts or 'defect' in read_labels(c.folder/'labels.csv').values()
-    needs = dict(phantom=c.phantom, evaluate=c.phantom, qc=has_prompts, impute=c.source.neurons,
+    needs = dict(phantom=c.phantom, evaluate=c.phantom or c.evaluate.truth, qc=has_prompts, impute=c.source.neurons,
         consensus=c.source.neurons)
     return [name for name in stages if needs.get(name, True)]

@@ -10,11 +10,15 @@ from ..core import threads
 from .query import average_precision_per_query, mean_average_precision
 from ..data.features import read_feature_sets, zscore
 from ..data.store import ChunkStore
+from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
 from synapseclr.metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval,
     roc_auc)
 
 # %% auto #0
-__all__ = ['probe_targets', 'mean_intensity', 'probe_feature_sets', 'probe_run']
+__all__ = ['probe_targets', 'mean_intensity', 'probe_feature_sets', 'probe_run', 'zscore_per_volume', 'probe_volume']
 
 # %% ../../nbs/analyse/03_probe.ipynb #38d26575
 def probe_targets(
@@ -110,3 +114,52 @@ def probe_run(
     brightness = mean_intensity(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
     sampled_sets = {name: x[sample] for name,x in sets.items()}
     return probe_feature_sets(table, sampled_sets, probe_targets(table, neurons, brightness))
+
+# %% ../../nbs/analyse/03_probe.ipynb #01f26eec
+def zscore_per_volume(
+    features: dict[str, np.ndarray], # Of each volume, by name: `(N, d)`
+) -> dict[str, np.ndarray]:
+    "Features with mean 0 and sd 1 in each volume"
+    return {name: zscore(x) for name,x in features.items()}
+
+def probe_volume(
+    features: dict[str, np.ndarray], # Of two volumes, by name: `(N, d)`
+    pre: dict[str, np.ndarray], post: dict[str, np.ndarray], # `(N,)` neurons of each volume
+    seed: int = 0, # Of the control
+    n_neighbors: int = 15,
+) -> dict[str, float]: # `linear`, `lo95`, `hi95`, `rbf`, `linear_control`, `rbf_control`, `same_volume_neighbors`
+    """How well features tell from which of two volumes a synapse is: AUC for held-out neurons, and neighbours.
+    The interval is over neurons of both sides"""
+    x = zscore(np.concatenate(list(features.values())))
+    sizes = [len(values) for values in features.values()]
+    is_second = np.repeat([False, True], sizes)
+    pre,post = (_apart(neurons, features) for neurons in (pre, post))
+    rbf = make_pipeline(StandardScaler(), SVC(class_weight='balanced'))
+    shuffled = _shuffled(is_second, pre, np.random.default_rng(seed))
+    scores = {}
+    for name,y in {'': is_second, '_control': shuffled}.items():
+        for kind,model in dict(linear=None, rbf=rbf).items():
+            score = cross_val_predict_by_neuron(x, y, pre, post, model)
+            scores[kind+name] = roc_auc(y, score)
+            if (kind, name) != ('linear', ''): continue
+            draws = cluster_bootstrap(roc_auc, y, [score], pre, partner=post)
+            scores['lo95'],scores['hi95'] = percentile_interval(draws[:, 0])
+    return scores | dict(same_volume_neighbors=_same_volume_neighbors(x, is_second, n_neighbors))
+
+def _apart(neurons: dict[str, np.ndarray], features: dict) -> np.ndarray:
+    "Neurons of both volumes, with different ids"
+    return np.concatenate([[f'{name}:{neuron}' for neuron in neurons[name]] for name in features])
+
+def _shuffled(y: np.ndarray, neuron: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "`y`, shuffled among the neurons"
+    of_neuron = pd.Series(y).groupby(neuron).first()
+    return pd.Series(rng.permutation(of_neuron.to_numpy()), of_neuron.index).loc[neuron].to_numpy()
+
+def _same_volume_neighbors(x: np.ndarray, is_second: np.ndarray, n_neighbors: int) -> float:
+    "Share of neighbours from the same volume, relative to a random mixture; the mean of both volumes"
+    k = min(n_neighbors, len(x)-1)
+    neighbours = NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)
+    same = (is_second[neighbours] == is_second[:, None]).mean(1)
+    expected = [(is_second == volume).mean() for volume in is_second]
+    ratio = same/expected
+    return float(np.mean([ratio[is_second == volume].mean() for volume in (False, True)]))

@@ -128,8 +128,8 @@ def read_feature_sets(
     run = Path(run)
     all_kept = read_kept(run, include_defects=True)
     table = all_kept if include_defects else read_kept(run)
-    folders = {'trained': run/'features'}
-    for folder in sorted(run.glob('features_*')): folders[folder.name.removeprefix('features_')] = folder
+    others = {folder.name.removeprefix('features_'): folder for folder in sorted(run.glob('features_*'))}
+    folders = others if others and not (run/'features').exists() else {'trained': run/'features'} | others
     available = [*folders, 'morphometrics']
     requested = names or available
     if reference: requested = [reference, *requested]

@@ -6,17 +6,15 @@
 from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd, pydantic
-from ..core import Source, Strict, provenance, suggest, threads
-from ..metrics import cluster_bootstrap
+from ..core import Source, Strict, content_hash, provenance, suggest, threads
 from ..data.features import feature_provenance, read_feature_sets, zscore
 from ..data.lab_tables import read_lab_table, row_examples, whole_numbers
-from ..data.results import read_kept
 from ..data.store import ChunkStore
 from ..data.synapses import id_problem
 from ..data.tables import TableError, write_table
 from ..analyse.probe import mean_intensity, probe_targets
 from ..analyse.query import average_precision_per_query, mean_average_precision
-from .truth import METRICS, Target, score_defects, score_targets
+from .truth import Target, score_defects, score_targets
 
 # %% auto #0
 __all__ = ['MIN_KNOWN', 'MIN_CLASS', 'EvaluateConfig', 'read_truth', 'truth_targets', 'read_all_feature_sets', 'same_axon_scores',
@@ -169,7 +167,8 @@ def evaluate_expert(
     targets += nuisance_targets(table, brightness)
     scores = score_targets(targets, sets, pre, post, [reference], config.n_splits)
     tables['targets'] = pd.concat([scores, same_axon_scores(table, sets)], ignore_index=True)
-    sources = {name: feature_provenance(run, name) for name in network_names(run)}
+    networks = [name for name in sets if name.endswith(' + measured')]
+    sources = {name: feature_provenance(run, name.removesuffix(' + measured')) for name in networks}
     origin = provenance(config.model_copy(update=dict(truth=None)), sources=sources, n_synapses=len(table),
         truth=content_hash(truth.to_csv()))
     for name,scores in tables.items():

@@ -24,7 +24,8 @@ def neuron_disjoint_folds(
     post: np.ndarray, # `(N,)` postsynaptic neuron
     y: np.ndarray, # `(N,)` target; the neurons are stratified by its mean
     k: int = 4, # Folds of presynaptic neurons, and of postsynaptic neurons
-    seed: int = 0, # Of the order of neurons with the same mean
+    # Another seed divides the neurons in another way; with 0, neurons of different means are dealt out in order
+    seed: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]: # Train and test, each `(N,)` bool
     "Splits with no neuron on both sides, in which each synapse is tested once"
     pre = np.asarray(pre)
@@ -43,7 +44,11 @@ def _assign_folds(neurons: np.ndarray, y: np.ndarray, k: int, seed: int) -> np.n
     "The fold of each synapse's neuron, `(N,)`"
     mean = pd.Series(np.asarray(y, float)).groupby(neurons).mean()
     order = mean.sample(frac=1, random_state=seed).sort_values(kind='stable').index
-    return pd.Series(np.arange(len(order))%k, order).loc[neurons].to_numpy()
+    fold = np.arange(len(order))%k
+    if seed: # each k neurons with neighbouring means, in random order
+        rng = np.random.default_rng(seed)
+        for start in range(0, len(order), k): rng.shuffle(fold[start:start+k])
+    return pd.Series(fold, order).loc[neurons].to_numpy()
 
 # %% ../nbs/01_metrics.ipynb #99317d53
 def linear_probe(

@@ -8,7 +8,8 @@ import fcntl, json, os, shutil, socket, subprocess, sys, tempfile
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['tiny_volume', 'tiny_fetched', 'tiny_run', 'tiny_phantom', 'in_processes', 'toy_numbers', 'toy_types', 'two_cells']
+__all__ = ['tiny_volume', 'tiny_fetched', 'tiny_run', 'tiny_phantom', 'tiny_phantom_with_table', 'in_processes', 'toy_numbers',
+           'toy_types', 'two_cells']
 
 # %% ../../nbs/dev/02_fixtures.ipynb #2db95031
 def tiny_volume(
@@ -121,6 +122,20 @@ def tiny_phantom(
     phantom = '[phantom]\nseed = 2\nshape = [96, 384, 384]\ndefects = 0.3\n[qc]\nsimulate_prompts = 3\n'
     (folder/'tiny.toml').write_text(options + phantom)
     return _run_until(stage, str(folder/'tiny.toml'), folder, shared='phantom')
+
+def tiny_phantom_with_table(
+    stage:str, # Stage that is to be run next
+) -> tuple: # Configuration and overrides, with all stages before `stage` done
+    "The small phantom, with a table of what a person might say of two thirds of its synapses"
+    import pandas as pd
+    config,overrides = tiny_phantom(stage)
+    run = Path(overrides[0].removeprefix('run='))
+    truth = pd.read_parquet(run/'phantom/truth.parquet')
+    truth = truth[truth.id%3 > 0]
+    table = pd.DataFrame(dict(id=truth.id, cleft_vx=truth.cleft_vx, on_spine=truth.place == 'spine', defect=truth.defect))
+    path = run.parent/'annotations.csv'
+    table.to_csv(path, index=False)
+    return config,[*overrides, f'evaluate.truth={path}', 'evaluate.log=["cleft_vx"]']
 
 def _run_until(stage, config, folder, shared=''):
     """Do the stages before `stage`.

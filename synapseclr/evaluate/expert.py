@@ -47,7 +47,9 @@ def read_truth(
     if not table_ids.isin(ids).any():
         raise TableError(f"{path}: none of its {len(table)} ids, such as {table_ids[0]}, is a synapse that the run has "
             "kept")
-    return table.drop(columns='id').set_index(table_ids).reindex(ids).reset_index(drop=True)
+    table = table.drop(columns='id').set_index(table_ids)
+    flags = {name: 'boolean' for name in table if table[name].dtype == bool} # gaps would make them words
+    return table.astype(flags).reindex(ids).reset_index(drop=True)
 
 def truth_targets(
     truth: pd.DataFrame, # From `read_truth`

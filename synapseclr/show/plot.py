@@ -13,8 +13,8 @@ from ..data.store import CLEFT, Chunk, ChunkStore, MITO, POST, PRE
 
 # %% auto #0
 __all__ = ['COLOURS', 'model_colours', 'type_colours', 'category_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet',
-           'distance_histogram', 'draw_map', 'plot_probe_scores', 'axis_figure', 'grid_sheet', 'training_curve',
-           'reliability_diagram', 'risk_coverage_curve']
+           'distance_histogram', 'draw_map', 'plot_probe_scores', 'plot_scores', 'axis_figure', 'grid_sheet',
+           'training_curve', 'reliability_diagram', 'risk_coverage_curve']
 
 # %% ../../nbs/show/01_plot.ipynb #640dc07d
 COLOURS = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
@@ -163,6 +163,40 @@ def _draw_probe_panel(ax: plt.Axes, scores: pd.DataFrame, colours: dict[str, str
     ax.set_yticks(-np.arange(len(targets)), labels, fontsize=6)
     ax.tick_params(axis='x', labelsize=6)
     ax.set_xlim(-.15, 1.02)
+
+# %% ../../nbs/show/01_plot.ipynb #e2c388ac
+def plot_scores(
+    scores: pd.DataFrame, # `target`, `metric`, `features`, `value`, `lo95`, `hi95` [, `n`, `n_positive`]
+    reference: str = 'measured', # Feature set whose interval is drawn as a band
+    columns: int = 4, # Panels in a row
+) -> plt.Figure:
+    "Draw the score of every feature set on every target"
+    panels = list(scores.groupby(['target', 'metric'], sort=False))
+    names = list(scores.features.unique())
+    rows = -(-len(panels)//columns)
+    fig,axes = plt.subplots(rows, columns, figsize=(1.2+1.5*columns, rows*(.6+.14*len(names))), sharey=True,
+        squeeze=False, layout='constrained')
+    for ax in axes.flat[len(panels):]: ax.set_visible(False)
+    for ax,((target,metric),panel) in zip(axes.flat, panels):
+        panel = panel.set_index('features').reindex(names)
+        y = -np.arange(len(names))
+        if reference in names: ax.axvspan(*panel.loc[reference, ['lo95', 'hi95']], color='#D55E00', alpha=.12, lw=0)
+        ax.hlines(y, panel.lo95, panel.hi95, color='#0072B2', lw=1)
+        ax.plot(panel.value, y, 'o', c='#0072B2', ms=3)
+        ax.axvline(.5 if metric == 'AUC' else 0, c='k', lw=.5, ls=':')
+        ax.set_title(f'{target}\n{metric}{_counts(panel)}', fontsize=6)
+        ax.tick_params(labelsize=6)
+    for ax in axes[:, 0]:
+        ax.set_yticks(-np.arange(len(names)), names)
+        ax.set_ylim(.6-len(names), .4)
+    return fig
+
+def _counts(panel: pd.DataFrame) -> str:
+    "How many synapses a panel is about"
+    if 'n' not in panel: return ''
+    n = int(panel.n.max())
+    if 'n_positive' not in panel or panel.n_positive.isna().all(): return f', n = {n}'
+    return f', {int(panel.n_positive.max())} of {n}'
 
 # %% ../../nbs/show/01_plot.ipynb #9f3b4cee
 def axis_figure(

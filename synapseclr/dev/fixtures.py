@@ -132,10 +132,11 @@ def tiny_phantom_with_table(
     run = Path(overrides[0].removeprefix('run='))
     truth = pd.read_parquet(run/'phantom/truth.parquet')
     truth = truth[truth.id%3 > 0]
-    table = pd.DataFrame(dict(id=truth.id, cleft_vx=truth.cleft_vx, on_spine=truth.place == 'spine', defect=truth.defect))
+    table = pd.DataFrame(dict(id=truth.id, mito_vx=truth.mito_vx, on_spine=truth.place == 'spine',
+        defect=truth.defect))
     path = run.parent/'annotations.csv'
     table.to_csv(path, index=False)
-    return config,[*overrides, f'evaluate.truth={path}', 'evaluate.log=["cleft_vx"]']
+    return config,[*overrides, f'evaluate.truth={path}', 'evaluate.n_splits=2']
 
 def _run_until(stage, config, folder, shared=''):
     """Do the stages before `stage`.

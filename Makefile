@@ -7,7 +7,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 # Notebooks and tests that need the same small run share what one of them has done of it
 export SYNAPSECLR_SHARED_FIXTURES := $(CURDIR)/build/fixtures
 
-.PHONY: install demo test test-engines check notebooks site results narrowed same_bytes clean
+.PHONY: install demo cortex test test-engines check notebooks site results narrowed same_bytes clean
 
 install: $(BIN)/.installed
 
@@ -42,6 +42,11 @@ notebooks: install
 site: install
 	synapseclr_docs
 	git diff --exit-code -- README.md
+
+# Mouse cortex, from the stacks in ../shared/data: layers and tables, then a run of all stages
+cortex: install
+	python -c "from synapseclr.evaluate.kasthuri import convert_all; convert_all('../shared/data', '_runs/kasthuri')"
+	synapseclr run --config configs/ac3.toml
 
 # Every stored table, figure and output that comes from the demo, anew
 results: install

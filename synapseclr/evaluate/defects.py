@@ -10,7 +10,7 @@ from ..analyse.embed import Neighbours, read_neighbours
 from ..data.results import read_kept
 from ..analyse.qc import DefectDetector, QCConfig, QCError, marked_cluster, read_clusters
 from ..data.features import read_feature_sets
-from ..metrics import average_precision
+from ..metrics import average_precision, cluster_bootstrap, percentile_interval
 
 # %% auto #0
 __all__ = ['benchmark_detection', 'benchmark_run', 'sample_true_defects']
@@ -27,6 +27,7 @@ def benchmark_detection(
     fdr: float|None = .2, # As of `DefectDetector`; None ranks synapses and removes none, which is faster
     n_draws: int = 20,
     seed: int|np.random.Generator = 0, # A generator draws the prompts of all kinds and counts in turn
+    neuron: np.ndarray|None = None, # `(N,)` whose neurons the bootstrap draws; no intervals if None
 ) -> pd.DataFrame: # A row for each kind of defect, number of prompts, rule and feature set
     "Measure how well the other defects are found from a few prompts"
     rows = []
@@ -40,10 +41,14 @@ def benchmark_detection(
             setting = dict(defect=defect_kind, prompts=n)
             for name,x in sets.items():
                 results = []
+                scores = []
                 for prompts in draws:
                     score,removed = _detect(x[searched], prompts, fdr)
                     results.append(_score_rest(score, removed, is_defect, searched_proofread, prompts))
-                rows.append(setting | dict(rule='score', features=name) | _mean(results))
+                    scores.append(score)
+                row = setting | dict(rule='score', features=name) | _mean(results)
+                if neuron is not None: row |= _interval(draws, scores, is_defect, neuron[searched])
+                rows.append(row)
             if cluster is None: continue
             results = []
             for prompts in draws:
@@ -57,6 +62,16 @@ def _frequent_kinds(defect: np.ndarray, n: int) -> list[str]:
     return [kind for kind in sorted(set(defect)-{''}) if (defect == kind).sum() >= n]
 
 def _mean(results: list[dict]) -> dict: return pd.DataFrame(results).mean().to_dict()
+
+def _interval(prompts: list[np.ndarray], scores: list[np.ndarray], is_defect: np.ndarray, neuron: np.ndarray) -> dict:
+    "95 % interval of the average precision over neurons and draws of prompts"
+    def precision(y, score, weight): return average_precision(y.repeat(weight), score.repeat(weight))
+    samples = []
+    for draw,(marked,score) in enumerate(zip(prompts, scores)):
+        rest = np.delete(np.arange(len(score)), marked)
+        samples.append(cluster_bootstrap(precision, is_defect[rest], [score[rest]], neuron[rest], 20, draw))
+    lo,hi = percentile_interval(np.concatenate(samples)[:, 0])
+    return dict(average_precision_lo95=lo, average_precision_hi95=hi)
 
 def _detect(x: np.ndarray, prompts: np.ndarray, fdr: float|None) -> tuple[np.ndarray, np.ndarray|None]:
     "Score of each synapse, and whether it is removed; None in place of the latter if `fdr` is None"

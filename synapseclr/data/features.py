@@ -7,13 +7,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, pyarrow.parquet as pq
+from sklearn.decomposition import PCA
 from ..core import Strict, SynapseCLRError
 from .results import MORPHOMETRIC_COLUMNS, read_kept
 from .tables import read_metadata
 
 # %% auto #0
 __all__ = ['Nuisance', 'NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'FeatureChoice', 'parse_feature_name',
-           'feature_provenance', 'regress_out', 'read_feature_sets', 'zscore']
+           'feature_provenance', 'regress_out', 'read_feature_sets', 'zscore', 'profile_features']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
 class FeatureError(SynapseCLRError):
@@ -164,3 +165,17 @@ def zscore(
 ) -> np.ndarray: # `(N, d)`, each feature with mean 0 and sd 1; a constant feature is 0
     "z-scored features"
     return (x-x.mean(0))/np.maximum(x.std(0), 1e-12)
+
+# %% ../../nbs/data/05_features.ipynb #735ac148
+def profile_features(
+    profiles: np.ndarray, # `(N, 4*rings)`, nan where a ring is empty, from `measure_store`
+    n_components: int = 40,
+) -> np.ndarray: # `(N, n_components)` float32; at most `N` components
+    "Principal components of profiles, those of most variance first"
+    kinds = np.asarray(profiles, float).reshape(len(profiles), 4, -1)
+    known = np.isfinite(kinds)
+    mean = np.where(known, kinds, 0).sum(0)/np.maximum(known.sum(0), 1)
+    centred = np.where(known, kinds-mean, 0)
+    scaled = centred/np.maximum(centred.std((0, 2), keepdims=True), 1e-12)
+    n_components = min(n_components, len(profiles), scaled[0].size)
+    return PCA(n_components, random_state=0).fit_transform(scaled.reshape(len(profiles), -1)).astype(np.float32)

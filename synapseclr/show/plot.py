@@ -9,12 +9,14 @@ import numpy as np, pandas as pd
 from scipy.spatial.distance import pdist
 from scipy.stats import beta
 from ..analyse.query import SimilarityIndex
+from ..data.frame import cleft_frame, in_frame
 from ..data.store import CLEFT, Chunk, ChunkStore, MITO, POST, PRE
+from ..ingest.measure import N_DEPTHS, N_RADII, PROFILE_NM
 
 # %% auto #0
-__all__ = ['COLOURS', 'model_colours', 'type_colours', 'category_colours', 'draw_chunk', 'contact_sheet', 'neighbour_sheet',
-           'distance_histogram', 'draw_map', 'plot_probe_scores', 'plot_scores', 'axis_figure', 'grid_sheet',
-           'training_curve', 'reliability_diagram', 'risk_coverage_curve']
+__all__ = ['COLOURS', 'model_colours', 'type_colours', 'category_colours', 'draw_chunk', 'contact_sheet', 'profile_figure',
+           'draw_profile', 'neighbour_sheet', 'distance_histogram', 'draw_map', 'plot_probe_scores', 'plot_scores',
+           'axis_figure', 'grid_sheet', 'training_curve', 'reliability_diagram', 'risk_coverage_curve']
 
 # %% ../../nbs/show/01_plot.ipynb #640dc07d
 COLOURS = {PRE: '#0072B2', POST: '#E69F00', CLEFT: '#009E73', MITO: '#CC79A7'}
@@ -30,35 +32,96 @@ def draw_chunk(
     voxel_nm, # `(z, y, x)`
     title: str = '',
     masked: bool = False, # Show only the EM of the two cells and the cleft
+    by_cleft: bool = False, # Cut it in the frame of its cleft, the presynaptic cell above
 ):
-    """Draw the section of a chunk that is nearest to its middle and not blank.
+    """Draw the section of a chunk that is nearest to its middle and not blank, or a cut in the frame of its cleft.
     Outlines show its parts, and a bar is 250 nm long"""
-    sections = np.flatnonzero(chunk.em.any((1, 2)))
-    z = min(sections, key=lambda z: abs(z-chunk.em.shape[0]//2), default=0)
-    em = chunk.em[z]
-    mask = chunk.mask[z]
+    em,mask,pixel_nm = _cut(chunk, voxel_nm) if by_cleft else _section(chunk, voxel_nm)
     if masked: em = np.where(mask & (PRE|POST|CLEFT), em, 0)
     ax.imshow(em, cmap='gray', vmin=0, vmax=255, rasterized=True)
     for bit in (PRE, POST, CLEFT):
         part = (mask & bit) > 0
         if part.any() and not part.all(): ax.contour(part, [.5], colors=COLOURS[bit], linewidths=.6 if masked else 1)
-    ax.plot([3, 3+250/voxel_nm[2]], [em.shape[0]-4]*2, c='w', lw=2)
+    ax.plot([3, 3+250/pixel_nm], [em.shape[0]-4]*2, c='w', lw=2)
     ax.set_title(title, fontsize=7, pad=2)
     ax.axis('off')
+
+def _section(chunk: Chunk, voxel_nm) -> tuple[np.ndarray, np.ndarray, float]:
+    "EM and mask of a section, and the size of its pixels in nm"
+    sections = np.flatnonzero(chunk.em.any((1, 2)))
+    z = min(sections, key=lambda z: abs(z-chunk.em.shape[0]//2), default=0)
+    return chunk.em[z],chunk.mask[z],voxel_nm[2]
+
+def _cut(chunk: Chunk, voxel_nm) -> tuple[np.ndarray, np.ndarray, float]:
+    "The same of the plane of the normal and the longest axis of the cleft"
+    pixel_nm = float(min(voxel_nm))
+    half_nm = min(np.array(chunk.mask.shape)*voxel_nm)/2
+    frame = cleft_frame(chunk.mask, voxel_nm)
+    em,mask = in_frame(chunk.em, chunk.mask, voxel_nm, frame, (half_nm, half_nm, 0), pixel_nm)
+    return em[:, :, 0],mask[:, :, 0],pixel_nm
 
 def contact_sheet(
     chunks: list[Chunk], # What to draw
     voxel_nm, # `(z, y, x)`
     titles: list[str], # One for each chunk
     columns: int = 8,
+    by_cleft: bool = False, # As for `draw_chunk`
 ) -> plt.Figure:
     "Draw many chunks on one sheet"
     rows = -(-len(chunks)//columns)
     fig,axes = plt.subplots(rows, columns, figsize=(.95*columns, 1.13*rows), squeeze=False, dpi=100)
     for ax in axes.flat: ax.axis('off')
-    for ax,chunk,title in zip(axes.flat, chunks, titles): draw_chunk(ax, chunk, voxel_nm, title)
+    for ax,chunk,title in zip(axes.flat, chunks, titles): draw_chunk(ax, chunk, voxel_nm, title, by_cleft=by_cleft)
     fig.subplots_adjust(left=0, right=1, bottom=0, top=.92, wspace=.04, hspace=.22)
     return fig
+
+# %% ../../nbs/show/01_plot.ipynb #da3ae566
+def profile_figure(
+    profiles: dict[str, np.ndarray], # `(N, 1600)` from `measure_store`, by name of the class
+) -> plt.Figure:
+    "Draw the mean profile of each class and, if there are two, the first less the second"
+    fig,axes = plt.subplots(1, len(profiles)+(len(profiles) == 2), figsize=(2.2*len(profiles)+2, 2.5), squeeze=False,
+        sharey=True, layout='constrained')
+    for ax,(name,members) in zip(axes[0], profiles.items()): draw_profile(ax, members, f'{name} (n = {len(members)})')
+    if len(profiles) == 2:
+        first,second = (_mean_profile(members)[0] for members in profiles.values())
+        _draw_rings(axes[0, 2], first-second, 'RdBu_r', (-.8, .8), 'difference')
+    axes[0, 0].set_ylabel('depth (nm), pre above', fontsize=7)
+    return fig
+
+def draw_profile(
+    ax: plt.Axes,
+    profiles: np.ndarray, # `(N, 1600)` from `measure_store`
+    title: str = '',
+    limits: tuple[float, float] = (-1.5, 1.), # Grey values, in sd of a synapse, drawn black and white
+):
+    "Draw the mean grey values of synapses by depth and distance from the axis of the cleft, the presynaptic cell above"
+    mean,pre,post = _mean_profile(profiles)[[0, 2, 3]]
+    _draw_rings(ax, mean, 'gray', limits, title)
+    middles = (np.arange(2*N_RADII)+.5-N_RADII)*PROFILE_NM/N_RADII
+    depths = ((np.arange(N_DEPTHS)+.5)*2/N_DEPTHS-1)*PROFILE_NM
+    for bit,share in ((PRE, pre), (POST, post)):
+        if share.max() > .5: ax.contour(middles, depths, _mirrored(share), [.5], colors=COLOURS[bit], linewidths=1)
+
+def _mean_profile(profiles: np.ndarray) -> np.ndarray:
+    "`(4, depths, radii)`: mean over the synapses in which a ring is not empty, nan if it is in most"
+    kinds = np.asarray(profiles, float).reshape(-1, 4, N_DEPTHS, N_RADII)
+    known = np.isfinite(kinds)
+    n = known.sum(0)
+    return np.where(2*n >= len(kinds), np.where(known, kinds, 0).sum(0)/np.maximum(n, 1), np.nan)
+
+def _mirrored(rings: np.ndarray) -> np.ndarray: return np.hstack([rings[:, ::-1], rings])
+
+def _draw_rings(ax: plt.Axes, rings: np.ndarray, cmap: str, limits: tuple[float, float], title: str):
+    "Draw a value of each ring on both sides of the axis"
+    image = ax.imshow(_mirrored(rings), cmap=cmap, vmin=limits[0], vmax=limits[1], rasterized=True,
+        extent=(-PROFILE_NM, PROFILE_NM, PROFILE_NM, -PROFILE_NM))
+    bar = ax.figure.colorbar(image, ax=ax, fraction=.045, pad=.02)
+    bar.set_label('grey (sd)', fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+    ax.set_title(title, fontsize=8)
+    ax.set_xlabel('distance from the axis (nm)', fontsize=7)
+    ax.tick_params(labelsize=6)
 
 # %% ../../nbs/show/01_plot.ipynb #d2a5e826
 def neighbour_sheet(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np, pandas as pd
 from scipy import ndimage, sparse
 from ..core import Box, SynapseCLRError
-from ..ingest.annotate import cleft_plane
+from ..data.frame import cleft_plane
 
 # %% auto #0
 __all__ = ['SegmentationError', 'contingency', 'segmentation_scores', 'pick_partners', 'segmentation_defects']

@@ -4,57 +4,25 @@
 
 # %% ../../nbs/evaluate/02_truth.ipynb #657379d4
 from __future__ import annotations
-from collections.abc import Callable
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
-from scipy import ndimage
 from ..core import n_cores, provenance, threads, worker_pool
 from synapseclr.metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval,
     roc_auc, spearman)
 from ..data.features import FeatureError, parse_feature_name, read_features, regress_out
 from ..data.results import MORPHOMETRIC_COLUMNS
-from ..data.store import CLEFT, ChunkStore, POST, PRE
+from ..data.store import ChunkStore
 from ..data.tables import read_metadata, read_table, write_table
+from ..ingest.measure import intensity_statistics
 from ..phantom.build import LATENTS
 from ..learn.monitor import rank_me
 from .defects import benchmark_detection
 
 # %% auto #0
-__all__ = ['SHELLS_NM', 'METRICS', 'intensity_statistics', 'load_with_truth', 'Target', 'predict_out_of_fold', 'score_targets',
-           'stratified_auc', 'phantom_targets', 'neurite_scores', 'score_defects', 'score_nuisances', 'evaluate',
-           'average_runs', 'evaluate_each']
-
-# %% ../../nbs/evaluate/02_truth.ipynb #e7016d6d
-SHELLS_NM = (0, 40, 80, 160, 320) # Edges of the profile around the cleft
-
-def intensity_statistics(
-    em: np.ndarray, # `(Z, Y, X)` uint8, 0 where missing
-    mask: np.ndarray, # `(Z, Y, X)` role bits
-    voxel_nm, # `(z, y, x)`
-) -> dict: # Grey values; nan where a role has no voxel
-    "Mean, sd and percentiles of each role, and mean grey values of both partners in shells around the cleft"
-    present = em > 0
-    row = {}
-    for name,bit in (('pre', PRE), ('cleft', CLEFT), ('post', POST)):
-        grey = em[present & ((mask & bit) > 0)].astype(float)
-        row[f'{name}_mean'] = _or_nan(np.mean, grey)
-        row[f'{name}_sd'] = _or_nan(np.std, grey)
-        for q in (10, 50, 90): row[f'{name}_p{q}'] = _or_nan(partial(np.percentile, q=q), grey)
-    distance = ndimage.distance_transform_edt((mask & CLEFT) == 0, sampling=voxel_nm)
-    for name,bit in (('pre', PRE), ('post', POST)):
-        partner = present & ((mask & bit) > 0)
-        for inner,outer in zip(SHELLS_NM, SHELLS_NM[1:]):
-            shell = partner & (distance > inner) & (distance <= outer)
-            row[f'{name}_{inner}_to_{outer}_nm'] = _or_nan(np.mean, em[shell])
-    middle = len(em)//2
-    background = present[middle] & (mask[middle] == 0)
-    row['section_brightness'] = _or_nan(np.mean, em[middle][background])
-    return row
-
-def _or_nan(statistic: Callable, values: np.ndarray) -> float: return statistic(values) if len(values) else np.nan
+__all__ = ['METRICS', 'load_with_truth', 'Target', 'predict_out_of_fold', 'score_targets', 'stratified_auc', 'phantom_targets',
+           'neurite_scores', 'score_defects', 'score_nuisances', 'evaluate', 'average_runs', 'evaluate_each']
 
 # %% ../../nbs/evaluate/02_truth.ipynb #bf86cb5a
 def load_with_truth(

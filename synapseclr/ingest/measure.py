@@ -14,9 +14,9 @@ from ..data.frame import cleft_frame, cleft_plane, frame_coordinates
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE, StoreError
 
 # %% auto #0
-__all__ = ['SHELLS_NM', 'EDGE_SMOOTHING_NM', 'INTERIOR_NM', 'MIN_EDGE_VOXELS', 'PROFILE_NM', 'DEPTH_BIN_NM', 'RADIUS_BIN_NM',
-           'POINT_NM', 'N_DEPTHS', 'N_RADII', 'contact_um2', 'morphometrics', 'intensity_statistics', 'mask_edges',
-           'Profile', 'profile', 'measure', 'measure_store']
+__all__ = ['SHELLS_NM', 'EDGE_SMOOTHING_NM', 'INTERIOR_NM', 'OPEN_EDGE', 'MIN_EDGE_VOXELS', 'PROFILE_NM', 'DEPTH_BIN_NM',
+           'RADIUS_BIN_NM', 'POINT_NM', 'N_DEPTHS', 'N_RADII', 'contact_um2', 'morphometrics', 'intensity_statistics',
+           'mask_edges', 'Profile', 'profile', 'measure', 'measure_store']
 
 # %% ../../nbs/ingest/10_measure.ipynb #f0347d3d
 def contact_um2(
@@ -101,6 +101,7 @@ def _or_nan(statistic: Callable, values: np.ndarray) -> float: return statistic(
 # %% ../../nbs/ingest/10_measure.ipynb #e20bdd42
 EDGE_SMOOTHING_NM = 10. # Sd of a Gaussian in the plane of the section
 INTERIOR_NM = 60. # Depth of the interior, and distance of edges from the cleft
+OPEN_EDGE = .2 # Less than this of the way from the interior to membranes is no membrane
 MIN_EDGE_VOXELS = 30 # Fewer voxels of an edge or interior are not measured
 
 def mask_edges(
@@ -112,7 +113,8 @@ def mask_edges(
     in_plane_nm = np.asarray(voxel_nm, float)[1:]
     n_voxels = max(1, round(INTERIOR_NM/in_plane_nm.mean()))
     smooth = ndimage.gaussian_filter(em.astype(np.float32), (0, *(EDGE_SMOOTHING_NM/in_plane_nm)), truncate=3)
-    measurable = (em > 0) & ~_dilated((mask & CLEFT) > 0, n_voxels)
+    blurred = max(1, round(2*EDGE_SMOOTHING_NM/in_plane_nm.mean()))
+    measurable = ~_dilated(em == 0, blurred) & ~_dilated((mask & CLEFT) > 0, n_voxels)
     interiors = []
     edges = []
     for bit,other in ((PRE, POST), (POST, PRE)):
@@ -128,7 +130,7 @@ def mask_edges(
         cytoplasm = np.median(interior) if is_measured else np.nan
         darkness = (cytoplasm-edge)/max(cytoplasm-membrane, 1) if is_measured else edge
         row[f'{name}_edge_contrast'] = float(darkness.mean()) if is_measured else np.nan
-        row[f'{name}_open_edge'] = float((darkness < 1/3).mean()) if is_measured else np.nan
+        row[f'{name}_open_edge'] = float((darkness < OPEN_EDGE).mean()) if is_measured else np.nan
     return row
 
 def _dilated(inside: np.ndarray, n: int) -> np.ndarray:

@@ -10,12 +10,13 @@ from ..core import threads
 from .query import average_precision_per_query, mean_average_precision
 from ..data.features import read_feature_sets, zscore
 from ..data.store import ChunkStore
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
-from synapseclr.metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval,
-    roc_auc)
+from ..metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, linear_probe,
+    percentile_interval, roc_auc)
 
 # %% auto #0
 __all__ = ['probe_targets', 'mean_intensity', 'probe_feature_sets', 'probe_run', 'zscore_per_volume', 'probe_volume']
@@ -116,6 +117,23 @@ def probe_run(
     return probe_feature_sets(table, sampled_sets, probe_targets(table, neurons, brightness))
 
 # %% ../../nbs/analyse/03_probe.ipynb #01f26eec
+class _ZscorePerVolume(TransformerMixin, BaseEstimator):
+    "z-scores each volume by its own mean and sd; the last feature is the number of the volume, and is left out"
+    def fit(self, X, y=None):
+        volume = X[:, -1]
+        self.of_volume_ = {}
+        for number in np.unique(volume):
+            x = X[volume == number, :-1]
+            self.of_volume_[number] = x.mean(0),np.maximum(x.std(0), 1e-12)
+        return self
+
+    def transform(self, X):
+        z = np.zeros_like(X[:, :-1])
+        for number,(mean,sd) in self.of_volume_.items():
+            members = X[:, -1] == number
+            z[members] = (X[members, :-1]-mean)/sd
+        return z
+
 def zscore_per_volume(
     features: dict[str, np.ndarray], # Of each volume, by name: `(N, d)`
 ) -> dict[str, np.ndarray]:
@@ -125,26 +143,33 @@ def zscore_per_volume(
 def probe_volume(
     features: dict[str, np.ndarray], # Of two volumes, by name: `(N, d)`
     pre: dict[str, np.ndarray], post: dict[str, np.ndarray], # `(N,)` neurons of each volume
-    seed: int = 0, # Of the control
+    per_volume: bool = False, # Whether to z-score each volume by itself
+    n_controls: int = 5, # Random divisions of the neurons into two volumes, to average over
     n_neighbors: int = 15,
 ) -> dict[str, float]: # `linear`, `lo95`, `hi95`, `rbf`, `linear_control`, `rbf_control`, `same_volume_neighbors`
     """How well features tell from which of two volumes a synapse is: AUC for held-out neurons, and neighbours.
     The interval is over neurons of both sides"""
-    x = zscore(np.concatenate(list(features.values())))
-    sizes = [len(values) for values in features.values()]
-    is_second = np.repeat([False, True], sizes)
+    is_second = np.repeat([False, True], [len(x) for x in features.values()])
     pre,post = (_apart(neurons, features) for neurons in (pre, post))
-    rbf = make_pipeline(StandardScaler(), SVC(class_weight='balanced'))
-    shuffled = _shuffled(is_second, pre, np.random.default_rng(seed))
+    x = np.concatenate(list(features.values())).astype(float)
+    x_with_volume = np.column_stack([x, is_second])
+    scaler = _ZscorePerVolume() if per_volume else FunctionTransformer(lambda X: X[:, :-1])
+    classifiers = dict(linear=linear_probe(is_second), rbf=make_pipeline(StandardScaler(), SVC(class_weight='balanced')))
     scores = {}
-    for name,y in {'': is_second, '_control': shuffled}.items():
-        for kind,model in dict(linear=None, rbf=rbf).items():
-            score = cross_val_predict_by_neuron(x, y, pre, post, model)
-            scores[kind+name] = roc_auc(y, score)
-            if (kind, name) != ('linear', ''): continue
-            draws = cluster_bootstrap(roc_auc, y, [score], pre, partner=post)
+    for kind,classifier in classifiers.items():
+        model = make_pipeline(scaler, classifier)
+        score = cross_val_predict_by_neuron(x_with_volume, is_second, pre, post, model)
+        scores[kind] = roc_auc(is_second, score)
+        if kind == 'linear':
+            draws = cluster_bootstrap(roc_auc, is_second, [score], pre, partner=post)
             scores['lo95'],scores['hi95'] = percentile_interval(draws[:, 0])
-    return scores | dict(same_volume_neighbors=_same_volume_neighbors(x, is_second, n_neighbors))
+        controls = []
+        for seed in range(n_controls):
+            y = _shuffled(is_second, pre, np.random.default_rng(seed))
+            controls.append(roc_auc(y, cross_val_predict_by_neuron(x_with_volume, y, pre, post, model)))
+        scores[f'{kind}_control'] = float(np.mean(controls))
+    scaled = _ZscorePerVolume().fit_transform(x_with_volume) if per_volume else zscore(x)
+    return scores | dict(same_volume_neighbors=_same_volume_neighbors(scaled, is_second, n_neighbors))
 
 def _apart(neurons: dict[str, np.ndarray], features: dict) -> np.ndarray:
     "Neurons of both volumes, with different ids"

@@ -11,7 +11,7 @@ from ..core import read_config
 from ..data.features import read_features
 from ..data.results import read_kept
 from ..data.store import ChunkStore
-from ..analyse.probe import probe_volume, zscore_per_volume
+from ..analyse.probe import probe_volume
 from ..learn.batches import split_held_out
 from .ablations import AblationConfig, run_ablation
 
@@ -92,7 +92,7 @@ def compare_volumes(
     for features,folder in folders.items():
         x = {name: features_of(run, folder, tables[name]) for name,run in runs.items()}
         rows.append(dict(features=features, zscored='together') | probe_volume(x, pre, post))
-        rows.append(dict(features=features, zscored='per volume') | probe_volume(zscore_per_volume(x), pre, post))
+        rows.append(dict(features=features, zscored='per volume') | probe_volume(x, pre, post, per_volume=True))
     return pd.DataFrame(rows)
 
 def features_of(

@@ -217,6 +217,7 @@ def measure(
 def measure_store(
     store: ChunkStore,
     ids: np.ndarray|None = None, # Synapses, in this order; None for all of the store
+    mito_measured: bool = True, # Whether there is a mitochondria layer
 ) -> tuple[pd.DataFrame, np.ndarray]: # `id` and `measure` of each; profiles `(N, 1600)`, as of `Profile.vector`
     "Measure synapses in parallel. Raises `StoreError` if one is not in the store"
     ids = store.ids if ids is None else np.asarray(ids)
@@ -224,7 +225,7 @@ def measure_store(
     if (rows < 0).any(): raise StoreError(f"{store.path}: has no synapse {ids[rows < 0][0]}; take ids of this store")
     def measure_one(row):
         chunk = store[int(row)]
-        values = measure(chunk.em, chunk.mask, store.voxel_nm)
+        values = measure(chunk.em, chunk.mask, store.voxel_nm, mito_measured)
         return dict(id=chunk.id) | values,profile(chunk.em, chunk.mask, store.voxel_nm).vector()
     with worker_pool(n_cores()) as pool: results = list(pool.map(measure_one, rows))
     profiles = np.stack([vector for _,vector in results]) if results else np.zeros((0, 4*N_DEPTHS*N_RADII), np.float32)

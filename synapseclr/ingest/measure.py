@@ -101,7 +101,7 @@ def _or_nan(statistic: Callable, values: np.ndarray) -> float: return statistic(
 # %% ../../nbs/ingest/10_measure.ipynb #e20bdd42
 EDGE_SMOOTHING_NM = 10. # Sd of a Gaussian in the plane of the section
 INTERIOR_NM = 60. # Depth of the interior, and distance of edges from the cleft
-OPEN_EDGE = .2 # Less than this of the way from the interior to membranes is no membrane
+OPEN_EDGE = .3 # Less than this of the way from cytosol to membranes is no membrane
 MIN_EDGE_VOXELS = 30 # Fewer voxels of an edge or interior are not measured
 
 def mask_edges(
@@ -127,8 +127,8 @@ def mask_edges(
     row = {}
     for name,interior,edge in zip(('pre', 'post'), interiors, edges):
         is_measured = min(len(interior), len(edge)) >= MIN_EDGE_VOXELS
-        cytoplasm = np.median(interior) if is_measured else np.nan
-        darkness = (cytoplasm-edge)/max(cytoplasm-membrane, 1) if is_measured else edge
+        cytosol = np.percentile(interior, 90) if is_measured else np.nan
+        darkness = (cytosol-edge)/max(cytosol-membrane, 1) if is_measured else edge
         row[f'{name}_edge_contrast'] = float(darkness.mean()) if is_measured else np.nan
         row[f'{name}_open_edge'] = float((darkness < OPEN_EDGE).mean()) if is_measured else np.nan
     return row

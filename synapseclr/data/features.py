@@ -6,15 +6,15 @@
 from __future__ import annotations
 from pathlib import Path
 from typing import Literal
-import numpy as np, pandas as pd, pyarrow.parquet as pq
+import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from sklearn.decomposition import PCA
-from ..core import Strict, SynapseCLRError
+from ..core import Strict, SynapseCLRError, provenance
 from .results import MORPHOMETRIC_COLUMNS, read_kept
-from .tables import read_metadata
+from .tables import read_metadata, write_table
 
 # %% auto #0
-__all__ = ['Nuisance', 'NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'FeatureChoice', 'parse_feature_name',
-           'feature_provenance', 'regress_out', 'read_feature_sets', 'zscore', 'profile_features']
+__all__ = ['Nuisance', 'NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'write_features', 'FeatureChoice',
+           'parse_feature_name', 'feature_provenance', 'regress_out', 'read_feature_sets', 'zscore', 'profile_features']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
 class FeatureError(SynapseCLRError):
@@ -58,6 +58,28 @@ def _common_provenance(paths: list[Path]) -> dict:
             raise FeatureError(f"{path}: made from other {', '.join(different)} than {paths[0].name}; finish the "
                 "folder with `synapseclr extract`")
     return metadata[paths[0]]['provenance']
+
+# %% ../../nbs/data/05_features.ipynb #a11c3c5c
+def write_features(
+    folder: str|Path, # `RUN/features_NAME`, to make
+    ids: np.ndarray, # `(N,)` synapses: all that the run has kept
+    x: np.ndarray, # `(N, d)` their features
+    **about, # Of the encoder, for the provenance: its name, its version, its weights
+) -> Path: # The folder
+    """Write the feature vectors of an encoder that is not ours.
+    Raises `FeatureError` if they are not one vector for each synapse, or not finite"""
+    ids = np.asarray(ids, np.int64)
+    x = np.asarray(x, np.float32)
+    if x.ndim != 2 or len(x) != len(ids) or not len(ids):
+        raise FeatureError(f'{folder}: features of shape {x.shape} for {len(ids)} synapses; (N, d) for N ids is needed')
+    if len(np.unique(ids)) < len(ids): raise FeatureError(f'{folder}: some synapses occur twice')
+    if not (finite := np.isfinite(x).all(1)).all():
+        raise FeatureError(f'{folder}: the features of synapse {ids[~finite][0]} are not finite')
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
+    table = pa.table(dict(id=ids, backbone=vectors))
+    path = Path(folder)/'000000.parquet'
+    write_table(table, path, 'features', provenance(n_synapses=len(ids), **about))
+    return path.parent
 
 # %% ../../nbs/data/05_features.ipynb #45e7cc2d
 Nuisance = Literal['cutting_angle', 'blank_sections', 'depth']

@@ -119,9 +119,12 @@ def threshold_curve(
 
 def best_threshold(
     curve: pd.DataFrame, # From `threshold_curve`
+    within: float = .05, # Part of the lowest variation of information
 ) -> float:
-    "The threshold of the lowest variation of information"
-    return float(curve.threshold[(curve.voi_split+curve.voi_merge).idxmin()])
+    """The highest threshold of nearly the lowest variation of information.
+    It leaves splits rather than merges, which are harder to repair"""
+    information = curve.voi_split + curve.voi_merge
+    return float(curve.threshold[information <= (1+within)*information.min()].max())
 
 # %% ../../nbs/evaluate/13_automatic.ipynb #e77be406
 def write_automatic_volume(
@@ -175,8 +178,11 @@ def score_segmentation_errors(
     sets['intensity'] = intensity_features(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
     truth = truth.set_index('id').loc[table.id]
     defect = truth.defect.fillna('').to_numpy()
-    scores = benchmark_detection(sets, defect, None, counts=counts, fdr=None, n_draws=n_draws,
-        neuron=truth.true_pre_root_id.to_numpy())
+    neurites = truth.true_pre_root_id.to_numpy()
+    tables = []
+    for n in counts: # a kind may be frequent enough for three prompts only
+        tables.append(benchmark_detection(sets, defect, None, counts=(n,), fdr=None, n_draws=n_draws, neuron=neurites))
+    scores = pd.concat(tables, ignore_index=True)
     found = scores.n # those that are no prompts
     scores['n'] = (found+scores.prompts).astype(int)
     scores['prevalence'] = found/(found + (defect == '').sum())

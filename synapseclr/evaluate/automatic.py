@@ -104,13 +104,13 @@ def segmented_regions(
 def threshold_curve(
     regions: Regions,
     expert: np.ndarray, # `(Z, Y, X)` neurites, 0 for none
-    thresholds: np.ndarray = np.arange(.2, .96, .05),
+    thresholds: np.ndarray|None = None, # If None, from 0.2 to 0.95 in steps of 0.05
 ) -> pd.DataFrame: # `threshold`, `n_segments`, and the scores of `segmentation_scores`
     "How good the segmentation is at each threshold"
     counts = contingency(regions.fragments, expert)
     present = np.unique(regions.fragments[expert > 0])
     rows = []
-    for threshold in thresholds:
+    for threshold in np.arange(.2, .96, .05) if thresholds is None else thresholds:
         region = cut_merges(regions.merges, int(regions.fragments.max()), threshold)[present]
         of_region = sparse.csr_matrix((np.ones(len(region)), (region, np.arange(len(region)))))
         rows.append(dict(threshold=round(float(threshold), 3), n_segments=len(np.unique(region)),
@@ -172,7 +172,7 @@ def score_segmentation_errors(
     truth: pd.DataFrame, # From `write_automatic_volume`
     counts=(3, 5), # Prompts
     n_draws: int = 20,
-) -> pd.DataFrame: # For each kind, number of prompts and feature set: `n`, `prevalence`, average precision as `value`, interval
+) -> pd.DataFrame: # For each kind, number of prompts and feature set: `n`, `prevalence`, `value`, `lo95`, `hi95`
     "Average precision for each kind of error, with 95 % intervals over presynaptic neurites and draws of prompts"
     table,sets = read_feature_sets(run)
     sets['intensity'] = intensity_features(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())

@@ -176,6 +176,7 @@ def score_segmentation_errors(
     "Average precision for each kind of error, with 95 % intervals over presynaptic neurites and draws of prompts"
     table,sets = read_feature_sets(run)
     sets['intensity'] = intensity_features(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
+    sets['random'] = np.random.default_rng(0).normal(size=(len(table), 16))
     truth = truth.set_index('id').loc[table.id]
     defect = truth.defect.fillna('').to_numpy()
     neurites = truth.true_pre_root_id.to_numpy()

@@ -104,13 +104,13 @@ def segmented_regions(
 def threshold_curve(
     regions: Regions,
     expert: np.ndarray, # `(Z, Y, X)` neurites, 0 for none
-    thresholds: np.ndarray = np.arange(.2, .96, .05),
+    thresholds: np.ndarray|None = None, # If None, from 0.2 to 0.95 in steps of 0.05
 ) -> pd.DataFrame: # `threshold`, `n_segments`, and the scores of `segmentation_scores`
     "How good the segmentation is at each threshold"
     counts = contingency(regions.fragments, expert)
     present = np.unique(regions.fragments[expert > 0])
     rows = []
-    for threshold in thresholds:
+    for threshold in np.arange(.2, .96, .05) if thresholds is None else thresholds:
         region = cut_merges(regions.merges, int(regions.fragments.max()), threshold)[present]
         of_region = sparse.csr_matrix((np.ones(len(region)), (region, np.arange(len(region)))))
         rows.append(dict(threshold=round(float(threshold), 3), n_segments=len(np.unique(region)),
@@ -119,9 +119,12 @@ def threshold_curve(
 
 def best_threshold(
     curve: pd.DataFrame, # From `threshold_curve`
+    within: float = .05, # Part of the lowest variation of information
 ) -> float:
-    "The threshold of the lowest variation of information"
-    return float(curve.threshold[(curve.voi_split+curve.voi_merge).idxmin()])
+    """The highest threshold of nearly the lowest variation of information.
+    It leaves splits rather than merges, which are harder to repair"""
+    information = curve.voi_split + curve.voi_merge
+    return float(curve.threshold[information <= (1+within)*information.min()].max())
 
 # %% ../../nbs/evaluate/14_automatic.ipynb #e77be406
 def write_automatic_volume(
@@ -169,14 +172,18 @@ def score_segmentation_errors(
     truth: pd.DataFrame, # From `write_automatic_volume`
     counts=(3, 5), # Prompts
     n_draws: int = 20,
-) -> pd.DataFrame: # For each kind, number of prompts and feature set: `n`, `prevalence`, average precision as `value`, interval
+) -> pd.DataFrame: # For each kind, number of prompts and feature set: `n`, `prevalence`, `value`, `lo95`, `hi95`
     "Average precision for each kind of error, with 95 % intervals over presynaptic neurites and draws of prompts"
     table,sets = read_feature_sets(run)
     sets['intensity'] = intensity_features(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
+    sets['random'] = np.random.default_rng(0).normal(size=(len(table), 16))
     truth = truth.set_index('id').loc[table.id]
     defect = truth.defect.fillna('').to_numpy()
-    scores = benchmark_detection(sets, defect, None, counts=counts, fdr=None, n_draws=n_draws,
-        neuron=truth.true_pre_root_id.to_numpy())
+    neurites = truth.true_pre_root_id.to_numpy()
+    tables = []
+    for n in counts: # a kind may be frequent enough for three prompts only
+        tables.append(benchmark_detection(sets, defect, None, counts=(n,), fdr=None, n_draws=n_draws, neuron=neurites))
+    scores = pd.concat(tables, ignore_index=True)
     found = scores.n # those that are no prompts
     scores['n'] = (found+scores.prompts).astype(int)
     scores['prevalence'] = found/(found + (defect == '').sum())

@@ -22,8 +22,8 @@ def contingency(
 ) -> sparse.csr_matrix: # `(segments, neurites)` numbers of voxels, by ascending id
     "Voxels that each segment shares with each neurite. Raises `SegmentationError` if the shapes differ"
     if auto.shape != expert.shape:
-        raise SegmentationError(f'the automatic segmentation has the shape {auto.shape}, the expert one {expert.shape}; '
-            'read both at the same mip and in the same box')
+        raise SegmentationError(f'the automatic segmentation has the shape {auto.shape}, the expert one '
+            f'{expert.shape}; read both at the same mip and in the same box')
     known = expert > 0
     segments,segment = np.unique(auto[known], return_inverse=True)
     neurites,neurite = np.unique(expert[known], return_inverse=True)
@@ -97,7 +97,7 @@ def segmentation_defects(
     radius_nm: float = 540, # Of the ball
     min_covered: float = .8, # A partner of which less is covered is split
     max_foreign: float = .1, # A segment with this share of another neurite, or more, is merged
-) -> pd.DataFrame: # `id`, `defect` ('' for none), three columns of bool, and of both partners `covered`, `foreign`, `neurite`
+) -> pd.DataFrame: # `id`, `defect` ('' for none), a bool for each kind, and what was measured of both partners
     "What the expert segmentation says of synapses in an automatic one"
     rows = []
     for synapse in synapses.itertuples():

@@ -154,7 +154,8 @@ def probe_volume(
     x = np.concatenate(list(features.values())).astype(float)
     x_with_volume = np.column_stack([x, is_second])
     scaler = _ZscorePerVolume() if per_volume else FunctionTransformer(lambda X: X[:, :-1])
-    classifiers = dict(linear=linear_probe(is_second), rbf=make_pipeline(StandardScaler(), SVC(class_weight='balanced')))
+    rbf = make_pipeline(StandardScaler(), SVC(class_weight='balanced'))
+    classifiers = dict(linear=linear_probe(is_second), rbf=rbf)
     scores = {}
     for kind,classifier in classifiers.items():
         model = make_pipeline(scaler, classifier)

@@ -80,10 +80,11 @@ class SynapseDetector(nn.Module):
         "Read the published weights. Raises `ModelError` if the file is not this network's"
         try: arrays = torch.load(path, map_location='cpu', weights_only=True)
         except FileNotFoundError: raise ModelError(f'{path}: there is no such file') from None
-        except Exception as e: raise ModelError(f'{path}: not readable as weights of torch: {e}') from None
+        except Exception: raise ModelError(f'{path}: not readable as weights of torch') from None
         net = cls()
         try: net.load_state_dict({_own_name(name): array for name,array in arrays.items()}, strict=False)
-        except (RuntimeError, AttributeError) as e: raise ModelError(f'{path}: not the weights of this network: {e}') from None
+        except (RuntimeError, AttributeError) as e:
+            raise ModelError(f'{path}: not the weights of this network: {e}') from None
         lacking = set(net.state_dict()) - set(map(_own_name, arrays))
         if lacking := {name for name in lacking if 'num_batches' not in name}:
             raise ModelError(f'{path}: not the weights of this network: lacks {min(lacking)}')
@@ -127,7 +128,8 @@ def detector_features(
             maps = net.maps(torch.from_numpy(grey)[None, None])
             return _pooled(*maps, net.psd_label(maps[1]), mask)
     with threads(1),worker_pool(n_cores()) as pool:
-        vectors = list(progress(pool.map(compute, range(len(store))), total=len(store), desc='detector', unit='synapse'))
+        computed = pool.map(compute, range(len(store)))
+        vectors = list(progress(computed, total=len(store), desc='detector', unit='synapse'))
     return store.ids,np.stack(vectors)
 
 def _pooled(bottleneck: Tensor, embedding: Tensor, log_odds: Tensor, mask: np.ndarray) -> np.ndarray:

@@ -71,8 +71,8 @@ def write_features(
     ids = np.asarray(ids, np.int64)
     x = np.asarray(x, np.float32)
     if x.ndim != 2 or len(x) != len(ids) or not len(ids):
-        raise FeatureError(f'{folder}: features of shape {x.shape} for {len(ids)} synapses; they have to be (N, d) for '
-            'N ids')
+        raise FeatureError(f'{folder}: features of shape {x.shape} for {len(ids)} synapses; they have to be (N, d) '
+            'for N ids')
     if len(np.unique(ids)) < len(ids): raise FeatureError(f'{folder}: some synapses occur twice')
     if not (finite := np.isfinite(x).all(1)).all():
         raise FeatureError(f'{folder}: the features of synapse {ids[~finite][0]} are not finite')

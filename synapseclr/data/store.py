@@ -171,7 +171,7 @@ class ChunkStore:
 
 def _tensorstore(path: Path, **mode) -> tensorstore.TensorStore:
     "An array of the store, for random reads or for writing a shard, in a third of zarr's time"
-    kvstore = dict(driver='file', path=f'{path.absolute()}/')
+    kvstore = dict(driver='file', path=f'{path.resolve()}/')
     return tensorstore.open(dict(driver='zarr3', kvstore=kvstore), **mode).result()
 
 # %% ../../nbs/data/03_store.ipynb #f9da4563

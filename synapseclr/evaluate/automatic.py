@@ -4,26 +4,24 @@
 
 # %% ../../nbs/evaluate/14_automatic.ipynb #d2ebc978
 from __future__ import annotations
-import io, zipfile
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, safetensors.torch
-from PIL import Image
 from scipy import sparse
-from ..core import atomic, n_cores, threads, worker_pool
+from ..core import atomic, threads
 from ..data.features import read_feature_sets
 from ..data.store import ChunkStore
 from ..data.volume import write_layer
+from ..ingest.measure import measured_feature_sets
 from .defects import benchmark_detection
+from .kasthuri import read_volume
 from .segmentation import contingency, pick_partners, segmentation_defects, segmentation_scores
-from .truth import intensity_statistics
 from .watershed import (MembraneNet, agglomerate, cut_merges, predict_membranes, region_graph,
     section_fragments, train_membranes)
 
 # %% auto #0
 __all__ = ['VOXEL_NM', 'ExpertVolume', 'read_expert_volume', 'Regions', 'trained_membranes', 'segmented_regions',
-           'threshold_curve', 'best_threshold', 'write_automatic_volume', 'intensity_features',
-           'score_segmentation_errors']
+           'threshold_curve', 'best_threshold', 'write_automatic_volume', 'score_segmentation_errors']
 
 # %% ../../nbs/evaluate/14_automatic.ipynb #9557d4a1
 VOXEL_NM = (30., 12., 12.) # As read here
@@ -39,24 +37,15 @@ def read_expert_volume(
     folder: str|Path, # Of AC3 or AC4
 ) -> ExpertVolume:
     "Read a volume at 12 nm"
-    folder = Path(folder)
-    if (folder/'raw.npz').exists(): em = np.load(folder/'raw.npz')['raw']
-    else: em = _read_sections(folder/'raw_png.zip')
-    labels = np.load(folder/'labels.npz')['labels']
-    cleft = np.load(folder/'all/cleft.npz')['cleft']
-    step = labels.shape[1]//em.shape[1]
-    if step > 1: cleft = cleft.reshape(len(cleft), em.shape[1], step, em.shape[2], step).max((2, 4))
-    return ExpertVolume(em, labels[:, ::step, ::step], cleft, pd.read_csv(folder/'all/synapses.csv'))
-
-def _read_sections(path: Path) -> np.ndarray:
-    "Means of 2 x 2 pixels, `(Z, Y, X)` uint8"
-    sections = []
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            section = np.array(Image.open(io.BytesIO(archive.read(name))), np.float32)
-            rows,columns = section.shape
-            sections.append(section.reshape(rows//2, 2, columns//2, 2).mean((1, 3)).round().astype(np.uint8))
-    return np.stack(sections)
+    volume = read_volume(folder)
+    em,cleft = volume.em,volume.cleft
+    step = round(VOXEL_NM[1]/volume.voxel_nm[1])
+    if step > 1:
+        z,y,x = em.shape
+        blocks = (z, y//step, step, x//step, step)
+        em = em.reshape(blocks).mean((2, 4), dtype=np.float32).round().astype(np.uint8)
+        cleft = cleft.reshape(blocks).max((2, 4))
+    return ExpertVolume(em, volume.seg[:, ::step, ::step], cleft, volume.synapses)
 
 # %% ../../nbs/evaluate/14_automatic.ipynb #3f637242
 class Regions(NamedTuple):
@@ -155,18 +144,6 @@ def write_automatic_volume(
     return truth
 
 # %% ../../nbs/evaluate/14_automatic.ipynb #9c51d3df
-def intensity_features(
-    store: ChunkStore, # Of a run
-    ids: np.ndarray, # `(N,)` synapses
-) -> np.ndarray: # `(N, d)`
-    "Grey values of the partners and the cleft, see `intensity_statistics`"
-    row_of = pd.Series(range(len(store)), store.ids)
-    def measure(synapse):
-        chunk = store[row_of[synapse]]
-        return intensity_statistics(chunk.em, chunk.mask, store.voxel_nm)
-    with worker_pool(n_cores()) as pool: grey = pd.DataFrame(list(pool.map(measure, ids)))
-    return grey.fillna(grey.median()).to_numpy()
-
 def score_segmentation_errors(
     run: str|Path, # Run folder, annotated and extracted
     truth: pd.DataFrame, # From `write_automatic_volume`
@@ -175,7 +152,7 @@ def score_segmentation_errors(
 ) -> pd.DataFrame: # For each kind, number of prompts and feature set: `n`, `prevalence`, `value`, `lo95`, `hi95`
     "Average precision for each kind of error, with 95 % intervals over presynaptic neurites and draws of prompts"
     table,sets = read_feature_sets(run)
-    sets['intensity'] = intensity_features(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
+    sets |= measured_feature_sets(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
     sets['random'] = np.random.default_rng(0).normal(size=(len(table), 16))
     truth = truth.set_index('id').loc[table.id]
     defect = truth.defect.fillna('').to_numpy()

@@ -7,19 +7,19 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from ..core import Source, Strict, content_hash, provenance, suggest, threads
-from ..data.features import feature_provenance, profile_features, read_feature_sets, zscore
+from ..data.features import feature_provenance, read_feature_sets, zscore
 from ..data.lab_tables import read_lab_table, row_examples, whole_numbers
 from ..data.store import ChunkStore
 from ..data.synapses import id_problem
 from ..data.tables import TableError, write_table
-from ..ingest.measure import intensity_statistics, mask_edges, measure_store
+from ..ingest.measure import measured_feature_sets
 from ..analyse.probe import mean_intensity, probe_targets
 from ..analyse.query import average_precision_per_query, mean_average_precision
 from .truth import Target, score_defects, score_targets
 
 # %% auto #0
-__all__ = ['MIN_KNOWN', 'MIN_CLASS', 'EvaluateConfig', 'read_truth', 'truth_targets', 'read_all_feature_sets',
-           'measured_feature_sets', 'same_axon_scores', 'nuisance_targets', 'evaluate_expert']
+__all__ = ['MIN_KNOWN', 'MIN_CLASS', 'EvaluateConfig', 'read_truth', 'truth_targets', 'read_all_feature_sets', 'same_axon_scores',
+           'nuisance_targets', 'evaluate_expert']
 
 # %% ../../nbs/evaluate/15_expert.ipynb #dfae9f1a
 class EvaluateConfig(Strict):
@@ -117,21 +117,6 @@ def read_all_feature_sets(
     del measured['edges'] # four numbers, for splits
     joined = {f'{name} + measured': np.hstack([x, measured['measured']]) for name,x in sets.items()}
     return table,sets | measured | joined
-
-def measured_feature_sets(
-    store: ChunkStore,
-    ids: np.ndarray, # `(N,)` synapses
-) -> dict[str, np.ndarray]: # `(N, d)` each: `intensity`, `edges`, `profile`
-    "Grey values, edges of the masks, and the profile of the cleft; what could not be measured is the median"
-    table,profiles = measure_store(store, ids)
-    example = store[0]
-    grey_columns = list(intensity_statistics(example.em, example.mask, store.voxel_nm))
-    grey_columns.remove('section_brightness') # of the image, not of the synapse
-    edge_columns = list(mask_edges(example.em, example.mask, store.voxel_nm))
-    def values(columns):
-        x = table[columns].dropna(axis=1, how='all')
-        return x.fillna(x.median()).to_numpy()
-    return dict(intensity=values(grey_columns), edges=values(edge_columns), profile=profile_features(profiles))
 
 # %% ../../nbs/evaluate/15_expert.ipynb #e051b32e
 def same_axon_scores(

@@ -10,13 +10,14 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy import ndimage
 from ..core import n_cores, worker_pool
+from ..data.features import profile_features
 from ..data.frame import cleft_frame, cleft_plane, frame_coordinates
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE, StoreError
 
 # %% auto #0
 __all__ = ['SHELLS_NM', 'EDGE_SMOOTHING_NM', 'INTERIOR_NM', 'OPEN_EDGE', 'MIN_EDGE_VOXELS', 'PROFILE_NM', 'DEPTH_BIN_NM',
            'RADIUS_BIN_NM', 'POINT_NM', 'N_DEPTHS', 'N_RADII', 'contact_um2', 'morphometrics', 'intensity_statistics',
-           'mask_edges', 'Profile', 'profile', 'measure', 'measure_store']
+           'mask_edges', 'Profile', 'profile', 'measure', 'measure_store', 'measured_feature_sets']
 
 # %% ../../nbs/ingest/10_measure.ipynb #f0347d3d
 def contact_um2(
@@ -230,3 +231,19 @@ def measure_store(
     with worker_pool(n_cores()) as pool: results = list(pool.map(measure_one, rows))
     profiles = np.stack([vector for _,vector in results]) if results else np.zeros((0, 4*N_DEPTHS*N_RADII), np.float32)
     return pd.DataFrame([values for values,_ in results]),profiles
+
+# %% ../../nbs/ingest/10_measure.ipynb #13785eee
+def measured_feature_sets(
+    store: ChunkStore,
+    ids: np.ndarray, # `(N,)` synapses
+) -> dict[str, np.ndarray]: # `(N, d)` each: `intensity`, `edges`, `profile`
+    "Grey values, edges of the masks, and the profile of the cleft; what could not be measured is the median"
+    table,profiles = measure_store(store, ids)
+    example = store[0]
+    grey_columns = list(intensity_statistics(example.em, example.mask, store.voxel_nm))
+    grey_columns.remove('section_brightness') # of the image, not of the synapse
+    edge_columns = list(mask_edges(example.em, example.mask, store.voxel_nm))
+    def values(columns):
+        x = table[columns].dropna(axis=1, how='all')
+        return x.fillna(x.median()).to_numpy()
+    return dict(intensity=values(grey_columns), edges=values(edge_columns), profile=profile_features(profiles))

@@ -15,8 +15,8 @@ from sklearn.preprocessing import StandardScaler
 
 # %% auto #0
 __all__ = ['neuron_disjoint_folds', 'linear_probe', 'cross_val_predict_by_neuron', 'roc_auc', 'explained_variance', 'spearman',
-           'average_precision', 'cluster_bootstrap', 'percentile_interval', 'uncentred_explained_variance',
-           'expected_calibration_error', 'regression_scores', 'classification_scores']
+           'average_precision', 'cluster_bootstrap', 'percentile_interval', 'distinct_neurons',
+           'uncentred_explained_variance', 'expected_calibration_error', 'regression_scores', 'classification_scores']
 
 # %% ../nbs/01_metrics.ipynb #fe5a5a8c
 def neuron_disjoint_folds(
@@ -156,6 +156,12 @@ def percentile_interval(
     if not len(finite): return np.nan,np.nan
     lo,hi = np.quantile(finite, [.025, .975])
     return float(lo),float(hi)
+
+def distinct_neurons(
+    neurons: dict[str, np.ndarray], # `(N,)` of each volume, by name
+) -> np.ndarray: # The neurons of all volumes one after the other, as text
+    "Neurons of several volumes, whose ids may be the same, with different names"
+    return np.concatenate([np.char.add(f'{name}:', np.asarray(ids).astype(str)) for name,ids in neurons.items()])
 
 # %% ../nbs/01_metrics.ipynb #f50594b3
 def uncentred_explained_variance(y: np.ndarray, mean: np.ndarray, weight: np.ndarray|None = None) -> float:

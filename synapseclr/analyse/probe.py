@@ -15,8 +15,8 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
-from ..metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, linear_probe,
-    percentile_interval, roc_auc)
+from ..metrics import (cluster_bootstrap, cross_val_predict_by_neuron, distinct_neurons, explained_variance,
+    linear_probe, percentile_interval, roc_auc)
 
 # %% auto #0
 __all__ = ['probe_targets', 'mean_intensity', 'probe_feature_sets', 'probe_run', 'zscore_per_volume', 'probe_volume']
@@ -142,7 +142,7 @@ def zscore_per_volume(
 
 def probe_volume(
     features: dict[str, np.ndarray], # Of two volumes, by name: `(N, d)`
-    pre: dict[str, np.ndarray], post: dict[str, np.ndarray], # `(N,)` neurons of each volume
+    pre: dict[str, np.ndarray], post: dict[str, np.ndarray], # `(N,)` neurons of each volume, in the same order
     per_volume: bool = False, # Whether to z-score each volume by itself
     n_controls: int = 5, # Random divisions of the neurons into two volumes, to average over
     n_neighbors: int = 15,
@@ -150,7 +150,7 @@ def probe_volume(
     """How well features tell from which of two volumes a synapse is: AUC for held-out neurons, and neighbours.
     The interval is over neurons of both sides"""
     is_second = np.repeat([False, True], [len(x) for x in features.values()])
-    pre,post = (_apart(neurons, features) for neurons in (pre, post))
+    pre,post = (distinct_neurons(neurons) for neurons in (pre, post))
     x = np.concatenate(list(features.values())).astype(float)
     x_with_volume = np.column_stack([x, is_second])
     scaler = _ZscorePerVolume() if per_volume else FunctionTransformer(lambda X: X[:, :-1])
@@ -171,10 +171,6 @@ def probe_volume(
         scores[f'{kind}_control'] = float(np.mean(controls))
     scaled = _ZscorePerVolume().fit_transform(x_with_volume) if per_volume else zscore(x)
     return scores | dict(same_volume_neighbors=_same_volume_neighbors(scaled, is_second, n_neighbors))
-
-def _apart(neurons: dict[str, np.ndarray], features: dict) -> np.ndarray:
-    "Neurons of both volumes, with different ids"
-    return np.concatenate([[f'{name}:{neuron}' for neuron in neurons[name]] for name in features])
 
 def _shuffled(y: np.ndarray, neuron: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "`y`, shuffled among the neurons"

@@ -110,6 +110,6 @@ def convert(
 def convert_all(
     source: str|Path, # Folder with the folders of `VOLUMES`
     out: str|Path, # A folder for each volume is made in it
-):
-    "Convert AC3 and AC4, and print where they are"
-    for name,folder in VOLUMES.items(): print(convert(Path(source)/folder, Path(out)/name))
+) -> dict[str, Path]: # The folders by name
+    "Convert AC3 and AC4"
+    return {name: convert(Path(source)/folder, Path(out)/name) for name,folder in VOLUMES.items()}

@@ -5,7 +5,7 @@
 # %% ../../nbs/evaluate/16_likeness.ipynb #2646f984
 from __future__ import annotations
 import numpy as np, pandas as pd
-from ..metrics import cluster_bootstrap, percentile_interval, roc_auc
+from ..metrics import cluster_bootstrap, distinct_neurons, percentile_interval, roc_auc
 from ..data.store import ChunkStore, StoreError
 
 # %% auto #0
@@ -21,7 +21,7 @@ def compare_measurements(
     `auc` is the probability that a synapse of the first has the larger value"""
     first,second = tables
     is_first = np.repeat([True, False], [len(tables[first]), len(tables[second])])
-    neuron = np.concatenate([[f'{name}:{value}' for value in neurons[name]] for name in tables])
+    neuron = distinct_neurons({name: neurons[name] for name in tables})
     rows = []
     for column in tables[first]:
         if column not in tables[second]: continue

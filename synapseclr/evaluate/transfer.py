@@ -86,8 +86,8 @@ def compare_volumes(
 ) -> pd.DataFrame: # From `probe_volume`: a row for each feature set, as it is and z-scored per volume
     "How well each feature set tells two volumes apart"
     tables = {name: read_kept(run, include_defects=True) for name,run in runs.items()}
-    pre,post = ({name: table[f'{side}_root_id'].to_numpy() for name,table in tables.items()}
-        for side in ('pre', 'post'))
+    pre = {name: table.pre_root_id.to_numpy() for name,table in tables.items()}
+    post = {name: table.post_root_id.to_numpy() for name,table in tables.items()}
     rows = []
     for features,folder in folders.items():
         x = {name: features_of(run, folder, tables[name]) for name,run in runs.items()}

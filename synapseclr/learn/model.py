@@ -13,7 +13,7 @@ from ..core import FORMAT_VERSION, SynapseCLRError, atomic, version_problem
 
 # %% auto #0
 __all__ = ['PRESETS', 'initialize', 'Features', 'SpaceToDepth', 'BasicBlock', 'Backbone', 'ModelError', 'Projector', 'SynapseNet',
-           'save_weights', 'load_weights', 'weights_digest', 'read_network']
+           'save_weights', 'load_weights', 'weights_digest', 'read_network', 'initial_network']
 
 # %% ../../nbs/learn/03_model.ipynb #129941fd
 def initialize(
@@ -255,3 +255,17 @@ def read_network(
     if Path(path).suffix == '.safetensors': return load_weights(path)
     if 'conv1.weight' in _arrays(path): return SynapseNet.from_medicalnet(path),{}
     return SynapseNet.from_released(path),dict(cube=dict(size=96, voxel_nm=14.3), augment=dict(geometry='released'))
+
+# %% ../../nbs/learn/03_model.ipynb #5dea1aaa
+def initial_network(
+    preset: str, # As of `SynapseNet`
+    seed: int, # Of random weights
+    path: str|Path|None = None, # Weights to begin with
+) -> SynapseNet: # In training mode
+    "The network before the first step. Raises `ModelError` if the file has another network"
+    if path is None: return SynapseNet(preset, seed)
+    net,_ = read_network(path)
+    if net.preset != preset:
+        raise ModelError(f"{path}: has weights of the network '{net.preset}', but '{preset}' is to be trained; set "
+            'train.model')
+    return net.train()

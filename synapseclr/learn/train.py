@@ -23,7 +23,7 @@ from .checkpoints import checkpoint_paths, load_checkpoint, save_checkpoint
 from .distributed import (all_reduce_sum, convert_sync_batchnorm, get_rank, get_world_size,
     process_group, single_process, sum_gradients)
 from .loss import nt_xent, nt_xent_floor, nt_xent_start, vicreg
-from .model import SynapseNet, read_network, save_weights, weights_digest
+from .model import SynapseNet, initial_network, save_weights, weights_digest
 from .monitor import TrainingLog, TrainingMonitor
 from .precision import Precision, autocast, check_mode, choose_mode, time_mode
 from .views import AugmentConfig, CubeConfig
@@ -56,8 +56,7 @@ class TrainConfig(Strict):
     # Fraction of pairs whose second view shows another synapse of the same axon
     same_axon_positives: pydantic.confloat(ge=0, le=1) = 0
     extra_stores: list[Source] = [] # Chunk stores of other runs to train on as well, each z-scored by itself
-    # Weights to begin with, such as those of another volume's run; random ones if None
-    init: Source|None = None
+    init: Source|None = None # Weights to begin with, such as those of another run; random ones if None
     # Table with a column `id`, or text with one id per line: synapses of this run that are never trained on
     exclude: Source|None = None
     # `auto` uses bf16 if the device where the run begins has units for it, and if bf16 agrees with fp32; `fastest`
@@ -221,11 +220,11 @@ def _set_up(
     data = _read_data(run, config, types)
     data.parts() # a bad micro_batch is refused before an earlier training is deleted
     augment = with_dataset_statistics(augment, data.store)
-    start = _initial_network(config)
+    net = initial_network(config.model, config.seed, config.init).to(device)
     origin = provenance(
         config.model_copy(update=dict(extra_stores=[], exclude=None, init=None)),
         seed=config.seed,
-        **dict(init=weights_digest(start)) if config.init else {},
+        **dict(init=weights_digest(net)) if config.init else {},
         augment=content_hash(augment),
         cube=content_hash(cube),
         chunks=content_hash(data.store.attrs['provenance']),
@@ -235,7 +234,6 @@ def _set_up(
     if restart and data.rank == 0: _forget(folder)
     if data.world_size > 1: dist.barrier()
 
-    net = start.to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     augmenter = Augmenter(augment, data.store.voxel_nm, cube.size, cube.voxel_nm, device)
     checkpoint = load_checkpoint(folder, net, optimizer)
@@ -253,15 +251,6 @@ def _set_up(
     metadata = dict(cube=cube.model_dump(), augment=augment.model_dump(mode='json'), provenance=origin, mode=mode)
     return _Setup(folder, config, data, device, net, optimizer, augmenter, checkpoint['step'], mode,
         checkpoint.get('measured'), origin, metadata)
-
-def _initial_network(config: TrainConfig) -> SynapseNet:
-    "The network at step 0. Raises `TrainingError` if `init` is another network than `model`"
-    if not config.init: return SynapseNet(config.model, config.seed)
-    net,_ = read_network(config.init)
-    if net.preset != config.model:
-        raise TrainingError(f"train.init, {config.init}: weights of the network '{net.preset}', but train.model is "
-            f"'{config.model}'")
-    return net.train()
 
 def _agree_on_mode(data: _Data, net: SynapseNet, augmenter: Augmenter) -> dict: # `mode`, and as `measured` the others
     "The first process chooses how all steps are computed, and tells the others"

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/data/05_features.ipynb #80b83ab6
 from __future__ import annotations
+import hashlib
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
@@ -13,8 +14,9 @@ from .results import MORPHOMETRIC_COLUMNS, read_kept
 from .tables import read_metadata, write_table
 
 # %% auto #0
-__all__ = ['Nuisance', 'NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'write_features', 'FeatureChoice',
-           'parse_feature_name', 'feature_provenance', 'regress_out', 'read_feature_sets', 'zscore', 'profile_features']
+__all__ = ['Nuisance', 'NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'write_feature_file', 'write_features',
+           'FeatureChoice', 'parse_feature_name', 'feature_provenance', 'regress_out', 'read_feature_sets', 'zscore',
+           'profile_features']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
 class FeatureError(SynapseCLRError):
@@ -59,28 +61,50 @@ def _common_provenance(paths: list[Path]) -> dict:
                 "folder with `synapseclr extract`")
     return metadata[paths[0]]['provenance']
 
-# %% ../../nbs/data/05_features.ipynb #a11c3c5c
+# %% ../../nbs/data/05_features.ipynb #c719ad63
+def write_feature_file(
+    path: str|Path, # Parquet file, in a folder of features
+    ids: np.ndarray, # `(n,)` synapses
+    layers: dict[str, np.ndarray], # `(n, d)` float32 features of each layer, by name
+    origin: dict, # From `core.provenance`, the same for all files of the folder; `n_synapses` counts all their synapses
+):
+    "Write the features of some synapses as one complete file of a folder"
+    columns = dict(id=ids)
+    for layer,values in layers.items():
+        columns[layer] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+    write_table(pa.table(columns), path, 'features', origin)
+
+# %% ../../nbs/data/05_features.ipynb #c82b375d
 def write_features(
-    folder: str|Path, # `RUN/features_NAME`, to make
-    ids: np.ndarray, # `(N,)` synapses: all that the run has kept
-    x: np.ndarray, # `(N, d)` their features
-    **about, # Of the encoder, for the provenance: its name, its version, its weights
-) -> Path: # The folder
-    """Write the feature vectors of an encoder that is not ours.
-    Raises `FeatureError` if they are not one vector for each synapse, or not finite"""
-    ids = np.asarray(ids, np.int64)
-    x = np.asarray(x, np.float32)
-    if x.ndim != 2 or len(x) != len(ids) or not len(ids):
-        raise FeatureError(f'{folder}: features of shape {x.shape} for {len(ids)} synapses; they have to be (N, d) '
-            'for N ids')
-    if len(np.unique(ids)) < len(ids): raise FeatureError(f'{folder}: some synapses occur twice')
-    if not (finite := np.isfinite(x).all(1)).all():
-        raise FeatureError(f'{folder}: the features of synapse {ids[~finite][0]} are not finite')
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), x.shape[1])
-    table = pa.table(dict(id=ids, backbone=vectors))
-    path = Path(folder)/'000000.parquet'
-    write_table(table, path, 'features', provenance(n_synapses=len(ids), **about))
-    return path.parent
+    folder: str|Path, # `RUN/features_NAME`; made if it does not exist
+    ids: np.ndarray, # `(N,)` whole numbers, all synapses of the run, in any order
+    x: np.ndarray, # `(N, d)` finite numbers, the feature vector of each
+    **inputs, # What they were made from, as JSON can hold it: `weights="encoder.pt"`, `views=8` ...
+) -> Path: # The only file of the folder; it replaces an earlier one
+    """Write feature vectors of any encoder, as the layer `backbone`.
+    Raises `FeatureError` if they cannot be features, or if the folder holds features that `extract` wrote"""
+    ids = np.asarray(ids)
+    x = np.asarray(x)
+    if problem := _feature_problem(ids, x): raise FeatureError(f"{folder}: {problem}; nothing was written")
+    path = Path(folder)/'features.parquet'
+    if others := sorted(other.name for other in path.parent.glob('*.parquet') if other.name != path.name):
+        raise FeatureError(f"{folder}: holds other features already, such as {others[0]}; choose another name")
+    x = np.ascontiguousarray(x, np.float32)
+    content = hashlib.sha256(x.tobytes()).hexdigest()[:16]
+    origin = provenance(**inputs | dict(n_synapses=len(ids), content=content))
+    write_feature_file(path, ids.astype(np.int64), dict(backbone=x), origin)
+    return path
+
+def _feature_problem(ids: np.ndarray, x: np.ndarray) -> str|None:
+    "Why `x` cannot be the features of the synapses `ids`; None if they can"
+    if ids.ndim != 1 or x.ndim != 2 or len(ids) != len(x) or not x.size:
+        return f"ids of shape {ids.shape} and features of shape {x.shape}, expected (N,) and (N, d)"
+    if not np.issubdtype(ids.dtype, np.integer): return f"ids are {ids.dtype}, expected whole numbers"
+    if x.dtype.kind not in 'fiu': return f"features are {x.dtype}, expected real numbers"
+    unique,counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any(): return f"synapse {unique[counts > 1][0]} has several feature vectors"
+    is_finite = (np.abs(x) <= np.finfo(np.float32).max).all(1)
+    if not is_finite.all(): return f"the features of synapse {ids[~is_finite][0]} are not finite in float32"
 
 # %% ../../nbs/data/05_features.ipynb #45e7cc2d
 Nuisance = Literal['cutting_angle', 'blank_sections', 'depth']

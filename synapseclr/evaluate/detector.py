@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core import SynapseCLRError, n_cores, progress, threads, worker_pool
 from ..data.frame import NEAR_NM, cleft_frame
 from ..data.store import CLEFT, Chunk, ChunkStore, POST, PRE
-from ..learn.model import ModelError
+from ..learn.model import ModelError, load_into
 
 # %% auto #0
 __all__ = ['WIDTHS', 'KERNELS', 'PIXEL_NM', 'WINDOW', 'SynapseDetector', 'detector_input', 'detector_features']
@@ -77,22 +77,17 @@ class SynapseDetector(nn.Module):
     def from_file(cls,
         path: str|Path, # `IARPAphase1_SynapseDetection_mip1_d2_1175k.chkpt`
     ) -> SynapseDetector: # In evaluation mode
-        "Read the published weights. Raises `ModelError` if the file is not this network's"
-        try: arrays = torch.load(path, map_location='cpu', weights_only=True)
-        except FileNotFoundError: raise ModelError(f'{path}: there is no such file') from None
-        except Exception: raise ModelError(f'{path}: not readable as weights of torch') from None
-        net = cls()
-        try: net.load_state_dict({_own_name(name): array for name,array in arrays.items()}, strict=False)
-        except (RuntimeError, AttributeError) as e:
-            raise ModelError(f'{path}: not the weights of this network: {e}') from None
-        lacking = set(net.state_dict()) - set(map(_own_name, arrays))
-        if lacking := {name for name in lacking if 'num_batches' not in name}:
-            raise ModelError(f'{path}: not the weights of this network: lacks {min(lacking)}')
-        return net.eval()
+        "Read the published weights. Raises `ModelError` if an array is absent, unknown or of another shape"
+        return load_into(cls(), path, _published_name)
 
-def _own_name(name: str) -> str:
-    "The name of an array in this module; the file has each convolution within another module"
-    return name.replace('.conv.', '.').replace('.conv.', '.').replace('outputdeconv.', '')
+def _published_name(name: str) -> str|None:
+    "The name of an array in the file, where each convolution is within other modules; None if it is not there"
+    if name.endswith('num_batches_tracked'): return None
+    if 'bn' in name: return name
+    module,kind = name.rsplit('.', 1)
+    if module == 'psd_label': return f'outputdeconv.{module}.conv.{kind}'
+    is_wrapped_twice = module in ('inputconv', 'embedconv') or module.endswith('upsampling')
+    return f'{module}.conv.conv.{kind}' if is_wrapped_twice else f'{module}.conv.{kind}'
 
 # %% ../../nbs/evaluate/11_detector.ipynb #0414bee4
 PIXEL_NM = 7.16

@@ -7,16 +7,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Literal
-import numpy as np, pyarrow as pa, pydantic, torch
+import numpy as np, pydantic, torch
 from .augment import Augmenter
 from .views import AugmentConfig, CubeConfig
 from synapseclr.core import (Source, Strict, content_hash, n_cores, progress, provenance, threads, worker_pool,
     write_once)
 from .model import Features, SynapseNet, weights_digest
 from .precision import Precision, choose_forward_mode, forward_features, mode_of, say_if_emulated
-from ..data.features import FeatureError, read_features
+from ..data.features import FeatureError, read_features, write_feature_file
 from ..data.store import ChunkStore
-from ..data.tables import read_metadata, write_table
+from ..data.tables import read_metadata
 
 # %% auto #0
 __all__ = ['ExtractConfig', 'agreed_precision', 'extract']
@@ -35,13 +35,6 @@ class ExtractConfig(Strict):
     weights: list[Source] = []
 
 # %% ../../nbs/learn/11_extract.ipynb #a3721d99
-def _feature_table(ids: np.ndarray, features: Features) -> pa.Table:
-    "One row per synapse; each layer is a list of fixed length"
-    columns = dict(id=ids)
-    for layer,values in features._asdict().items():
-        columns[layer] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    return pa.table(columns)
-
 def agreed_precision(
     run: str|Path, # Run folder, fetched
     networks: list[tuple[SynapseNet, AugmentConfig, CubeConfig]], # All that compute features of the run
@@ -118,7 +111,7 @@ def extract(
             batches = np.split(rows, range(batch_size, len(rows), batch_size))
             of_batches = list(pool.map(compute, batches))
             features = Features(*(torch.cat(layer).cpu().numpy() for layer in zip(*of_batches)))
-            write_table(_feature_table(store.ids[rows], features), path, 'features', origin)
+            write_feature_file(path, store.ids[rows], features._asdict(), origin)
     if shards is not None: return folder
     ids,_ = read_features(folder)
     if not np.array_equal(np.sort(ids), np.sort(store.ids)):

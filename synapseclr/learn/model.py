@@ -5,6 +5,7 @@
 # %% ../../nbs/learn/03_model.ipynb #2c4c61ca
 from __future__ import annotations
 import hashlib, json, math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 import safetensors.torch, torch, torch.nn.functional as F
@@ -13,7 +14,7 @@ from ..core import FORMAT_VERSION, SynapseCLRError, atomic, version_problem
 
 # %% auto #0
 __all__ = ['PRESETS', 'initialize', 'Features', 'SpaceToDepth', 'BasicBlock', 'Backbone', 'ModelError', 'Projector', 'SynapseNet',
-           'save_weights', 'load_weights', 'weights_digest', 'read_network', 'initial_network']
+           'save_weights', 'load_weights', 'weights_digest', 'load_into', 'read_network', 'initial_network']
 
 # %% ../../nbs/learn/03_model.ipynb #129941fd
 def initialize(
@@ -156,7 +157,7 @@ class SynapseNet(nn.Module):
     ) -> SynapseNet: # In evaluation mode
         """Read published weights; their input is made by `AugmentConfig.released()`.
         Raises `ModelError` if an array is absent, unknown or of another shape"""
-        return _load_into(cls('paper'), path, _released_name)
+        return load_into(cls('paper'), path, _released_name)
 
     @classmethod
     def from_medicalnet(cls,
@@ -164,7 +165,7 @@ class SynapseNet(nn.Module):
     ) -> SynapseNet: # In evaluation mode; the projector is random
         """Read MedicalNet's weights, as a baseline.
         Raises `ModelError` if an array is absent, unknown or of another shape"""
-        return _load_into(cls('medicalnet'), path, _medicalnet_name)
+        return load_into(cls('medicalnet'), path, _medicalnet_name)
 
 # %% ../../nbs/learn/03_model.ipynb #719ac9a6
 def save_weights(
@@ -232,8 +233,12 @@ def _arrays(path: str|Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: not a dictionary of arrays")
     return {name.removeprefix('module.'): array for name,array in state.items()}
 
-def _load_into(net: SynapseNet, path: str|Path, name_of) -> SynapseNet:
-    "`net` with the arrays of `path`; `name_of` gives the name of each array there, None for one that is not there"
+def load_into(
+    net: nn.Module,
+    path: str|Path, # Weights as torch writes them
+    name_of: Callable[[str], str|None], # From a name in `net` to that in the file, None for what the file need not have
+) -> nn.Module: # `net`, in evaluation mode
+    "Read published weights. Raises `ModelError` if an array is absent, unknown or of another shape"
     state = net.state_dict()
     arrays = _arrays(path)
     expected = {name_of(name): array for name,array in state.items() if name_of(name)}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np, pandas as pd
 from .lab_tables import read_lab_table, row_examples, whole_numbers
 from .synapses import column_problems, column_sources, columns_hint, id_problem, unusable
+from .tables import TableError
 
 # %% auto #0
 __all__ = ['NEURON_ALIASES', 'CELL_TYPES', 'SOMA_COLUMNS', 'type_words', 'read_neurons', 'unrecognised_cell_types']

@@ -91,7 +91,7 @@ def _published_name(name: str) -> str|None:
 
 # %% ../../nbs/evaluate/11_detector.ipynb #0414bee4
 PIXEL_NM = 7.16
-WINDOW = (18, 96, 96) # Sections, pixels, pixels
+WINDOW = (18, 160, 160) # Sections, pixels, pixels: as in training; a smaller window changes the maps near the cells
 
 def detector_input(
     chunk: Chunk,

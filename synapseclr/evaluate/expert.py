@@ -9,6 +9,7 @@ import numpy as np, pandas as pd, pydantic
 from ..core import Source, Strict, content_hash, provenance, suggest, threads
 from ..data.features import feature_provenance, read_feature_sets, zscore
 from ..data.lab_tables import read_lab_table, row_examples, whole_numbers
+from ..data.results import read_kept
 from ..data.store import ChunkStore
 from ..data.synapses import id_problem
 from ..data.tables import TableError, write_table
@@ -78,6 +79,7 @@ def _targets_of(name: str, column: pd.Series, known: np.ndarray, log: bool) -> l
     if not pd.api.types.is_numeric_dtype(column) or len(levels) == 2:
         enough = [level for level in levels.index if MIN_CLASS <= levels[level] <= known.sum()-MIN_CLASS]
         if len(levels) == 2 and enough: enough = [_positive_level(levels)]
+        if log: raise TableError(f'[evaluate] log: column {name} has classes, no numbers that have a logarithm')
         return [_class_target(name, column, known, level) for level in enough]
     y = np.where(known, column.to_numpy(float, na_value=np.nan), np.nan)
     if log:
@@ -155,15 +157,12 @@ def evaluate_expert(
     """Compare all feature sets of a run with a table, and write `RUN/evaluation_NAME.parquet`.
     Raises `TableError` if nothing in the table can be predicted"""
     run = Path(run)
+    truth = read_truth(config.truth, read_kept(run, include_defects=True).id.to_numpy())
+    defect = truth.defect.fillna('').astype(str) if 'defect' in truth else pd.Series('', truth.index)
+    targets,reasons = truth_targets(truth, config, (defect == '').to_numpy())
     table,sets = read_all_feature_sets(run)
-    truth = read_truth(config.truth, table.id.to_numpy())
     tables = {}
-    clean = np.ones(len(table), bool)
-    if 'defect' in truth:
-        defect = truth.defect.fillna('').astype(str)
-        clean = (defect == '').to_numpy()
-        tables['defects'] = score_defects(table.assign(defect=defect), sets)
-    targets,reasons = truth_targets(truth, config, clean)
+    if 'defect' in truth: tables['defects'] = score_defects(table.assign(defect=defect), sets)
     if not targets and not len(tables.get('defects', ())):
         raise TableError(f"{config.truth}: nothing in it can be predicted: {'; '.join(reasons)}")
     brightness = mean_intensity(ChunkStore.open(run/'chunks.zarr'), table.id.to_numpy())

@@ -1,6 +1,6 @@
 "What pages show is what was measured: stored outputs agree with the tables beside them, and pages with each other."
 import ast, json, re
-import pytest
+import pandas as pd, pytest
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
 from conftest import root
@@ -101,3 +101,14 @@ def test_pages_agree(thing):
     found = {(page, value.replace('twelve', '12')) for page, text in texts for value in stated.findall(text)}
     assert found, 'no page states it any more'
     assert len({value for _, value in found}) == 1, found
+
+def test_first_page_agrees_with_mouse_cortex():
+    "The sentence on real tissue states what the measured table has"
+    scores = pd.read_csv(nbs/'measured/ac3_targets.csv').set_index(['target', 'metric', 'features']).value
+    sentence = next(text for page,text in prose() if page == 'index.ipynb' and 'On **real tissue**' in text)
+    said = [float(number) for number in re.findall(r'(?<![\w])\.\d\d', sentence)]
+    density,spine,axon,volume = (('psd_size_px', 'Spearman'), ('on_spine', 'AUC'), ('axon = inhibitory', 'AUC'),
+        ('spine_volume_vx', 'Spearman'))
+    expected = [scores[*target, 'measured'] for target in (density, spine, axon)]
+    expected += [scores[*target, 'here'] for target in (density, spine, axon, volume)] + [scores[*volume, 'measured']]
+    assert said == [round(value, 2) for value in expected]

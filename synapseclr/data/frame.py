@@ -131,7 +131,8 @@ def read_frames(
     "The frames of all synapses of a store; those of `frames.parquet` beside it, if they are of the same chunks"
     if isinstance(store, ConcatStore):
         parts = [read_frames(part) for part in store.stores]
-        return Frames(*(np.concatenate([getattr(part, name) for part in parts]) for name in Frames.__annotations__))
+        def joined(name): return np.concatenate([getattr(part, name) for part in parts])
+        return Frames(joined('axes'), joined('centre_nm'), joined('quality'))
     path = store.path.parent/'frames.parquet'
     origin = provenance(chunks=store.attrs.get('records'), n_synapses=len(store), frames=_version)
     if path.exists() and read_metadata(path).get('provenance') == origin: table = read_table(path, 'frames')

@@ -317,6 +317,11 @@ class Augmenter:
         self.device = torch.device(device)
         self.connected = touching_cleft if self.device.type == 'cpu' else touching_cleft_on_device
 
+    def deterministic(self) -> Augmenter:
+        "The augmenter for features, without anything random"
+        return Augmenter(self.config.deterministic(), self.voxel_nm, self.out_size, self.out_voxel_nm, self.device,
+            self.wide_voxel_nm, self.roles)
+
     def __call__(self,
         em: np.ndarray|Tensor, # `(B, Z, Y, X)` uint8; 0 where missing
         mask: np.ndarray|Tensor, # `(B, Z, Y, X)` uint8 role bits

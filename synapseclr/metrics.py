@@ -18,8 +18,8 @@ from sklearn.preprocessing import StandardScaler
 # %% auto #0
 __all__ = ['neuron_disjoint_folds', 'linear_probe', 'rbf_probe', 'cross_val_predict_by_neuron', 'roc_auc', 'explained_variance',
            'spearman', 'average_precision', 'cluster_bootstrap', 'percentile_interval', 'distinct_neurons',
-           'shuffled_by_neuron', 'nuisance_scores', 'neighbour_vote', 'uncentred_explained_variance',
-           'expected_calibration_error', 'regression_scores', 'classification_scores']
+           'shuffled_by_neuron', 'nuisance_scores', 'unrelated_neighbours', 'neighbour_vote',
+           'uncentred_explained_variance', 'expected_calibration_error', 'regression_scores', 'classification_scores']
 
 # %% ../nbs/01_metrics.ipynb #fe5a5a8c
 def neuron_disjoint_folds(
@@ -207,27 +207,35 @@ def nuisance_scores(
     return pd.DataFrame(scores, index=list(nuisances))
 
 # %% ../nbs/01_metrics.ipynb #5ccfcb4b
-def neighbour_vote(
+def unrelated_neighbours(
     X: np.ndarray, # `(N, d)` features
-    y: np.ndarray, # `(N,)` bool or numbers
     pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
     k: int = 15, # Neighbours
-) -> np.ndarray: # `(N,)` balanced fraction of neighbours that are true, or their mean; nan without neighbours
-    "Predict each synapse by its nearest neighbours that share no neuron with it"
+) -> np.ndarray: # `(N, k)` rows, nearest first; -1 where there are fewer
+    "The nearest synapses of each that share no neuron with it, on either side"
     X = np.asarray(X, float)
-    y = np.asarray(y)
-    weight = np.ones(len(y))
-    if y.dtype == bool and 0 < y.sum() < len(y): weight = np.where(y, .5/y.mean(), .5/(1-y.mean()))
+    k = min(k, len(X))
     squares = (X**2).sum(1)
-    vote = np.full(len(y), np.nan)
-    for rows in np.array_split(np.arange(len(y)), len(y)//500+1):
+    neighbours = np.empty((len(X), k), int)
+    for rows in np.array_split(np.arange(len(X)), len(X)//500+1):
         distance = squares - 2*X[rows]@X.T
         for a in (pre, post):
             for b in (pre, post): distance[a[rows, None] == b] = np.inf
-        nearest = np.argsort(distance, 1, kind='stable')[:, :k]
-        voting = weight[nearest]*np.isfinite(np.take_along_axis(distance, nearest, 1))
-        with np.errstate(invalid='ignore'): vote[rows] = (voting*y[nearest]).sum(1)/voting.sum(1)
-    return vote
+        nearest = np.argpartition(distance, k-1, 1)[:, :k]
+        nearest_distance = np.take_along_axis(distance, nearest, 1)
+        nearest[np.isinf(nearest_distance)] = -1
+        neighbours[rows] = np.take_along_axis(nearest, np.argsort(nearest_distance, 1, kind='stable'), 1)
+    return neighbours
+
+def neighbour_vote(
+    neighbours: np.ndarray, # `(N, k)` from `unrelated_neighbours`
+    y: np.ndarray, # `(N,)` bool or numbers
+) -> np.ndarray: # `(N,)` balanced fraction of neighbours that are true, or their mean; nan without neighbours
+    "Predict each synapse by its neighbours"
+    weight = np.ones(len(y))
+    if y.dtype == bool and 0 < y.sum() < len(y): weight = np.where(y, .5/y.mean(), .5/(1-y.mean()))
+    voting = weight[neighbours]*(neighbours >= 0)
+    with np.errstate(invalid='ignore'): return (voting*y[neighbours]).sum(1)/voting.sum(1) # 0/0 is nan
 
 # %% ../nbs/01_metrics.ipynb #f50594b3
 def uncentred_explained_variance(y: np.ndarray, mean: np.ndarray, weight: np.ndarray|None = None) -> float:

@@ -215,6 +215,7 @@ def unrelated_neighbours(
     "The nearest synapses of each that share no neuron with it, on either side"
     X = np.asarray(X, float)
     k = min(k, len(X))
+    pre,post = np.unique(np.concatenate([pre, post]), return_inverse=True)[1].reshape(2, -1)
     squares = (X**2).sum(1)
     neighbours = np.empty((len(X), k), int)
     for rows in np.array_split(np.arange(len(X)), len(X)//500+1):

@@ -10,7 +10,8 @@ from typing import get_args
 import numpy as np, pandas as pd
 from ..core import threads
 from .query import average_precision_per_query, mean_average_precision
-from ..data.features import Space, in_space, read_feature_sets, regress_out, with_brightness, zscore
+from synapseclr.data.features import (Space, first_component, in_space, read_feature_sets, regress_out, with_brightness,
+    zscore)
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
@@ -89,7 +90,8 @@ def _probe(x: np.ndarray, group: str, values: np.ndarray, pre: np.ndarray, post:
     known = np.isfinite(values)
     y,metric,statistic = _as_predicted(group, values[known])
     score = cross_val_predict_by_neuron(x[known], y, pre[known], post[known])
-    lo,hi = percentile_interval(cluster_bootstrap(statistic, y, [score], pre[known], n_draws, partner=post[known])[:, 0])
+    draws = cluster_bootstrap(statistic, y, [score], pre[known], n_draws, partner=post[known])
+    lo,hi = percentile_interval(draws[:, 0])
     return dict(metric=metric, value=statistic(y, score), lo95=lo, hi95=hi, n=len(y))
 
 def _votes(
@@ -109,9 +111,7 @@ def _votes(
 
 def _first_component(table: pd.DataFrame, features: str, x: np.ndarray, n_draws: int) -> list[dict]:
     "Rows for the first principal component: its share of the variance, and what it has to do with the brightness"
-    component = in_space(x, 'whitened')[:, 0]
-    centred = x-x.mean(0)
-    share = float(np.square(component@centred).sum()/len(x)/np.square(centred).sum())
+    share,component = first_component(x)
     row = dict(group='nuisance', features=features, n=len(x))
     rows = [row | dict(target='first component', metric='share of variance', value=share)]
     if 'brightness' not in table: return rows

@@ -19,7 +19,7 @@ from .tables import read_metadata, write_table
 __all__ = ['Nuisance', 'NUISANCE_COLUMNS', 'N_FOLDS', 'N_TENTS', 'MAX_FITTED', 'Space', 'N_WHITENED', 'FeatureError',
            'read_features', 'write_feature_file', 'write_features', 'mean_intensity', 'with_brightness', 'regress_out',
            'FeatureChoice', 'parse_feature_name', 'feature_provenance', 'read_feature_sets', 'zscore', 'in_space',
-           'profile_features']
+           'first_component', 'profile_features']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
 class FeatureError(SynapseCLRError):
@@ -329,6 +329,14 @@ def in_space(
     variance,axes = variance[::-1][:N_WHITENED],axes[:, ::-1][:, :N_WHITENED]
     used = variance > 1e-12*max(variance[0], 1e-300)
     return centred@axes[:, used]/variance[used]**.5
+
+def first_component(
+    x: np.ndarray, # `(N, d)` features
+) -> tuple[float, np.ndarray]: # Share of the variance, and `(N,)` values with sd 1; the sign is arbitrary
+    "The first principal component of features"
+    component = in_space(x, 'whitened')[:, 0]
+    centred = x-x.mean(0)
+    return float(np.square(component@centred/len(x)).sum()*len(x)/np.square(centred).sum()),component
 
 # %% ../../nbs/data/05_features.ipynb #735ac148
 def profile_features(

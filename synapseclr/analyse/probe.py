@@ -113,14 +113,14 @@ def _first_component(table: pd.DataFrame, features: str, x: np.ndarray, n_draws:
     "Rows for the first principal component: its share of the variance, and what it has to do with the brightness"
     share,component = first_component(x)
     row = dict(group='nuisance', features=features, n=len(x))
-    rows = [row | dict(target='first component', metric='share of variance', value=share)]
+    rows = [row | dict(target='component 1', metric='share', value=share)]
     if 'brightness' not in table: return rows
     brightness = table.brightness.to_numpy(float)
     sign = np.sign(spearman(brightness, component))
     draws = cluster_bootstrap(spearman, brightness, [sign*component], table.pre_root_id, n_draws,
         partner=table.post_root_id)
     lo,hi = percentile_interval(draws[:, 0])
-    rows.append(row | dict(target='first component, brightness', metric='Spearman',
+    rows.append(row | dict(target='component 1, brightness', metric='Spearman',
         value=spearman(brightness, sign*component), lo95=lo, hi95=hi))
     return rows
 
@@ -130,7 +130,7 @@ def _same_axon(table: pd.DataFrame, features: str, x: np.ndarray) -> list[dict]:
     if 'brightness' in table:
         centres_um = table[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)/1000
         equally_bright = regress_out(x, table, ['brightness'])
-        settings['presynaptic neuron, > 3 um apart, equally bright'] = equally_bright,centres_um
+        settings['presynaptic neuron, apart'] = equally_bright,centres_um
     rows = []
     for target,(of_set,centres_um) in settings.items():
         per_query = average_precision_per_query(in_space(of_set, 'whitened'), table.pre_root_id.to_numpy(),

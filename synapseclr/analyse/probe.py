@@ -10,8 +10,8 @@ from typing import get_args
 import numpy as np, pandas as pd
 from ..core import threads
 from .query import average_precision_per_query, mean_average_precision
-from synapseclr.data.features import (Space, first_component, in_space, read_feature_sets, regress_out, with_brightness,
-    zscore)
+from ..data.features import Space, first_component, in_space, read_feature_sets, zscore
+from ..data.nuisances import regress_out, with_brightness
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline

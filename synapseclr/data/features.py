@@ -8,18 +8,16 @@ import hashlib
 from pathlib import Path
 from typing import Literal
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
-from scipy.stats import rankdata
 from sklearn.decomposition import PCA
 from ..core import Strict, SynapseCLRError, provenance
+from .nuisances import NUISANCE_COLUMNS, Nuisance, regress_out, with_brightness
 from .results import MORPHOMETRIC_COLUMNS, read_kept
-from .store import CLEFT, POST, PRE, ChunkStore
 from .tables import read_metadata, write_table
 
 # %% auto #0
-__all__ = ['Nuisance', 'NUISANCE_COLUMNS', 'N_FOLDS', 'N_TENTS', 'MAX_FITTED', 'Space', 'N_WHITENED', 'FeatureError',
-           'read_features', 'write_feature_file', 'write_features', 'mean_intensity', 'with_brightness', 'regress_out',
-           'FeatureChoice', 'parse_feature_name', 'feature_provenance', 'read_feature_sets', 'zscore', 'in_space',
-           'first_component', 'profile_features']
+__all__ = ['Space', 'N_WHITENED', 'FeatureError', 'read_features', 'write_feature_file', 'write_features', 'FeatureChoice',
+           'parse_feature_name', 'feature_provenance', 'read_feature_sets', 'zscore', 'in_space', 'first_component',
+           'profile_features']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
 class FeatureError(SynapseCLRError):
@@ -108,122 +106,6 @@ def _feature_problem(ids: np.ndarray, x: np.ndarray) -> str|None:
     if (counts > 1).any(): return f"synapse {unique[counts > 1][0]} has several feature vectors"
     is_finite = (np.abs(x) <= np.finfo(np.float32).max).all(1)
     if not is_finite.all(): return f"the features of synapse {ids[~is_finite][0]} are not finite in float32"
-
-# %% ../../nbs/data/05_features.ipynb #8544b11b
-Nuisance = Literal['cutting_angle', 'blank_sections', 'depth', 'brightness']
-# Their columns in the synapse table
-NUISANCE_COLUMNS = dict(cutting_angle='cleft_cos_z', blank_sections='n_blank_sections', depth='ctr_z_nm',
-    brightness='brightness')
-
-def mean_intensity(
-    store: ChunkStore, # Chunks of the run
-    ids: np.ndarray, # `(N,)` synapses
-) -> np.ndarray: # `(N,)` grey values
-    "Mean grey value of pre, cleft and post of each synapse, without missing parts (grey value 0)"
-    rows = pd.Index(store.ids).get_indexer(ids)
-    if (rows < 0).any(): raise FeatureError(f"{store.path}: has no synapse {np.asarray(ids)[rows < 0][0]}")
-    means = []
-    for batch_rows in np.array_split(rows, len(rows)//64+1):
-        em,mask = store.batch(batch_rows)
-        used = (em > 0) & ((mask & (PRE|CLEFT|POST)) > 0)
-        means.append((em*used).sum((1, 2, 3))/np.maximum(used.sum((1, 2, 3)), 1))
-    return np.concatenate(means)
-
-def with_brightness(
-    run: str|Path, # Run folder, fetched
-    table: pd.DataFrame, # Synapses of the run
-) -> pd.DataFrame: # With a column `brightness`
-    "The table; if the run was annotated without the brightness, it is measured on the chunks"
-    if 'brightness' in table: return table
-    return table.assign(brightness=mean_intensity(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy()))
-
-# %% ../../nbs/data/05_features.ipynb #3263398e
-N_FOLDS = 10 # Of presynaptic neurons
-N_TENTS = dict(mean=10, covariance=5) # Ranks around which each is estimated
-MAX_FITTED = 20_000 # Synapses from which both are estimated
-
-def _tents(
-    z: np.ndarray, # `(N,)` a nuisance
-    n: int,
-) -> np.ndarray: # `(N, n)`; the weights of a synapse add up to 1
-    "How near the rank of each value is to `n` evenly spaced ranks"
-    centres = (np.arange(n)+.5)/n
-    rank = ((rankdata(z)-.5)/len(z)).clip(centres[0], centres[-1])
-    tents = np.maximum(1-n*abs(rank[:, None]-centres), 0)
-    return tents[:, tents.any(0)]
-
-def _root(covariance: np.ndarray, power: float) -> np.ndarray:
-    "A power of a symmetric matrix"
-    values,vectors = np.linalg.eigh(covariance)
-    return (vectors*np.maximum(values, 1e-9)**power)@vectors.T
-
-def _equal_covariance(
-    w: np.ndarray, # `(N, q)` whitened features, of mean 0 for each value of the nuisance
-    tents: np.ndarray, # `(N, n)`
-    fit: np.ndarray, # Rows from which the covariance is estimated
-) -> np.ndarray: # `(N, q)`
-    "Features whose covariance is the same for each value of a nuisance"
-    n_prior = .1*w.shape[1] # synapses that the overall covariance counts for
-    prior = n_prior*np.eye(w.shape[1])
-    scaled = np.zeros_like(w)
-    for tent in tents.T:
-        weight = tent[fit]
-        covariance = ((w[fit]*weight[:, None]).T@w[fit] + prior)/(weight.sum()+n_prior)
-        near = tent > 0
-        scaled[near] += tent[near, None]*(w[near]@_root(covariance, -.5))
-    return scaled
-
-def _without_nuisances(x: np.ndarray, values: np.ndarray, fit: np.ndarray) -> np.ndarray:
-    "`x` without what the rows `fit` say of the nuisances `values`, `(N, m)`"
-    design = np.hstack([values, values**2, *(_tents(z, N_TENTS['mean']) for z in values.T)])
-    design = design-design[fit].mean(0)
-    coefficients = np.linalg.solve(design[fit].T@design[fit] + np.eye(design.shape[1]), design[fit].T@x[fit])
-    residual = x-x[fit].mean(0)-design@coefficients
-    # at most one component for five synapses: the covariance of more cannot be estimated
-    sd,axes = np.linalg.eigh(residual[fit].T@residual[fit]/len(fit))
-    used = (sd > 1e-9) & (np.arange(len(sd)) >= len(sd)-len(fit)//5)
-    to_white = axes[:, used]/sd[used]**.5
-    from_white = (axes[:, used]*sd[used]**.5).T
-    white = residual@to_white
-    scaled = white
-    for _ in range(2):
-        for z in values.T: scaled = _equal_covariance(scaled, _tents(z, N_TENTS['covariance']), fit)
-    return residual + (scaled-white)@from_white
-
-def regress_out(
-    x: np.ndarray, # `(N, d)` features
-    table: pd.DataFrame, # `N` synapses in the same order, with `pre_root_id` and `NUISANCE_COLUMNS`
-    nuisances: list[Nuisance], # Variables in `NUISANCE_COLUMNS`; an unknown value is replaced by the mean
-) -> np.ndarray: # `(N, d)`, with mean 0
-    """Features whose mean and covariance do not depend on imaging variables.
-    Both are estimated on other presynaptic neurons than the ones they are applied to (at most 20,000 synapses), in
-    tenths of the neurons in the order of their ids. Synapses that are added to the table are treated alike, and change
-    the others a little. Raises `FeatureError` if the table lacks a variable"""
-    if not nuisances: return x
-    values = np.column_stack([_standardised_nuisance(table, nuisance) for nuisance in nuisances])
-    scale = np.maximum(x.std(0), 1e-12)
-    z = (np.asarray(x, float)-x.mean(0))/scale
-    _,neuron = np.unique(table.pre_root_id, return_inverse=True)
-    fold = neuron%min(N_FOLDS, neuron.max()+1)
-    order = np.random.default_rng(0).permutation(len(x))
-    removed = np.empty_like(z)
-    for test_fold in np.unique(fold):
-        test = np.flatnonzero(fold == test_fold)
-        train = order[fold[order] != test_fold][:MAX_FITTED]
-        if not len(train): train = test # there is a single neuron
-        both = np.concatenate([test, train])
-        fit = np.arange(len(test), len(both))
-        removed[test] = _without_nuisances(z[both], values[both], fit)[:len(test)]
-    return (removed*scale).astype(x.dtype)
-
-def _standardised_nuisance(table: pd.DataFrame, nuisance: str) -> np.ndarray:
-    "z-scored values of a nuisance, 0 where it is unknown. Raises `FeatureError` if the table does not have it"
-    column = NUISANCE_COLUMNS[nuisance]
-    if column not in table:
-        raise FeatureError(f"the synapse table has no column {column}, so {nuisance} cannot be regressed out; run "
-            "`synapseclr annotate` again")
-    value = table[column].to_numpy(float)
-    return np.nan_to_num((value-np.nanmean(value))/max(np.nanstd(value), 1e-12))
 
 # %% ../../nbs/data/05_features.ipynb #45e7cc2d
 class FeatureChoice(Strict):

@@ -7,8 +7,9 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from ..core import Source, Strict, content_hash, provenance, suggest, threads
-from ..data.features import feature_provenance, read_feature_sets, with_brightness, zscore
+from ..data.features import feature_provenance, read_feature_sets, zscore
 from ..data.lab_tables import read_lab_table, row_examples, whole_numbers
+from ..data.nuisances import with_brightness
 from ..data.results import read_kept
 from ..data.store import ChunkStore
 from ..data.synapses import id_problem

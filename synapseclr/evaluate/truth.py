@@ -11,8 +11,9 @@ import numpy as np, pandas as pd, torch
 from ..core import n_cores, provenance, threads, worker_pool
 from ..metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, neighbour_vote,
     nuisance_scores, percentile_interval, roc_auc, spearman, unrelated_neighbours)
-from ..data.features import (FeatureError, first_component, in_space, parse_feature_name, read_features,
-    regress_out, with_brightness, zscore)
+from synapseclr.data.features import (FeatureError, first_component, in_space, parse_feature_name, read_features,
+    zscore)
+from ..data.nuisances import regress_out, with_brightness
 from ..data.results import MORPHOMETRIC_COLUMNS
 from ..data.store import ChunkStore
 from ..data.tables import read_metadata, read_table, write_table

@@ -10,12 +10,13 @@ from typing import Literal
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from sklearn.decomposition import PCA
 from ..core import Strict, SynapseCLRError, provenance
+from .nuisances import NUISANCE_COLUMNS, Nuisance, regress_out, with_brightness
 from .results import MORPHOMETRIC_COLUMNS, read_kept
 from .tables import read_metadata, write_table
 
 # %% auto #0
-__all__ = ['Nuisance', 'NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'write_feature_file', 'write_features',
-           'FeatureChoice', 'parse_feature_name', 'feature_provenance', 'regress_out', 'read_feature_sets', 'zscore',
+__all__ = ['Space', 'N_WHITENED', 'FeatureError', 'read_features', 'write_feature_file', 'write_features', 'FeatureChoice',
+           'parse_feature_name', 'feature_provenance', 'read_feature_sets', 'zscore', 'in_space', 'first_component',
            'profile_features']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
@@ -107,14 +108,10 @@ def _feature_problem(ids: np.ndarray, x: np.ndarray) -> str|None:
     if not is_finite.all(): return f"the features of synapse {ids[~is_finite][0]} are not finite in float32"
 
 # %% ../../nbs/data/05_features.ipynb #45e7cc2d
-Nuisance = Literal['cutting_angle', 'blank_sections', 'depth']
-# Their columns in the synapse table
-NUISANCE_COLUMNS = dict(cutting_angle='cleft_cos_z', blank_sections='n_blank_sections', depth='ctr_z_nm')
-
 class FeatureChoice(Strict):
     "The feature set that a stage uses"
     features: str = 'trained' # Name of a network, or `morphometrics`
-    regress_out: list[Nuisance] = [] # Measured imaging variables whose quadratic fit is subtracted
+    regress_out: list[Nuisance] = [] # Measured imaging variables that are removed from the features
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone' # Of the network
 
     @property
@@ -146,23 +143,6 @@ def feature_provenance(
     if not paths: raise FeatureError(f"{run}: there are no features '{network}'")
     return read_metadata(paths[0])['provenance']
 
-def regress_out(
-    x: np.ndarray, # `(N, d)` features
-    table: pd.DataFrame, # `N` synapses, in the same order
-    nuisances: list[Nuisance], # Variables in `NUISANCE_COLUMNS`; an unknown value is replaced by the mean
-) -> np.ndarray: # `(N, d)`
-    """Residuals of the features after a least-squares fit, quadratic in each nuisance.
-    They are uncorrelated with each nuisance and its square"""
-    if not nuisances: return x
-    terms = [np.ones(len(x))]
-    for nuisance in nuisances:
-        value = table[NUISANCE_COLUMNS[nuisance]].to_numpy(float)
-        z = np.nan_to_num((value-np.nanmean(value))/max(np.nanstd(value), 1e-12))
-        terms += [z, z**2]
-    design = np.stack(terms, 1)
-    coefficients = np.linalg.lstsq(design, x, rcond=None)[0]
-    return (x - design@coefficients).astype(x.dtype)
-
 def read_feature_sets(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone', # Or `hidden`, `projection`
@@ -171,7 +151,7 @@ def read_feature_sets(
     reference: str|None = None, # A feature set that comes first
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses, and `(N, d)` float features of each set
     """Feature sets of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms).
-    Each can also have nuisances regressed out (`trained - cutting_angle`), fitted to all synapses that fetch kept.
+    Each can also have nuisances regressed out (`trained - cutting_angle`), among all synapses that fetch kept.
     Raises `FeatureError`, which names the folder, if there is no such set or if it lacks a synapse of the table"""
     run = Path(run)
     all_kept = read_kept(run, include_defects=True)
@@ -183,6 +163,8 @@ def read_feature_sets(
     if reference: requested = [reference, *requested]
     if absent := [name for name in requested if parse_feature_name(name)[0] not in available]:
         raise FeatureError(f"{run}: there are no features '{absent[0]}'; there are {', '.join(available)}")
+    if any('brightness' in parse_feature_name(name)[1] for name in requested):
+        all_kept = with_brightness(run, all_kept)
     sets = {}
     rows = pd.Index(all_kept.id).get_indexer(table.id)
     for name in dict.fromkeys(requested):
@@ -212,6 +194,31 @@ def zscore(
 ) -> np.ndarray: # `(N, d)`, each feature with mean 0 and sd 1; a constant feature is 0
     "z-scored features"
     return (x-x.mean(0))/np.maximum(x.std(0), 1e-12)
+
+# %% ../../nbs/data/05_features.ipynb #0af3a734
+Space = Literal['raw', 'zscored', 'whitened']
+N_WHITENED = 20 # Principal components
+
+def in_space(
+    x: np.ndarray, # `(N, d)` features
+    space: Space, # `raw`: as they are; `zscored`; `whitened`: the first 20 principal components, each with sd 1
+) -> np.ndarray: # `(N, d)`, or `(N, 20)`, fewer if the features have fewer dimensions
+    "Features in the space where distances are measured"
+    if space == 'raw': return x
+    if space == 'zscored': return zscore(x)
+    centred = np.asarray(x, float)-x.mean(0)
+    variance,axes = np.linalg.eigh(centred.T@centred/len(x))
+    variance,axes = variance[::-1][:N_WHITENED],axes[:, ::-1][:, :N_WHITENED]
+    used = variance > 1e-12*max(variance[0], 1e-300)
+    return centred@axes[:, used]/variance[used]**.5
+
+def first_component(
+    x: np.ndarray, # `(N, d)` features
+) -> tuple[float, np.ndarray]: # Share of the variance, and `(N,)` values with sd 1; the sign is arbitrary
+    "The first principal component of features"
+    component = in_space(x, 'whitened')[:, 0]
+    centred = x-x.mean(0)
+    return float(np.square(component@centred/len(x)).sum()*len(x)/np.square(centred).sum()),component
 
 # %% ../../nbs/data/05_features.ipynb #735ac148
 def profile_features(

@@ -48,7 +48,7 @@ class TrainConfig(Strict):
     max_grad_norm: float = pydantic.Field(0, ge=0) # Longer gradients are scaled down to this norm; 0 for no limit
     # Whether batch normalisation takes both views of a batch together; otherwise it takes each view separately
     joint_batch_norm: bool = False
-    objective: Literal['nt_xent', 'vicreg'] = 'nt_xent'
+    objective: Literal['nt_xent', 'vicreg', 'sigreg'] = 'nt_xent'
     temperature: pydantic.PositiveFloat = .5 # Of NT-Xent
     # Whether NT-Xent leaves synapses of the same axon or dendrite out of the negatives
     mask_same_neurite_negatives: bool = False

@@ -177,7 +177,7 @@ class Projector(nn.Module):
 class SynapseNet(nn.Module):
     "Backbone and projector: `(B, in_channels, D, D, D)` to `Features`"
     def __init__(self,
-        # The paper's network; for CPUs, two that describe each role and one that does not; MedicalNet's, for its weights
+        # The paper's network; for CPUs, two that describe each role and one that does not; MedicalNet's
         preset: Literal['paper', 'small', 'lab', 'demo', 'medicalnet'] = 'paper',
         seed: int = 0, # Of the initial weights
     ):
@@ -203,8 +203,8 @@ class SynapseNet(nn.Module):
 
     def forward(self, x: Tensor) -> Features:
         if x.shape[1] != self.in_channels:
-            raise ModelError(f"the network '{self.preset}' takes {self.in_channels} channels, got {x.shape[1]}; make its "
-                'input with `augmenter_for`')
+            raise ModelError(f"the network '{self.preset}' takes {self.in_channels} channels, got {x.shape[1]}; make "
+                'its input with `augmenter_for`')
         x = self.fold(x)
         if self.channels_last: x = x.contiguous(memory_format=torch.channels_last_3d)
         backbone = self.backbone(x)
@@ -346,7 +346,8 @@ def augmenter_for(
     n_cubes = 1 if cube.wide_voxel_nm is None else 2
     if n_cubes != net.n_cubes:
         advice = 'set cube.wide_voxel_nm' if n_cubes == 1 else 'leave out cube.wide_voxel_nm'
-        raise ModelError(f"the network '{net.preset}' takes {net.n_cubes} cube(s) of a synapse, got {n_cubes}; {advice}")
+        raise ModelError(f"the network '{net.preset}' takes {net.n_cubes} cube(s) of a synapse, got {n_cubes}; "
+            f'{advice}')
     return Augmenter(augment, voxel_nm, cube.size, cube.voxel_nm, device, cube.wide_voxel_nm, net.takes_roles)
 
 @torch.no_grad()

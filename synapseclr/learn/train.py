@@ -18,7 +18,7 @@ from .batches import (ChunkReader, TrainConfig, TrainingData, TrainingError, bat
 from .checkpoints import checkpoint_paths, load_checkpoint, save_checkpoint
 from synapseclr.learn.distributed import (all_reduce_sum, convert_sync_batchnorm, process_group, single_process,
     sum_gradients)
-from .loss import nt_xent, nt_xent_floor, nt_xent_start, vicreg
+from .loss import nt_xent, nt_xent_floor, nt_xent_start, sigreg, vicreg
 from .model import SynapseNet, augmenter_for, initial_network, save_weights, weights_digest
 from .monitor import TrainingLog, TrainingMonitor
 from .precision import autocast, check_mode, choose_mode, time_mode
@@ -175,8 +175,8 @@ def _train(setup: _Setup, pool: Executor) -> Path:
     optimizer = setup.optimizer
     if data.rank == 0:
         log = TrainingLog(setup.folder, setup.start, setup.mode, setup.compared)
-        monitor = TrainingMonitor(setup.augmenter, setup.read_chunks, data.held_out, data.watched, data.table, config.seed,
-            partial(_objective, config))
+        monitor = TrainingMonitor(setup.augmenter, setup.read_chunks, data.held_out, data.watched, data.table,
+            config.seed, partial(_objective, config))
     parts = data.parts()
     quiet = {} if data.rank == 0 else dict(disable=True)
     bar = progress(total=data.n_steps, initial=setup.start, desc=f"train ({setup.mode['precision']})", unit='step',
@@ -241,6 +241,7 @@ def _neurites(setup: _Setup, step: int) -> Tensor|None: # `(2, B, 2)`
 
 def _objective(config: TrainConfig, z1: Tensor, z2: Tensor, neurites: Tensor|None = None) -> Tensor:
     if config.objective == 'vicreg': return vicreg(z1, z2)
+    if config.objective == 'sigreg': return sigreg(z1, z2)
     return nt_xent(z1, z2, config.temperature, neurites)
 
 def _check_losses(losses: list[float], step: int, folder: Path):

@@ -23,7 +23,7 @@ class AugmentConfig(Strict):
     # One geometry for the whole batch, so that its traces do not distinguish synapses. Each has its own grey values and
     # noise
     coupled: bool = True
-    # `cleft`: from the cleft, pre above and post below, in random turns about its normal
+    # `cleft`: seen from the cleft, pre above and post below, in random turns about its normal
     frame: Literal['volume', 'cleft'] = 'volume'
     tilt_deg: NonNegative = 0 # Sd of the angle between the normal and the axis of the cube; for `cleft`
     section_cutout_p: Probability = .5 # Probability of blanking Poisson(fraction * sections) sections
@@ -38,6 +38,8 @@ class AugmentConfig(Strict):
     # Sd of a Gaussian blur in the plane of the sections, uniform between these; extraction takes the middle. Sections
     # are thick, and without it sharp edges show how a synapse was cut
     section_blur_nm: tuple[NonNegative, NonNegative] = (0, 0)
+    # Sd of a blur along a random direction, uniform between these, as if the tissue were cut anew
+    resection_nm: tuple[NonNegative, NonNegative] = (0, 0)
     # A uniform rotation, or one of the 48 symmetries of the cube (Fig. S7B); with `cleft`, those that keep the normal
     rotation: Literal['so3', 'octahedral', 'none'] = 'so3'
     flip: bool = True # x, y and z, each with probability 1/2, and x with y swapped; with `cleft`, not along the normal
@@ -76,7 +78,7 @@ class AugmentConfig(Strict):
         "Settings for feature extraction: only resampling, an inflation of 3 and the z-score, nothing random"
         random_options = ['section_cutout_p', 'intensity_p', 'noise_p', 'displacement', 'blur_p', 'corner_cutout_p',
             'cubic_cutout_p', 'centre_crop_p']
-        off = dict.fromkeys(random_options, 0)
+        off = dict.fromkeys(random_options, 0) | dict(resection_nm=(0, 0))
         return cls(**off | dict(rotation='none', flip=False, inflation=(3, 3)) | changes)
 
     def deterministic(self, **changes) -> AugmentConfig:
@@ -106,7 +108,8 @@ class ViewParameters:
     volumetric: np.ndarray # `(3,)` shift, scale, gamma of the volume
     noise: np.ndarray # `(2,)` sd of A and of log M
     section_blur_nm: float # Sd, in the plane of the sections
-    rotation: np.ndarray # `(3, 3)` orthogonal: from output directions to those of the volume or of the cleft, `(z, y, x)`
+    resection_nm: np.ndarray # `(3,)` direction in the cube, as long as the sd of the blur along it
+    rotation: np.ndarray # `(3, 3)` orthogonal: from output directions to those of the volume, or of the cleft
     displacement: np.ndarray # `(3,)` of the centre
     blur_sigma: float # Output voxels; 0 for no blur
     cutouts: np.ndarray # `(n, 2, 3)` boxes to blank, lower and upper corner in `[0, 1]`
@@ -185,12 +188,15 @@ def sample_view(
     crop = _crop(rng, config) if happens(config.centre_crop_p) else np.array([[-2.]*3, [2.]*3])
     inflation = int(rng.integers(config.inflation[0], config.inflation[1]+1))
     section_blur_nm = rng.uniform(*config.section_blur_nm)
+    direction = rng.normal(size=3)
+    resection_nm = rng.uniform(*config.resection_nm)*direction/np.linalg.norm(direction)
     return ViewParameters(
         cut_sections=cut_sections,
         sectional=sectional,
         volumetric=volumetric,
         noise=noise,
         section_blur_nm=section_blur_nm,
+        resection_nm=resection_nm,
         rotation=rotation,
         displacement=displacement,
         blur_sigma=blur_sigma,

@@ -11,7 +11,7 @@ import faiss, numpy as np, pandas as pd
 from sklearn.preprocessing import normalize
 from ..core import Strict, SynapseCLRError, suggest, threads
 from ..data.results import read_results
-from ..data.features import read_feature_sets, zscore
+from ..data.features import read_feature_sets
 from ..data.tables import read_table
 
 # %% auto #0
@@ -185,8 +185,8 @@ def compare_retrieval(
 ) -> pd.DataFrame: # One row for each feature set and set of synapses
     """Mean average precision over presynaptic neurites, without pairs of one cleft.
     `trained_gain` is by how much the trained features are better"""
-    table,sets = read_feature_sets(run, layer, ['trained', 'untrained', 'morphometrics'])
-    sets['morphometrics'] = zscore(sets['morphometrics'])
+    names = ['trained', 'untrained', 'morphometrics', 'intensity', 'profile', 'measured', 'trained + measured']
+    table,sets = read_feature_sets(run, layer, names)
     subsets = {'all kept': np.ones(len(table), bool)}
     strict = (table.blank_fraction < .1).to_numpy()
     if 0 < strict.sum() < len(table): subsets['less than 10 % blank'] = strict
@@ -208,7 +208,7 @@ def find_similar(
     query: int|list[int]|np.ndarray, # As in `SimilarityIndex.query`
     k: int = 10, # Number of neighbours
     where: str = '', # Search only synapses that meet this condition, such as `p_inhibitory_pre > .5 and island == 0`
-    features: str = 'trained', # Feature set, as in `read_feature_sets`
+    features: str = 'trained', # Feature set, as in `read_feature_sets`, such as `trained + measured`
     metric: str = 'cosine', # As in `SimilarityIndex`
 ) -> pd.DataFrame: # Rows of `read_results`, nearest first, and `distance`
     """Find synapses that look alike.

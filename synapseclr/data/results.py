@@ -13,7 +13,7 @@ from .tables import TableError, read_table
 
 # %% auto #0
 __all__ = ['MORPHOMETRIC_COLUMNS', 'EDGE_COLUMNS', 'INTENSITY_COLUMNS', 'RESERVED_COLUMNS', 'RESULT_FILES', 'is_reserved',
-           'read_kept', 'ResultError', 'read_results', 'read_measurements', 'read_profiles']
+           'read_kept', 'ResultError', 'read_results', 'read_measurements', 'read_profiles', 'profiles_by_type']
 
 # %% ../../nbs/data/04_results.ipynb #b1a4c0d3
 # The morphometric baseline
@@ -146,3 +146,18 @@ def _rows_of(known_ids: Iterable[int], ids: Iterable[int], run: str|Path) -> np.
         raise TableError(f"{Path(run)/'annotate'}: no measurements of {len(missing)} synapses of the table, such as "
             f"{missing[0]}; run `synapseclr annotate` again")
     return rows
+
+# %% ../../nbs/data/04_results.ipynb #b1a4c0da
+def profiles_by_type(
+    run: str|Path, # Run folder, annotated
+    neurons: pd.DataFrame|None, # From `read_neurons`
+    max_each: int = 2000, # Synapses of each type
+) -> dict[str, np.ndarray]: # `(N, 1600)` each
+    "Profiles by the known type of the presynaptic neuron; those of all synapses if no type is known"
+    table = read_kept(run)
+    kind = pd.Series('all synapses', table.index)
+    if neurons is not None and neurons.inhibitory.notna().any():
+        inhibitory = table.pre_root_id.map(neurons.set_index('root_id').inhibitory)
+        kind = inhibitory.map({0.: 'excitatory', 1.: 'inhibitory'})
+    sampled = table.assign(kind=kind).groupby('kind').sample(frac=1, random_state=0).groupby('kind').head(max_each)
+    return {name: read_profiles(run, np.sort(members.id)) for name,members in sampled.groupby('kind')}

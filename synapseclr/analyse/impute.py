@@ -207,9 +207,7 @@ def cross_validate_trait(
     Predictions `(N, 4 or 1)` and parameters are those of the chosen features; predictions are nan where `y` is not
     known. The choice has the name of the `features` for all that is known, and the `scores` of all candidates"""
     rows = np.flatnonzero(np.isfinite(y))
-    y = y[rows]
-    pre = pre[rows]
-    post = post[rows]
+    y,pre,post = (values[rows] for values in (y, pre, post))
     x = {name: features[rows] for name,features in sets.items()}
     groups = pre if trait.side == 'pre' else post
     model = model_for(trait, **config.model)
@@ -318,7 +316,8 @@ def read_choices(
     rows = {}
     for trait,choice in choices.items():
         scores = pd.Series(choice['scores'], dtype=float).fillna(-np.inf)
-        rows[trait] = dict(features=choice['features'], score=scores[choice['features']], best=scores.idxmax(), best_score=scores.max())
+        name = choice['features']
+        rows[trait] = [name, scores[name], scores.idxmax(), scores.max()]
     return pd.DataFrame.from_dict(rows, orient='index', columns=['features', 'score', 'best', 'best_score'])
 
 def _n_parallel(config: ImputeConfig, targets: pd.DataFrame) -> int:

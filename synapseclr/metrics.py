@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 import numpy as np, pandas as pd
 from sklearn.base import clone
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
 from scipy.stats import norm
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, r2_score
@@ -14,8 +16,9 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 # %% auto #0
-__all__ = ['neuron_disjoint_folds', 'linear_probe', 'cross_val_predict_by_neuron', 'roc_auc', 'explained_variance', 'spearman',
-           'average_precision', 'cluster_bootstrap', 'percentile_interval', 'distinct_neurons',
+__all__ = ['neuron_disjoint_folds', 'linear_probe', 'rbf_probe', 'cross_val_predict_by_neuron', 'roc_auc', 'explained_variance',
+           'spearman', 'average_precision', 'cluster_bootstrap', 'percentile_interval', 'distinct_neurons',
+           'shuffled_by_neuron', 'nuisance_scores', 'unrelated_neighbours', 'neighbour_vote',
            'uncentred_explained_variance', 'expected_calibration_error', 'regression_scores', 'classification_scores']
 
 # %% ../nbs/01_metrics.ipynb #fe5a5a8c
@@ -59,18 +62,25 @@ def linear_probe(
         return make_pipeline(StandardScaler(), LogisticRegression(C=.1, class_weight='balanced', max_iter=3000))
     return make_pipeline(StandardScaler(), Ridge(30.))
 
+def rbf_probe():  # scikit-learn estimator, not fitted
+    """Kernel ridge regression with an RBF kernel (Saunders et al. 1998), for one number or several.
+    Features and targets are z-scored; exp(-|a - b|^2/d) for `d` features, and a penalty of 1, are not tuned"""
+    model = make_pipeline(StandardScaler(), KernelRidge(kernel='rbf'))
+    return TransformedTargetRegressor(model, transformer=StandardScaler())
+
 def cross_val_predict_by_neuron(
     X: np.ndarray, # `(N, d)` features
-    y: np.ndarray, # `(N,)` bool or numbers
+    y: np.ndarray, # `(N,)` bool or numbers; or `(N, m)` numbers, for the same folds, which are then not stratified
     pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
     model=None, # scikit-learn estimator; `linear_probe` if None
     k: int = 4, seed: int = 0, # As of `neuron_disjoint_folds`
-) -> np.ndarray: # `(N,)` log-odds or values; nan where no model could be fitted
+) -> np.ndarray: # Shape of `y`, log-odds or values; nan where no model could be fitted
     "Predict each synapse by a model that was fitted to none of its neurons"
     X = np.asarray(X, float)
     y = np.asarray(y)
-    score = np.full(len(y), np.nan)
-    for train,test in neuron_disjoint_folds(pre, post, y, k, seed):
+    score = np.full(y.shape, np.nan)
+    stratify_by = y if y.ndim == 1 else np.zeros(len(y))
+    for train,test in neuron_disjoint_folds(pre, post, stratify_by, k, seed):
         if len(np.unique(y[train])) < 2: continue
         fitted = clone(model or linear_probe(y)).fit(X[train], y[train])
         score[test] = fitted.decision_function(X[test]) if y.dtype == bool else fitted.predict(X[test])
@@ -162,6 +172,71 @@ def distinct_neurons(
 ) -> np.ndarray: # The neurons of all volumes one after the other, as text
     "Neurons of several volumes, whose ids may be the same, with different names"
     return np.concatenate([np.char.add(f'{name}:', np.asarray(ids).astype(str)) for name,ids in neurons.items()])
+
+# %% ../nbs/01_metrics.ipynb #8ec4e521
+def shuffled_by_neuron(
+    y: np.ndarray, # `(N,)` or `(N, m)`
+    neuron: np.ndarray, # `(N,)` the neuron of each synapse
+    seed: int = 0,
+) -> np.ndarray: # The same values in another order
+    "The values of whole neurons, one neuron after the other, given to the neurons in another order"
+    _,number = np.unique(neuron, return_inverse=True)
+    position = np.random.default_rng(seed).permutation(number.max()+1)
+    shuffled = np.empty_like(y)
+    shuffled[np.argsort(number, kind='stable')] = y[np.argsort(position[number], kind='stable')]
+    return shuffled
+
+def nuisance_scores(
+    X: np.ndarray, # `(N, d)` features
+    nuisances: dict[str, np.ndarray], # `(N,)` numbers, by name; synapses where one is nan are left out
+    pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
+    n_controls: int = 3, # Shuffles by presynaptic neuron, to average over
+) -> pd.DataFrame: # Row for each nuisance; `linear`, `rbf`, `linear_control`, `rbf_control`
+    "R2 of imaging variables for unseen neurons, by a linear and an RBF probe, and by the same of shuffled values"
+    values = np.column_stack(list(nuisances.values())).astype(float)
+    known = np.isfinite(values).all(1)
+    values = values[known]
+    shuffled = [shuffled_by_neuron(values, pre[known], seed) for seed in range(n_controls)]
+    targets = np.hstack([values, *shuffled])
+    scores = {}
+    for kind,model in (('linear', linear_probe(values[:, 0])), ('rbf', rbf_probe())):
+        predicted = cross_val_predict_by_neuron(X[known], targets, pre[known], post[known], model)
+        r2 = np.array([explained_variance(y, score) for y,score in zip(targets.T, predicted.T)])
+        scores[kind] = r2[:len(nuisances)]
+        scores[f'{kind}_control'] = r2[len(nuisances):].reshape(n_controls, -1).mean(0)
+    return pd.DataFrame(scores, index=list(nuisances))
+
+# %% ../nbs/01_metrics.ipynb #5ccfcb4b
+def unrelated_neighbours(
+    X: np.ndarray, # `(N, d)` features
+    pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
+    k: int = 15, # Neighbours
+) -> np.ndarray: # `(N, k)` rows, nearest first; -1 where there are fewer
+    "The nearest synapses of each that share no neuron with it, on either side"
+    X = np.asarray(X, float)
+    k = min(k, len(X))
+    pre,post = np.unique(np.concatenate([pre, post]), return_inverse=True)[1].reshape(2, -1)
+    squares = (X**2).sum(1)
+    neighbours = np.empty((len(X), k), int)
+    for rows in np.array_split(np.arange(len(X)), len(X)//500+1):
+        distance = squares - 2*X[rows]@X.T
+        for a in (pre, post):
+            for b in (pre, post): distance[a[rows, None] == b] = np.inf
+        nearest = np.argpartition(distance, k-1, 1)[:, :k]
+        nearest_distance = np.take_along_axis(distance, nearest, 1)
+        nearest[np.isinf(nearest_distance)] = -1
+        neighbours[rows] = np.take_along_axis(nearest, np.argsort(nearest_distance, 1, kind='stable'), 1)
+    return neighbours
+
+def neighbour_vote(
+    neighbours: np.ndarray, # `(N, k)` from `unrelated_neighbours`
+    y: np.ndarray, # `(N,)` bool or numbers
+) -> np.ndarray: # `(N,)` balanced fraction of neighbours that are true, or their mean; nan without neighbours
+    "Predict each synapse by its neighbours"
+    weight = np.ones(len(y))
+    if y.dtype == bool and 0 < y.sum() < len(y): weight = np.where(y, .5/y.mean(), .5/(1-y.mean()))
+    voting = weight[neighbours]*(neighbours >= 0)
+    with np.errstate(invalid='ignore'): return (voting*y[neighbours]).sum(1)/voting.sum(1) # 0/0 is nan
 
 # %% ../nbs/01_metrics.ipynb #f50594b3
 def uncentred_explained_variance(y: np.ndarray, mean: np.ndarray, weight: np.ndarray|None = None) -> float:

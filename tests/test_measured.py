@@ -1,4 +1,4 @@
-"What is measured of synapses: stopped and continued, with synapses that come, go and change, with no mitochondria layer."
+"What is measured of synapses: stopped and continued, while synapses come, go and change, without mitochondria."
 import numpy as np, pandas as pd, pytest
 from synapseclr.data.features import profile_components_path, read_feature_sets, read_profile_components
 from synapseclr.data.results import EDGE_COLUMNS, INTENSITY_COLUMNS, read_measurements, read_profiles

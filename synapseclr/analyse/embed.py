@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 from ..core import SynapseCLRError, n_cores, provenance, threads, worker_pool
-from ..data.features import FeatureChoice, feature_provenance, read_feature_sets
+from ..data.features import FeatureChoice, Space, feature_provenance, in_space, read_feature_sets
 from ..data.tables import read_arrow, read_metadata, read_table, write_table
 
 # %% auto #0
@@ -218,6 +218,7 @@ def islands(
 # %% ../../nbs/analyse/01_embed.ipynb #8641b4d9
 class EmbedConfig(FeatureChoice):
     "How to compute the map"
+    space: Space = 'whitened' # In which distances are measured; the paper's is `raw`
     metric: Literal['cosine', 'euclidean'] = 'cosine'
     n_neighbors: int = pydantic.Field(100, ge=2) # Neighbours of each synapse in the graph
     exact_up_to: int = 200_000 # Up to this number of synapses, all pairs are compared
@@ -254,6 +255,7 @@ def embed(
     config = config or EmbedConfig()
     table,sets = read_feature_sets(run, config.layer, [config.feature_set], include_defects=True)
     x = sets[config.feature_set]
+    x = in_space(x, config.space)
     origin = provenance(config, options=config.model_dump(mode='json'),
         source=feature_provenance(run, config.feature_set), n_synapses=len(table))
     map_path = run/'map.parquet'

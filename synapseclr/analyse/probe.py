@@ -4,28 +4,29 @@
 
 # %% ../../nbs/analyse/03_probe.ipynb #23f033a8
 from __future__ import annotations
+from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 import numpy as np, pandas as pd
 from ..core import threads
 from .query import average_precision_per_query, mean_average_precision
-from ..data.features import read_feature_sets, zscore
-from ..data.store import ChunkStore
+from ..data.features import Space, first_component, in_space, read_feature_sets, zscore
+from ..data.nuisances import regress_out, with_brightness
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 from ..metrics import (cluster_bootstrap, cross_val_predict_by_neuron, distinct_neurons, explained_variance,
-    linear_probe, percentile_interval, roc_auc)
+    linear_probe, neighbour_vote, nuisance_scores, percentile_interval, roc_auc, spearman, unrelated_neighbours)
 
 # %% auto #0
-__all__ = ['probe_targets', 'mean_intensity', 'probe_feature_sets', 'probe_run', 'zscore_per_volume', 'probe_volume']
+__all__ = ['probe_targets', 'probe_feature_sets', 'probe_run', 'zscore_per_volume', 'probe_volume']
 
 # %% ../../nbs/analyse/03_probe.ipynb #38d26575
 def probe_targets(
-    table: pd.DataFrame, # Synapses, annotated
+    table: pd.DataFrame, # Synapses, annotated; from `with_brightness` for the brightness
     neurons: pd.DataFrame|None = None, # From `read_neurons`, for the types
-    brightness: np.ndarray|None = None, # `(N,)` from `mean_intensity`
 ) -> list[tuple[str, str, np.ndarray]]: # Name, `nuisance` or `biology`, and `(N,)` values
     "What a probe is to predict from the features. Types and mitochondria have the values 0 and 1"
     targets = [
@@ -33,7 +34,7 @@ def probe_targets(
         ('missing sections', 'nuisance', table.n_blank_sections),
     ]
     for axis in 'xyz': targets.append((f'position {axis}', 'nuisance', table[f'ctr_{axis}_nm']))
-    if brightness is not None: targets.append(('brightness', 'nuisance', brightness))
+    if 'brightness' in table: targets.append(('brightness', 'nuisance', table.brightness))
     if neurons is not None:
         inhibitory = neurons.set_index('root_id').inhibitory
         for side in ('pre', 'post'):
@@ -44,18 +45,6 @@ def probe_targets(
         targets.append((f'{side}synaptic mitochondrion', 'biology', (mito_um3 > 0).where(mito_um3.notna())))
     return [(name, group, np.asarray(values, float)) for name,group,values in targets]
 
-def mean_intensity(
-    store: ChunkStore, # Chunks of the run
-    ids: np.ndarray, # `(N,)` synapses
-) -> np.ndarray: # `(N,)` grey values
-    "Mean of the EM of each chunk, without missing parts (grey value 0)"
-    rows = pd.Index(store.ids).get_indexer(ids)
-    def batch_means(batch_rows):
-        em = store.batch(batch_rows)[0].reshape(len(batch_rows), -1)
-        return em.sum(1)/np.maximum((em > 0).sum(1), 1)
-    batches = np.array_split(rows, max(1, len(rows)//256))
-    return np.concatenate([batch_means(batch_rows) for batch_rows in batches])
-
 # %% ../../nbs/analyse/03_probe.ipynb #ac087bbf
 def probe_feature_sets(
     table: pd.DataFrame, # Synapses
@@ -63,41 +52,102 @@ def probe_feature_sets(
     targets: list[tuple[str, str, np.ndarray]], # From `probe_targets`
     min_known: int = 20, # Targets with fewer known values are left out
     n_draws: int = 200, # Bootstrap draws
-) -> pd.DataFrame: # `target`, `group`, `features`, `metric`, `value`, `lo95`, `hi95`, `n`
-    """Score the predictions of a linear probe for held-out neurons, with 95 % intervals over presynaptic neurons.
-    The table has one row for each target and feature set"""
+) -> pd.DataFrame: # A row for each target and feature set, see the table above
+    """Score the predictions of a linear probe for held-out neurons, with 95 % intervals over neurons of both sides.
+    The same is scored for the vote of 15 neighbours, and for nuisances for a probe with an RBF kernel and controls"""
     pre = table.pre_root_id.to_numpy()
     post = table.post_root_id.to_numpy()
+    used = []
+    for name,group,values in targets:
+        known = np.isfinite(values)
+        if known.sum() >= min_known and len(np.unique(values[known])) > 1: used.append((name, group, values))
+    nuisances = {name: values for name,group,values in used if group == 'nuisance'}
     rows = []
-    for target,group,values in targets:
-        known = np.flatnonzero(np.isfinite(values))
-        known_values = values[known]
-        levels = np.unique(known_values)
-        if len(known) < min_known or len(levels) < 2: continue
-        is_type = set(levels) <= {0., 1.} and group == 'biology'
-        y = known_values > .5 if is_type else known_values
-        metric = 'AUC' if is_type else 'R2'
-        statistic = roc_auc if is_type else explained_variance
-        scores = [cross_val_predict_by_neuron(x[known], y, pre[known], post[known]) for x in sets.values()]
-        draws = cluster_bootstrap(statistic, y, scores, pre[known], n_draws)
-        for name,score,set_draws in zip(sets, scores, draws.T):
-            lo,hi = percentile_interval(set_draws)
-            rows.append(dict(target=target, group=group, features=name, metric=metric,
-                value=statistic(y, score), lo95=lo, hi95=hi, n=len(known)))
-    for name,x in sets.items():
-        retrieval = mean_average_precision(average_precision_per_query(zscore(x), pre, table.cleft_id.to_numpy()))
+    for features,x in sets.items():
+        neighbours = {}
+        controls = nuisance_scores(x, nuisances, pre, post) if nuisances else pd.DataFrame()
+        for target,group,values in used:
+            row = dict(target=target, group=group, features=features) | _probe(x, group, values, pre, post, n_draws)
+            row |= _votes(x, group, values, pre, post, neighbours)
+            if group == 'nuisance': row |= controls.loc[target, ['linear_control', 'rbf', 'rbf_control']].to_dict()
+            rows.append(row)
+        rows += _first_component(table, features, x, n_draws)
+        rows += _same_axon(table, features, x)
+    scores = pd.DataFrame(rows)
+    below = (scores.group == 'nuisance') & (scores.metric == 'R2')
+    r2 = ['value', 'lo95', 'hi95', *(column for column in scores if column.startswith(('linear', 'rbf', 'vote')))]
+    scores.loc[below, r2] = scores.loc[below, r2].clip(lower=0) # of unseen neurons, R2 of nothing is below 0
+    order = scores.target.drop_duplicates().tolist()
+    return scores.sort_values('target', key=lambda column: column.map(order.index), kind='stable', ignore_index=True)
+
+def _as_predicted(group: str, values: np.ndarray) -> tuple[np.ndarray, str, Callable]:
+    "The known values of a target as a probe predicts them, the name of the metric, and its function"
+    if group == 'biology' and set(np.unique(values)) <= {0., 1.}: return values > .5,'AUC',roc_auc
+    return values,'R2',explained_variance
+
+def _probe(x: np.ndarray, group: str, values: np.ndarray, pre: np.ndarray, post: np.ndarray, n_draws: int) -> dict:
+    "The score of a linear probe"
+    known = np.isfinite(values)
+    y,metric,statistic = _as_predicted(group, values[known])
+    score = cross_val_predict_by_neuron(x[known], y, pre[known], post[known])
+    draws = cluster_bootstrap(statistic, y, [score], pre[known], n_draws, partner=post[known])
+    lo,hi = percentile_interval(draws[:, 0])
+    return dict(metric=metric, value=statistic(y, score), lo95=lo, hi95=hi, n=len(y))
+
+def _votes(
+    x: np.ndarray, group: str, values: np.ndarray, pre: np.ndarray, post: np.ndarray,
+    neighbours: dict, # Those computed before, by space and known synapses
+) -> dict: # `vote_raw`, `vote_zscored`, `vote_whitened`
+    "The score of the vote of neighbours in each space"
+    known = np.isfinite(values)
+    y,_,statistic = _as_predicted(group, values[known])
+    votes = {}
+    for space in get_args(Space):
+        key = space,known.tobytes()
+        if key not in neighbours:
+            neighbours[key] = unrelated_neighbours(in_space(x, space)[known], pre[known], post[known])
+        votes[f'vote_{space}'] = statistic(y, neighbour_vote(neighbours[key], y))
+    return votes
+
+def _first_component(table: pd.DataFrame, features: str, x: np.ndarray, n_draws: int) -> list[dict]:
+    "Rows for the first principal component: its share of the variance, and what it has to do with the brightness"
+    share,component = first_component(x)
+    row = dict(group='nuisance', features=features, n=len(x))
+    rows = [row | dict(target='component 1', metric='share', value=share)]
+    if 'brightness' not in table: return rows
+    brightness = table.brightness.to_numpy(float)
+    sign = np.sign(spearman(brightness, component))
+    draws = cluster_bootstrap(spearman, brightness, [sign*component], table.pre_root_id, n_draws,
+        partner=table.post_root_id)
+    lo,hi = percentile_interval(draws[:, 0])
+    rows.append(row | dict(target='component 1, brightness', metric='Spearman',
+        value=spearman(brightness, sign*component), lo95=lo, hi95=hi))
+    return rows
+
+def _same_axon(table: pd.DataFrame, features: str, x: np.ndarray) -> list[dict]:
+    "Rows for retrieval of the axon: of all synapses, and without what place and brightness say of it"
+    settings = {'presynaptic neuron': (x, None)}
+    if 'brightness' in table:
+        centres_um = table[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)/1000
+        equally_bright = regress_out(x, table, ['brightness'])
+        settings['presynaptic neuron, apart'] = equally_bright,centres_um
+    rows = []
+    for target,(of_set,centres_um) in settings.items():
+        per_query = average_precision_per_query(in_space(of_set, 'whitened'), table.pre_root_id.to_numpy(),
+            table.cleft_id.to_numpy(), centres_um)
+        retrieval = mean_average_precision(per_query)
         chance = retrieval['chance']
         rows.append(dict(
-            target='presynaptic neuron',
+            target=target,
             group='both',
-            features=name,
+            features=features,
             metric='mAP - chance',
             n=retrieval['n_queries'],
             value=retrieval['mean_average_precision']-chance,
             lo95=retrieval['lo95']-chance,
             hi95=retrieval['hi95']-chance,
         ))
-    return pd.DataFrame(rows)
+    return rows
 
 @threads(1)
 def probe_run(
@@ -111,10 +161,9 @@ def probe_run(
     "Score all feature sets of a run, including those of the untrained network and morphometrics"
     table,sets = read_feature_sets(run, layer, reference=reference)
     sample = np.sort(np.random.default_rng(seed).permutation(len(table))[:max_synapses])
-    table = table.iloc[sample]
-    brightness = mean_intensity(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
+    table = with_brightness(run, table.iloc[sample].reset_index(drop=True))
     sampled_sets = {name: x[sample] for name,x in sets.items()}
-    return probe_feature_sets(table, sampled_sets, probe_targets(table, neurons, brightness))
+    return probe_feature_sets(table, sampled_sets, probe_targets(table, neurons))
 
 # %% ../../nbs/analyse/03_probe.ipynb #01f26eec
 class _ZscorePerVolume(TransformerMixin, BaseEstimator):

@@ -11,7 +11,7 @@ import faiss, numpy as np, pandas as pd
 from sklearn.preprocessing import normalize
 from ..core import Strict, SynapseCLRError, suggest, threads
 from ..data.results import read_results
-from ..data.features import read_feature_sets
+from ..data.features import Space, in_space, read_feature_sets
 from ..data.tables import read_table
 
 # %% auto #0
@@ -101,6 +101,8 @@ def average_precision_per_query(
     features: np.ndarray, # `(N, d)`
     groups: np.ndarray, # `(N,)` group of each synapse, such as its neurite; a hit is of the same group
     exclude: np.ndarray|None = None, # `(N,)` synapses with the same value, such as the cleft, are not compared
+    centres_um: np.ndarray|None = None, # `(N, 3)`; synapses nearer than `apart_um` are not compared
+    apart_um: float = 3.,
 ) -> pd.DataFrame: # One row for each synapse that has a hit: `group`, `n_hits`, `average_precision`, `chance`
     "How well each synapse finds the others of its group, by Euclidean distance"
     features = np.asarray(features, np.float64)
@@ -109,6 +111,7 @@ def average_precision_per_query(
     rows = []
     for i,vector in enumerate(features):
         compared = exclude != exclude[i]
+        if centres_um is not None: compared &= ((centres_um-centres_um[i])**2).sum(1) >= apart_um**2
         is_hit = groups[compared] == groups[i]
         if not is_hit.any(): continue
         distance = ((features[compared]-vector)**2).sum(1)
@@ -174,6 +177,7 @@ def paired_gain(
 class QueryConfig(Strict):
     "What the report on similar synapses shows"
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone' # Layer of the network whose features are compared
+    space: Space = 'whitened' # In which distances are measured; the paper's is `raw`
     metric: Literal['euclidean', 'cosine'] = 'euclidean'
     neighbours: int = 7 # Neighbours shown for each prompt
     prompts: list[int] = [] # Ids of the synapses to show; some that are spread over the table if empty
@@ -182,11 +186,13 @@ class QueryConfig(Strict):
 def compare_retrieval(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone',
+    space: Space = 'whitened',
 ) -> pd.DataFrame: # One row for each feature set and set of synapses
     """Mean average precision over presynaptic neurites, without pairs of one cleft.
     `trained_gain` is by how much the trained features are better"""
     names = ['trained', 'untrained', 'morphometrics', 'intensity', 'profile', 'measured', 'trained + measured']
     table,sets = read_feature_sets(run, layer, names)
+    sets = {name: in_space(x, space) for name,x in sets.items()}
     subsets = {'all kept': np.ones(len(table), bool)}
     strict = (table.blank_fraction < .1).to_numpy()
     if 0 < strict.sum() < len(table): subsets['less than 10 % blank'] = strict
@@ -210,6 +216,7 @@ def find_similar(
     where: str = '', # Search only synapses that meet this condition, such as `p_inhibitory_pre > .5 and island == 0`
     features: str = 'trained', # Feature set, as in `read_feature_sets`, such as `trained + measured`
     metric: str = 'cosine', # As in `SimilarityIndex`
+    space: Space = 'whitened', # In which distances are measured
 ) -> pd.DataFrame: # Rows of `read_results`, nearest first, and `distance`
     """Find synapses that look alike.
     If the run has been exported, the table has a column `neuroglancer` with links. Raises `QueryError` if `where`
@@ -223,7 +230,7 @@ def find_similar(
             urls = exported[['id', 'neuroglancer']]
             results = results.merge(urls, on='id', how='left', suffixes=(None, None))
     candidates = _matching(results, where) if where else None
-    index = SimilarityIndex(sets[features], table.id.to_numpy(), metric)
+    index = SimilarityIndex(in_space(sets[features], space), table.id.to_numpy(), metric)
     return index.query(query, k, candidates=candidates).merge(results, on='id', how='left', suffixes=(None, None))
 
 def _matching(results: pd.DataFrame, where: str) -> np.ndarray:

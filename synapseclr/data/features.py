@@ -11,16 +11,17 @@ from typing import Literal, NamedTuple
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from sklearn.decomposition import PCA
 from ..core import Strict, SynapseCLRError, provenance, suggest
+from .nuisances import NUISANCE_COLUMNS, Nuisance, regress_out, with_brightness
 from .results import (EDGE_COLUMNS, INTENSITY_COLUMNS, MORPHOMETRIC_COLUMNS, read_kept,
     read_measurements, read_profiles)
 from .tables import read_metadata, read_table, write_table
 
 # %% auto #0
-__all__ = ['MEASURED_BLOCKS', 'Nuisance', 'NUISANCE_COLUMNS', 'FeatureError', 'read_features', 'write_feature_file',
-           'write_features', 'ProfileComponents', 'fit_profile_components', 'profile_components_path',
-           'write_profile_components', 'read_profile_components', 'block_names', 'measured_block', 'zscore',
-           'scale_block', 'join_blocks', 'zscore_networks', 'without_column', 'FeatureChoice', 'parse_feature_name',
-           'feature_provenance', 'regress_out', 'read_feature_sets']
+__all__ = ['MEASURED_BLOCKS', 'Space', 'N_WHITENED', 'FeatureError', 'read_features', 'write_feature_file', 'write_features',
+           'ProfileComponents', 'fit_profile_components', 'profile_components_path', 'write_profile_components',
+           'read_profile_components', 'block_names', 'measured_block', 'zscore', 'scale_block', 'join_blocks',
+           'zscore_networks', 'without_column', 'FeatureChoice', 'parse_feature_name', 'feature_provenance',
+           'read_feature_sets', 'in_space', 'first_component']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
 class FeatureError(SynapseCLRError):
@@ -227,14 +228,10 @@ def without_column(
     return np.delete(x, columns.index(column), 1) # they come first
 
 # %% ../../nbs/data/05_features.ipynb #45e7cc2d
-Nuisance = Literal['cutting_angle', 'blank_sections', 'depth']
-# Their columns in the synapse table
-NUISANCE_COLUMNS = dict(cutting_angle='cleft_cos_z', blank_sections='n_blank_sections', depth='ctr_z_nm')
-
 class FeatureChoice(Strict):
     "The feature set that a stage uses"
     features: str = 'trained' # A network, what is measured, or both: `trained`, `measured`, `trained + measured`
-    regress_out: list[Nuisance] = [] # Measured imaging variables whose quadratic fit is subtracted
+    regress_out: list[Nuisance] = [] # Measured imaging variables that are removed from the features
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone' # Of the network
 
     @property
@@ -272,23 +269,6 @@ def feature_provenance(
         measured = measured | dict(profile_components=read_metadata(profile_components_path(run))['provenance'])
     return origin | dict(measured=measured) if origin else measured
 
-def regress_out(
-    x: np.ndarray, # `(N, d)` features
-    table: pd.DataFrame, # `N` synapses, in the same order
-    nuisances: list[Nuisance], # Variables in `NUISANCE_COLUMNS`; an unknown value is replaced by the mean
-) -> np.ndarray: # `(N, d)`
-    """Residuals of the features after a least-squares fit, quadratic in each nuisance.
-    They are uncorrelated with each nuisance and its square"""
-    if not nuisances: return x
-    terms = [np.ones(len(x))]
-    for nuisance in nuisances:
-        value = table[NUISANCE_COLUMNS[nuisance]].to_numpy(float)
-        z = np.nan_to_num((value-np.nanmean(value))/max(np.nanstd(value), 1e-12))
-        terms += [z, z**2]
-    design = np.stack(terms, 1)
-    coefficients = np.linalg.lstsq(design, x, rcond=None)[0]
-    return (x - design@coefficients).astype(x.dtype)
-
 def _network_folder(run: Path, network: str) -> Path:
     return run/('features' if network == 'trained' else f'features_{network}')
 
@@ -306,7 +286,7 @@ def read_feature_sets(
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses, and `(N, d)` float features of each set
     """Feature sets of a run: `trained`, `untrained` and other networks by name; `morphometrics`, `intensity`, `edges`
     and `profile`, which are measured and scaled; these four together, `measured`; and `NETWORK + measured`.
-    Each can also have nuisances regressed out (`trained - cutting_angle`), fitted to all synapses that fetch kept.
+    Each can also have nuisances regressed out (`trained - cutting_angle`), among all synapses that fetch kept.
     Raises `FeatureError`, which names the folder, if there is no such set or if it lacks a synapse of the table"""
     run = Path(run)
     all_kept = read_kept(run, include_defects=True)
@@ -322,6 +302,8 @@ def read_feature_sets(
     if reference: requested = [reference, *requested]
     if absent := [name for name in requested if parse_feature_name(name)[0] not in available]:
         raise FeatureError(f"{run}: there are no features '{absent[0]}'; {suggest(absent[0], available)}")
+    if any('brightness' in parse_feature_name(name)[1] for name in requested):
+        all_kept = with_brightness(run, all_kept)
 
     @cache
     def block(name):
@@ -348,3 +330,28 @@ def _features_of(ids: pd.Series, folder: Path, layer: str) -> np.ndarray:
         raise FeatureError(f"{folder}: no features of {len(missing)} synapses of the table, such as "
             f"{missing.iloc[0]}; run `synapseclr extract` again")
     return x[rows]
+
+# %% ../../nbs/data/05_features.ipynb #0af3a734
+Space = Literal['raw', 'zscored', 'whitened']
+N_WHITENED = 20 # Principal components
+
+def in_space(
+    x: np.ndarray, # `(N, d)` features
+    space: Space, # `raw`: as they are; `zscored`; `whitened`: the first 20 principal components, each with sd 1
+) -> np.ndarray: # `(N, d)`, or `(N, 20)`, fewer if the features have fewer dimensions
+    "Features in the space where distances are measured"
+    if space == 'raw': return x
+    if space == 'zscored': return zscore(x)
+    centred = np.asarray(x, float)-x.mean(0)
+    variance,axes = np.linalg.eigh(centred.T@centred/len(x))
+    variance,axes = variance[::-1][:N_WHITENED],axes[:, ::-1][:, :N_WHITENED]
+    used = variance > 1e-12*max(variance[0], 1e-300)
+    return centred@axes[:, used]/variance[used]**.5
+
+def first_component(
+    x: np.ndarray, # `(N, d)` features
+) -> tuple[float, np.ndarray]: # Share of the variance, and `(N,)` values with sd 1; the sign is arbitrary
+    "The first principal component of features"
+    component = in_space(x, 'whitened')[:, 0]
+    centred = x-x.mean(0)
+    return float(np.square(component@centred/len(x)).sum()*len(x)/np.square(centred).sum()),component

@@ -4,13 +4,17 @@
 
 # %% ../../nbs/data/09_frame.ipynb #38bab16b
 from __future__ import annotations
+from dataclasses import dataclass
 from typing import NamedTuple
-import numpy as np
+import numpy as np, pandas as pd
 from scipy import ndimage
-from .store import CLEFT, POST, PRE
+from ..core import n_cores, provenance, worker_pool
+from .store import CLEFT, ChunkStore, ConcatStore, POST, PRE
+from .tables import read_metadata, read_table, write_table
 
 # %% auto #0
-__all__ = ['NEAR_NM', 'NEAR_SD_NM', 'CLEFT_WEIGHT', 'cleft_plane', 'Frame', 'cleft_frame', 'frame_coordinates', 'in_frame']
+__all__ = ['NEAR_NM', 'NEAR_SD_NM', 'CLEFT_WEIGHT', 'cleft_plane', 'Frame', 'cleft_frame', 'Frames', 'read_frames',
+           'frame_coordinates', 'in_frame']
 
 # %% ../../nbs/data/09_frame.ipynb #4cecc831
 def cleft_plane(
@@ -101,6 +105,55 @@ def _axes(normal: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     in_plane = np.eye(3)-np.outer(normal, normal)
     long = _signed(np.linalg.eigh(in_plane@covariance@in_plane)[1][:, 2])
     return np.stack([normal, long, np.cross(normal, long)], 1)
+
+# %% ../../nbs/data/09_frame.ipynb #a99280e7
+@dataclass(frozen=True)
+class Frames:
+    "The frames of many synapses"
+    axes: np.ndarray # `(N, 3, 3)` columns as of `Frame`; the first one is the normal
+    centre_nm: np.ndarray # `(N, 3)`
+    quality: np.ndarray # `(N,)`
+
+    def __len__(self) -> int: return len(self.quality)
+
+    def __getitem__(self, i: int) -> Frame:
+        return Frame(self.axes[i, :, 0], self.centre_nm[i], self.axes[i], float(self.quality[i]))
+
+    def take(self, indices) -> Frames:
+        "The frames of some of the synapses"
+        return Frames(self.axes[indices], self.centre_nm[indices], self.quality[indices])
+
+_version = 1 # Of the frames
+
+def read_frames(
+    store: ChunkStore|ConcatStore, # Complete
+) -> Frames: # Of all its synapses, in their order
+    "The frames of all synapses of a store; those of `frames.parquet` beside it, if they are of the same chunks"
+    if isinstance(store, ConcatStore):
+        parts = [read_frames(part) for part in store.stores]
+        def joined(name): return np.concatenate([getattr(part, name) for part in parts])
+        return Frames(joined('axes'), joined('centre_nm'), joined('quality'))
+    path = store.path.parent/'frames.parquet'
+    origin = provenance(chunks=store.attrs.get('records'), n_synapses=len(store), frames=_version)
+    if path.exists() and read_metadata(path).get('provenance') == origin: table = read_table(path, 'frames')
+    else:
+        table = _measure_frames(store)
+        try: write_table(table, path, 'frames', origin)
+        except PermissionError: pass # a run of somebody else: computed again the next time
+    values = table.drop(columns='id').to_numpy()
+    return Frames(values[:, :9].reshape(-1, 3, 3), values[:, 9:12], values[:, 12])
+
+def _measure_frames(store: ChunkStore) -> pd.DataFrame:
+    "A row for each synapse: id, nine numbers of the axes, three of the centre, and the quality"
+    def measure(rows):
+        frames = [cleft_frame(mask, store.voxel_nm) for mask in store.batch(rows)[1]]
+        return [[*frame.axes.ravel(), *frame.centre_nm, frame.quality] for frame in frames]
+    parts = np.array_split(np.arange(len(store)), -(-len(store)//256))
+    with worker_pool(n_cores()) as pool: values = [row for part in pool.map(measure, parts) for row in part]
+    axes = [f'axis{column}_{row}' for row in 'zyx' for column in range(3)]
+    table = pd.DataFrame(values, columns=[*axes, 'centre_z_nm', 'centre_y_nm', 'centre_x_nm', 'quality'])
+    table.insert(0, 'id', store.ids)
+    return table
 
 # %% ../../nbs/data/09_frame.ipynb #2ca5adc2
 def frame_coordinates(

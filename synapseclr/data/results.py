@@ -27,7 +27,7 @@ INTENSITY_COLUMNS += [f'{role}_{shell}_nm' for role in ('pre', 'post')
     for shell in ('0_to_40', '40_to_80', '80_to_160', '160_to_320')]
 RESERVED_COLUMNS = dict(
     fetch='reject_reason|blank_fraction|visible_fraction|mito_measured|plan_[a-z]+',
-    annotate='|'.join(MORPHOMETRIC_COLUMNS + EDGE_COLUMNS) + '|frame_quality|n_blank_sections'
+    annotate='|'.join(MORPHOMETRIC_COLUMNS + EDGE_COLUMNS) + '|frame_quality|n_blank_sections|brightness'
         r'|cleft_(cos_z|angle_z_deg|normal_[xyz]|offset_[xyz]_nm)|(pre|post)_(mito|soma_um|soma_reason)',
     embed=r'cluster|leiden|island|umap\d*_\d+',
     qc='removed|defect_score|defect_fdr',

@@ -9,11 +9,11 @@ import numpy as np, pandas as pd, pydantic
 from ..core import Source, Strict, content_hash, provenance, suggest, threads
 from ..data.features import feature_provenance, read_feature_sets, zscore_networks
 from ..data.lab_tables import read_lab_table, row_examples, whole_numbers
+from ..data.nuisances import with_brightness
 from ..data.results import read_kept
-from ..data.store import ChunkStore
 from ..data.synapses import id_problem
 from ..data.tables import TableError, write_table
-from ..analyse.probe import mean_intensity, probe_targets
+from ..analyse.probe import probe_targets
 from ..analyse.query import average_precision_per_query, mean_average_precision
 from .truth import Target, score_defects, score_targets
 
@@ -122,12 +122,11 @@ def same_axon_scores(
     return pd.DataFrame(rows)
 
 def nuisance_targets(
-    table: pd.DataFrame, # `N` synapses, annotated
-    brightness: np.ndarray, # `(N,)` from `mean_intensity`
+    table: pd.DataFrame, # `N` synapses, annotated, from `with_brightness`
 ) -> list[Target]:
     "Imaging variables, which features should not tell"
     targets = []
-    for name,group,y in probe_targets(table, brightness=brightness):
+    for name,group,y in probe_targets(table):
         known = np.isfinite(y)
         if group != 'nuisance' or known.sum() < MIN_KNOWN or not np.ptp(y[known]): continue
         targets.append(Target(name, y, 'EV', 'both', 'nuisance', known, known))
@@ -150,9 +149,8 @@ def evaluate_expert(
     if 'defect' in truth: tables['defects'] = score_defects(table.assign(defect=defect), sets)
     if not targets and not len(tables.get('defects', ())):
         raise TableError(f"{config.truth}: nothing in it can be predicted: {'; '.join(reasons)}")
-    brightness = mean_intensity(ChunkStore.open(run/'chunks.zarr'), table.id.to_numpy())
     pre,post = (table[f'{side}_root_id'].to_numpy() for side in ('pre', 'post'))
-    targets += nuisance_targets(table, brightness)
+    targets += nuisance_targets(with_brightness(run, table))
     scores = score_targets(targets, sets, pre, post, [reference], config.n_splits)
     tables['targets'] = pd.concat([scores, same_axon_scores(table, sets)], ignore_index=True)
     sources = {name: feature_provenance(run, name) for name in sets if name.endswith(' + measured')}

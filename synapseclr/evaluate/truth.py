@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
 from ..core import provenance, threads
-from synapseclr.metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, percentile_interval,
-    roc_auc, spearman)
-from ..data.features import (FeatureError, MEASURED_BLOCKS, join_blocks, measured_block, parse_feature_name,
-    read_features, read_profile_components, regress_out, scale_block, zscore)
+from ..metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, neighbour_vote,
+    nuisance_scores, percentile_interval, roc_auc, spearman, unrelated_neighbours)
+from ..data.features import (FeatureError, MEASURED_BLOCKS, first_component, in_space, join_blocks,
+    measured_block, parse_feature_name, read_features, read_profile_components, scale_block, zscore)
+from ..data.nuisances import regress_out, with_brightness
 from ..data.results import read_measurements
 from ..data.store import ChunkStore
 from ..data.tables import read_metadata, read_table, write_table
@@ -21,10 +22,13 @@ from ..learn.monitor import rank_me
 from .defects import benchmark_detection
 
 # %% auto #0
-__all__ = ['METRICS', 'load_with_truth', 'Target', 'predict_out_of_fold', 'score_targets', 'stratified_auc', 'phantom_targets',
-           'neurite_scores', 'score_defects', 'score_nuisances', 'evaluate', 'average_runs', 'evaluate_each']
+__all__ = ['PAINTED', 'METRICS', 'load_with_truth', 'Target', 'vote_of_neighbours', 'predict_out_of_fold', 'score_targets',
+           'stratified_auc', 'phantom_targets', 'neurite_scores', 'score_defects', 'score_nuisances', 'evaluate',
+           'average_runs', 'evaluate_each']
 
 # %% ../../nbs/evaluate/02_truth.ipynb #bf86cb5a
+PAINTED = ['cleft_vx', 'mito_vx', 'spine_um3'] # What was painted of a synapse
+
 def load_with_truth(
     # Run folder, annotated, and the folder of its phantom; neurons of different runs are different
     runs: list[tuple[str|Path, str|Path]],
@@ -59,7 +63,9 @@ def load_with_truth(
         if parse_feature_name(name)[1]: continue
         sets[f'{name} + measured'] = join_blocks([*blocks.values(), zscore(x[name])])
     del sets['edges'] # they are for splits
-    return table,sets | dict(latents=table[LATENTS].fillna(0).to_numpy())
+    sets['latents'] = table[LATENTS].fillna(0).to_numpy()
+    sets['painted'] = np.log1p(table[PAINTED].fillna(0).to_numpy(float))
+    return table,sets
 
 def _synapses_with_truth(k: int, run: Path, phantom: Path) -> pd.DataFrame:
     "Synapses of run number `k` with their truth"
@@ -67,7 +73,7 @@ def _synapses_with_truth(k: int, run: Path, phantom: Path) -> pd.DataFrame:
     truth = pd.read_parquet(phantom/'truth.parquet')
     synapses = read_table(run/'synapses.parquet', 'synapses')
     table = synapses.merge(truth, on='id', validate='1:1', suffixes=(None, None))
-    table = table.set_index('id').loc[ids].reset_index()
+    table = with_brightness(run, table.set_index('id').loc[ids].reset_index())
     for side in ('pre', 'post'): table[f'{side}_neuron'] = f'{k}:' + table[f'true_{side}_root_id'].astype(str)
     table['section_brightness'] = read_measurements(run, ids, ['section_brightness']).section_brightness
     return table
@@ -96,6 +102,18 @@ class Target(NamedTuple):
         if self.group is not None: return stratified_auc(y, prediction, self.group, weight)
         return METRICS[self.metric](y, prediction, weight)
 
+def vote_of_neighbours(
+    target: Target,
+    x: np.ndarray, # `(N, d)` features
+    pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
+) -> np.ndarray: # `(N,)`; nan where `y` is not known
+    "Predict a target by the neighbours in the whitened space whose `y` is known"
+    known = np.ones(len(x), bool) if target.known is None else target.known
+    near = unrelated_neighbours(in_space(x, 'whitened')[known], pre[known], post[known])
+    prediction = np.full(len(x), np.nan)
+    prediction[known] = neighbour_vote(near, target.y[known])
+    return prediction
+
 def predict_out_of_fold(
     target: Target,
     x: np.ndarray, # `(N, d)` features
@@ -116,19 +134,24 @@ def score_targets(
     n_splits: int = 1, # Random divisions of the neurons into folds; scores are means over them
 ) -> pd.DataFrame: # For each target, subset and feature set: value and gain of each reference, with 95 % intervals
     """How well a linear probe predicts each target for synapses of held-out neurons.
-    `n` synapses are scored, `n_positive` of them of the class that an AUC is for. `split_sd` is the sd over the
-    divisions of the neurons"""
+    `vote` is the score of the 15 nearest neighbours. `n` synapses are scored, `n_positive` of them of the class that
+    an AUC is for. `split_sd` is the sd over the divisions of the neurons"""
     predictions = {}
+    votes = {}
     for name,target in {target.name: target for target in targets}.items():
         jobs = product(sets.values(), range(n_splits))
         flat = [predict_out_of_fold(target, x, pre, post, seed) for x,seed in jobs]
         predictions[name] = np.reshape(flat, (len(sets), n_splits, -1))
+        votes[name] = [vote_of_neighbours(target, x, pre, post) for x in sets.values()]
     rows = []
-    for target in targets: rows += _score_target(target, list(sets), predictions[target.name], pre, post, references)
+    for target in targets:
+        predicted = predictions[target.name],votes[target.name]
+        rows += _score_target(target, list(sets), *predicted, pre, post, references)
     return pd.DataFrame(rows)
 
 def _score_target(
     target: Target, names: list[str], predictions: np.ndarray, # `(sets, n_splits, N)`
+    votes: list[np.ndarray], # `(N,)` of each set
     pre: np.ndarray, post: np.ndarray, references: list[str]|tuple,
 ) -> list[dict]:
     "The rows of one target, one for each feature set"
@@ -147,6 +170,7 @@ def _score_target(
     for i,name in enumerate(names):
         row = dict(target=target.name, subset=target.subset, metric=target.metric, features=name, value=values[i])
         row['lo95'],row['hi95'] = percentile_interval(draws[:, i])
+        row['vote'] = target.score(target.y, np.where(target.scored, votes[i], np.nan))
         if shape[1] > 1: row['split_sd'] = each_split[i].std(ddof=1)
         for reference in references:
             j = names.index(reference)
@@ -187,11 +211,11 @@ def phantom_targets(
     for side in ('pre', 'post'):
         inhibitory = (table[f'{side}_type'] == 'inhibitory').to_numpy()
         for subset,scored in subsets.items():
-            targets.append(Target(f'{side}synaptic type', inhibitory, 'AUC', side, subset, scored))
+            targets.append(Target(f'{side}synaptic type', inhibitory, 'AUC', 'both', subset, scored))
     size = np.log(table.cleft_vx.to_numpy(float))
-    targets.append(Target('cleft size', size, 'EV', 'pre', 'all', everywhere))
+    targets.append(Target('cleft size', size, 'EV', 'both', 'all', everywhere))
     mitochondrion = (table.mito_vx > 0).to_numpy()
-    targets.append(Target('mitochondrion', mitochondrion, 'AUC', 'pre', 'all', everywhere))
+    targets.append(Target('mitochondrion', mitochondrion, 'AUC', 'both', 'all', everywhere))
     pre,post = (table[f'{side}_neuron'].to_numpy() for side in ('pre', 'post'))
     return [*targets, _within_grey_deciles(targets[0], sets['intensity'], pre, post)]
 
@@ -256,21 +280,26 @@ def score_defects(
 # %% ../../nbs/evaluate/02_truth.ipynb #64f4d6b2
 def score_nuisances(
     table: pd.DataFrame, sets: dict[str, np.ndarray],
-) -> pd.DataFrame: # A row for each feature set: R2 of each nuisance, and the effective rank
-    "How well a linear probe predicts imaging variables for held-out neurons"
+) -> pd.DataFrame: # A row for each feature set: R2 of each nuisance, `rbf` and `control`; first component; rank
+    "How well a linear and an RBF probe predict imaging variables for held-out neurons"
     nuisances = {
         '|cos z|': table.cleft_cos_z,
         'lost sections': table.n_lost_sections,
         'section brightness': table.section_brightness,
+        'brightness': table.brightness,
         'depth': table.ctr_z_nm}
+    values = {name: column.fillna(column.median()).to_numpy(float) for name,column in nuisances.items()}
     pre = table.pre_neuron.to_numpy()
     post = table.post_neuron.to_numpy()
     rows = []
     for features,x in sets.items():
         row = dict(features=features)
-        for nuisance,values in nuisances.items():
-            y = values.fillna(values.median()).to_numpy(float)
-            row[nuisance] = explained_variance(y, cross_val_predict_by_neuron(x, y, pre, post))
+        scores = nuisance_scores(x, values, pre, post).clip(lower=0)
+        for nuisance,score in scores.iterrows():
+            row |= {nuisance: score.linear, f'{nuisance}, rbf': score.rbf, f'{nuisance}, control': score.rbf_control}
+        share,component = first_component(x)
+        row['first component'] = share
+        row['first component, brightness'] = abs(spearman(values['brightness'], component))
         row['effective_rank'] = rank_me(torch.from_numpy(np.asarray(x, np.float64)))
         rows.append(row)
     return pd.DataFrame(rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pyarrow.parquet as pq
 from taskqueue import queueable
 from ..core import atomic, content_hash, provenance
+from ..data.frame import read_frames
 from ..data.store import ChunkStore, StoreError
 from ..data.lab_tables import column_names
 from ..data.synapses import read_ids
@@ -329,6 +330,7 @@ def finish_fetch(run: str|Path) -> pd.DataFrame: # The table
     any_kept = (table.reject_reason == '').any()
     mean,sd = intensity_mean_sd(grey) if any_kept else (None, None)
     ChunkStore.open(run/'chunks.zarr', unfinished=True).finish(mean=mean, sd=sd, records=content_hash(records))
+    if any_kept: read_frames(ChunkStore.open(run/'chunks.zarr')) # writes them
     del made_by['job']
     write_table(table, run/'synapses.parquet', 'synapses', made_by)
     return table

@@ -102,7 +102,10 @@ def morphometrics(
         pre_mito=float(pre_mito_um3 > 0) if mito_measured else np.nan,
         post_mito=float(post_mito_um3 > 0) if mito_measured else np.nan,
         n_blank_sections=int((has_synapse & ~has_em).sum()),
+        brightness=float(_or_nan(np.mean, em[in_synapse & (em > 0)])),
     )
+
+def _or_nan(statistic: Callable, values: np.ndarray) -> float: return statistic(values) if len(values) else np.nan
 
 # %% ../../nbs/ingest/10_measure.ipynb #cf4cf6df
 SHELLS_NM = (0, 40, 80, 160, 320) # Edges of the profile around the cleft
@@ -138,8 +141,6 @@ def _box_around(cleft: np.ndarray, margin_nm: float, voxel_nm) -> tuple[slice, s
     margin = np.ceil(margin_nm/np.asarray(voxel_nm, float)).astype(int)
     at = np.argwhere(cleft)
     return tuple(slice(lo, hi) for lo,hi in zip((at.min(0)-margin).clip(0), at.max(0)+margin+1))
-
-def _or_nan(statistic: Callable, values: np.ndarray) -> float: return statistic(values) if len(values) else np.nan
 
 # %% ../../nbs/ingest/10_measure.ipynb #e20bdd42
 EDGE_SMOOTHING_NM = 10. # Sd of a Gaussian in the plane of the section

@@ -4,18 +4,22 @@
 
 # %% ../../nbs/learn/02_augment.ipynb #92c234c3
 from __future__ import annotations
+import math
+from dataclasses import replace
 from functools import cache
 import cc3d, numpy as np, torch, torch.nn.functional as F
 from scipy.special import ndtri
 from torch import Tensor
 from ..core import SynapseCLRError, key as counter_key
+from ..data.frame import Frames, cleft_frame
 from ..data.store import CLEFT, POST, PRE
 from .views import AugmentConfig, ViewParameters, sample_view
 
 # %% auto #0
 __all__ = ['MISSING', 'gamma_transform', 'intensity_lut', 'apply_lut', 'fill_sections', 'normal_quantiles', 'random_bits',
-           'add_noise', 'sampling_grid', 'affine_points', 'resample', 'in_boxes', 'blur', 'dilate', 'touching_cleft',
-           'touching_cleft_on_device', 'published_input', 'AugmentError', 'Augmenter']
+           'add_noise', 'sampling_grid', 'affine_points', 'resample', 'blur_sections', 'mean_sd_inside', 'in_boxes',
+           'blur', 'dilate', 'touching_cleft', 'touching_cleft_on_device', 'published_input', 'AugmentError',
+           'Augmenter']
 
 # %% ../../nbs/learn/02_augment.ipynb #af653ec1
 def gamma_transform(
@@ -139,6 +143,36 @@ def resample(
     "EM and mask at the points of `grid`; 0 outside the source"
     def sample(volume, mode): return F.grid_sample(volume[:, None], grid, mode=mode, align_corners=True)[:, 0]
     return sample(em, 'bilinear'),sample(mask.to(em.dtype), 'nearest').to(torch.uint8)
+
+# %% ../../nbs/learn/02_augment.ipynb #d5bb9af3
+def blur_sections(
+    x: Tensor, # `(B, Z, Y, X)`
+    present: Tensor, # `(B, Z, Y, X)` bool
+    sigma: np.ndarray, # `(B,)` in voxels; 0 for no blur
+) -> Tensor: # `x`, blurred where it is present
+    "Gaussian blur in the plane of each section, of the present voxels only"
+    radius = math.ceil(2.5*sigma.max())
+    squares = np.arange(-radius, radius+1)**2
+    weights = np.exp(-.5*squares/np.square(np.maximum(sigma, 1e-3))[:, None])
+    kernel = torch.tensor(weights, dtype=x.dtype, device=x.device)[:, None]
+    def smooth(values):
+        values = values.transpose(0, 1)
+        values = F.conv2d(values, kernel[..., None], padding=(radius, 0), groups=len(kernel))
+        return F.conv2d(values, kernel[:, :, None], padding=(0, radius), groups=len(kernel)).transpose(0, 1)
+    weight = present.to(x.dtype)
+    return torch.where(present, smooth(x*weight)/smooth(weight).clamp(min=1e-6), x)
+
+def mean_sd_inside(
+    x: Tensor, # `(B, D, D, D)`
+    inside: Tensor, # `(B, D, D, D)` bool
+    min_sd: float = .03, # A synapse in which all is of one grey is not blown up
+) -> tuple[Tensor, Tensor]: # Each `(B, 1, 1, 1)`
+    "Mean and standard deviation of each cube's voxels that are inside"
+    axes = (1, 2, 3)
+    n = inside.sum(axes, keepdim=True).clamp(min=1)
+    mean = (x*inside).sum(axes, keepdim=True)/n
+    variance = ((x-mean).square()*inside).sum(axes, keepdim=True)/n
+    return mean,variance.sqrt().clamp(min=min_sd)
 
 # %% ../../nbs/learn/02_augment.ipynb #e260e463
 def in_boxes(
@@ -271,31 +305,51 @@ class Augmenter:
         out_size: int = 96, # Side of the cube, voxels
         out_voxel_nm: float = 14.3, # Of the cube
         device: str|torch.device = 'cpu',
+        wide_voxel_nm: float|None = None, # Of a second cube; None for one cube
+        roles: bool = False, # Whether channels with the place of pre, cleft and post come after the grey values of a cube
     ):
         self.config = config
         self.voxel_nm = tuple(voxel_nm)
         self.out_size = out_size
         self.out_voxel_nm = out_voxel_nm
+        self.wide_voxel_nm = wide_voxel_nm
+        self.roles = roles
         self.device = torch.device(device)
         self.connected = touching_cleft if self.device.type == 'cpu' else touching_cleft_on_device
+
+    def deterministic(self) -> Augmenter:
+        "The augmenter for features, without anything random"
+        return Augmenter(self.config.deterministic(), self.voxel_nm, self.out_size, self.out_voxel_nm, self.device,
+            self.wide_voxel_nm, self.roles)
 
     def __call__(self,
         em: np.ndarray|Tensor, # `(B, Z, Y, X)` uint8; 0 where missing
         mask: np.ndarray|Tensor, # `(B, Z, Y, X)` uint8 role bits
         key: int = 0, # From `core.key(seed, epoch, step, view)`
         first: int = 0, # Place in the batch of the first synapse
-    ) -> Tensor: # `(B, 1, D, D, D)` float32, z-scored, `-mean/sd` outside the mask
+        frames: Frames|None = None, # Of the clefts, for `frame = 'cleft'`; computed from the masks if None
+    ) -> Tensor: # `(B, 1, D, D, D)` float32, z-scored; with more channels for a second cube and for roles
         "One view of each synapse. Raises `AugmentError` for arrays that are not a batch of chunks"
         em,mask = self._checked(em, mask)
         keys = [counter_key(key, first+i) for i in range(len(em))]
         view_keys = [key] if self.config.coupled else keys
         views = [sample_view(self.config, np.random.default_rng(k), em.shape[1]) for k in view_keys]
-        if self.config.coupled: views = views*len(em)
+        if self.config.coupled: views = [self._own_greys(views[0], k, em.shape[1]) for k in keys]
+        if self.config.frame == 'cleft' and frames is None: frames = _frames_of(mask, self.voxel_nm)
         em = em.to(self.device, non_blocking=True)
         mask = mask.to(self.device, non_blocking=True)
-        if self.device.type != 'cpu': return self.apply(em, mask, views, keys)
-        # one by one: as fast, in an eighth of the memory
-        return torch.cat([self.apply(em[i:i+1], mask[i:i+1], views[i:i+1], keys[i:i+1]) for i in range(len(em))])
+        if self.device.type != 'cpu': return self.apply(em, mask, views, keys, frames)
+        def one(i): # one by one: as fast, in an eighth of the memory
+            own = slice(i, i+1)
+            own_frame = None if frames is None else frames.take(own)
+            return self.apply(em[own], mask[own], views[own], keys[own], own_frame)
+        return torch.cat([one(i) for i in range(len(em))])
+
+    def _own_greys(self, view: ViewParameters, key: int, n_sections: int) -> ViewParameters:
+        "The shared view, with the grey values of one synapse"
+        if not self.config.intensity_p: return view
+        own = sample_view(self.config, np.random.default_rng(key), n_sections)
+        return replace(view, sectional=own.sectional, volumetric=own.volumetric)
 
     def _checked(self, em, mask) -> tuple[Tensor, Tensor]:
         "Both as uint8 tensors"
@@ -317,21 +371,40 @@ class Augmenter:
         mask: Tensor, # `(B, Z, Y, X)` uint8 role bits
         views: list[ViewParameters], # One for each synapse
         keys: list[int], # One for each synapse, for its noise
-    ) -> Tensor: # `(B, 1, D, D, D)` float32
+        frames: Frames|None = None, # Of each synapse, for `frame = 'cleft'`
+    ) -> Tensor: # `(B, channels, D, D, D)` float32
         "The given views of a batch that is on the device"
         config = self.config
         if config.geometry == 'released': return published_input(em, mask, self.out_size, config.mean, config.sd)
         x = self._distorted(em, views, keys)
         rotation = np.stack([v.rotation for v in views])
         displacement_nm = np.stack([v.displacement for v in views])*self.out_size*self.out_voxel_nm
-        grid = sampling_grid(rotation, displacement_nm, em.shape[1:], self.voxel_nm, self.out_size, self.out_voxel_nm,
+        if config.frame == 'cleft':
+            rotation = frames.axes @ rotation
+            displacement_nm = frames.centre_nm + np.einsum('bij,bj->bi', frames.axes, displacement_nm)
+        voxels_nm = [self.out_voxel_nm, *[self.wide_voxel_nm]*bool(self.wide_voxel_nm)]
+        return torch.cat([self._cube(x, mask, views, rotation, displacement_nm, size_nm) for size_nm in voxels_nm], 1)
+
+    def _cube(self,
+        x: Tensor, mask: Tensor, # `(B, Z, Y, X)`
+        views: list[ViewParameters],
+        rotation: np.ndarray, displacement_nm: np.ndarray, # `(B, 3, 3)` and `(B, 3)`
+        out_voxel_nm: float,
+    ) -> Tensor: # `(B, 1 or 4, D, D, D)`
+        "One cube: z-scored grey values, and the roles"
+        config = self.config
+        grid = sampling_grid(rotation, displacement_nm, x.shape[1:], self.voxel_nm, self.out_size, out_voxel_nm,
             self.device)
-        x,roles = resample(x.clamp_(0, 1), mask, grid)
+        grey,roles = resample(x.clamp(0, 1), mask, grid)
         sigma = np.array([v.blur_sigma for v in views])
-        if sigma.any(): x = blur(x, sigma)
-        background = config.mean if config.background == 'mean' else 0.
-        x = torch.where(self._active(roles, views), x, background)
-        return ((x - config.mean)/config.sd)[:, None]
+        if sigma.any(): grey = blur(grey, sigma)
+        active = self._active(roles, views, self.out_voxel_nm/out_voxel_nm)
+        mean,sd = mean_sd_inside(grey, active) if config.zscore == 'synapse' else (config.mean, config.sd)
+        background = mean if config.background == 'mean' else 0.
+        z = (torch.where(active, grey, background) - mean)/sd
+        if not self.roles: return z[:, None]
+        places = [((roles & bit) > 0) & active for bit in (PRE, CLEFT, POST)]
+        return torch.stack([z, *[place.to(z.dtype) for place in places]], 1)
 
     def _distorted(self, em: Tensor, views: list[ViewParameters], keys: list[int]) -> Tensor:
         "Grey values from 0 to 1, with cut sections, distorted intensity and noise"
@@ -345,14 +418,16 @@ class Augmenter:
             cut_sections = to_device('cut_sections', torch.bool)
             x = apply_lut(em, intensity_lut(to_device('sectional'), to_device('volumetric'), cut_sections))
         else: x = em.float().div_(255)
+        sigma = np.array([v.section_blur_nm for v in views])/self.voxel_nm[2]
+        if sigma.any(): x = blur_sections(x, (em > 0) & (x > MISSING/2), sigma)
         return add_noise(x, to_device('noise'), keys) if config.noise_p else x
 
-    def _active(self, roles: Tensor, views: list[ViewParameters]) -> Tensor:
+    def _active(self, roles: Tensor, views: list[ViewParameters], scale: float = 1.) -> Tensor:
         "The voxels that are shown: the inflated synapse where it is kept and connected to the cleft"
         cleft = (roles & CLEFT) > 0
         synapse = (roles & (PRE|CLEFT|POST)) > 0
         kept = self._kept(cleft, views)
-        inflation = np.array([v.inflation for v in views])
+        inflation = np.array([math.ceil(v.inflation*scale) for v in views])
         return self.connected(dilate(synapse & kept, inflation) & kept, cleft)
 
     def _kept(self, cleft: Tensor, views: list[ViewParameters]) -> Tensor:
@@ -369,3 +444,9 @@ class Augmenter:
         centre = torch.stack([(weight.sum(axes)*position).sum(1) for axes in other_axes], 1)
         in_crop = in_boxes((crop + centre[:, None])[:, None], size)
         return ~in_boxes(boxes, size) & in_crop | cleft
+
+def _frames_of(mask: Tensor, voxel_nm) -> Frames:
+    "The frames of some masks"
+    frames = [cleft_frame(one.cpu().numpy(), voxel_nm) for one in mask]
+    columns = zip(*[(frame.axes, frame.centre_nm, frame.quality) for frame in frames])
+    return Frames(*map(np.stack, columns))

@@ -8,11 +8,11 @@ import json
 from pathlib import Path
 from typing import Literal
 import numpy as np, pydantic, torch
-from .augment import Augmenter
 from .views import AugmentConfig, CubeConfig
 from synapseclr.core import (Source, Strict, content_hash, n_cores, progress, provenance, threads, worker_pool,
     write_once)
-from .model import Features, SynapseNet, weights_digest
+from .batches import ChunkReader
+from .model import Features, SynapseNet, augmenter_for, weights_digest
 from .precision import Precision, choose_forward_mode, forward_features, mode_of, say_if_emulated
 from ..data.features import FeatureError, read_features, write_feature_file
 from ..data.store import ChunkStore
@@ -51,12 +51,14 @@ def agreed_precision(
     answer = run/f'extract/precision_{content_hash(question)}.json'
     if answer.exists(): return json.loads(answer.read_text())['precision']
     store = ChunkStore.open(run/'chunks.zarr')
-    chunks = store.batch(range(min(32, len(store))))
+    rows = np.arange(min(32, len(store)))
     modes = []
     with threads(1):
         for net,augment,cube in networks:
-            augmenter = Augmenter(augment.deterministic(), store.voxel_nm, cube.size, cube.voxel_nm, device)
-            modes.append(choose_forward_mode(net.to(device).eval(), augmenter(*chunks, 0), precision))
+            augmenter = augmenter_for(net, augment.deterministic(), cube, store.voxel_nm, device)
+            em,mask,frames = ChunkReader(store, augment)(rows)
+            views = augmenter(em, mask, frames=frames)
+            modes.append(choose_forward_mode(net.to(device).eval(), views, precision))
     agreed = 'bf16' if all(mode['precision'] == 'bf16' for mode in modes) else 'fp32'
     return json.loads(write_once(answer, json.dumps(question | dict(precision=agreed, compared=modes))))['precision']
 
@@ -78,9 +80,9 @@ def extract(
     folder = Path(run)/out
     store = ChunkStore.open(Path(run)/'chunks.zarr')
     rotations = dict(rotation='so3', flip=True) if views > 1 else {}
-    extraction = AugmentConfig.extract(mean=augment.mean, sd=augment.sd, fill_blank=augment.fill_blank,
-        background=augment.background, **rotations)
-    augmenter = Augmenter(extraction, store.voxel_nm, cube.size, cube.voxel_nm, device)
+    extraction = augment.deterministic(**rotations)
+    augmenter = augmenter_for(net, extraction, cube, store.voxel_nm, device)
+    read_chunks = ChunkReader(store, extraction)
     mode = mode_of(precision, augmenter.device)
     say_if_emulated(mode, augmenter.device)
     net = net.to(device).eval()
@@ -99,8 +101,9 @@ def extract(
     )
     def compute(rows):
         "Features of a batch, averaged over views"
-        chunks = store.batch(rows)
-        of_views = [forward_features(net, augmenter(*chunks, view), mode) for view in range(views)]
+        em,mask,frames = read_chunks(rows)
+        def of_view(view): return forward_features(net, augmenter(em, mask, view, frames=frames), mode)
+        of_views = [of_view(view) for view in range(views)]
         return Features(*(torch.stack(layer).mean(0) for layer in zip(*of_views)))
     shard_of_row = store.places//store.per_shard
     with worker_pool(2 if augmenter.device.type == 'cuda' else n_cores()) as pool:

@@ -16,7 +16,7 @@ from ..core import atomic, key
 from .distributed import single_process
 from .model import SynapseNet
 from .precision import autocast
-from ..data.store import ConcatStore
+from ..data.frame import Frames
 from ..metrics import cross_val_predict_by_neuron, explained_variance, roc_auc
 
 # %% auto #0
@@ -96,22 +96,17 @@ class TrainingMonitor:
     "Evaluates a network on the same synapses after each epoch"
     def __init__(self,
         augmenter: Augmenter, # Of the training
-        store: ConcatStore, # Chunks
+        # em, mask and frames of synapses, by row of the store
+        read_chunks: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, Frames|None]],
         held_out: np.ndarray, watched: np.ndarray, # Synapses, by row of the store
         table: pd.DataFrame, # A row for each synapse of the store, see `online_probe`
         seed: int, # Of the run
         objective: Callable[[Tensor, Tensor], Tensor], # Of the projections of both views
     ):
-        deterministic = Augmenter(
-            augmenter.config.deterministic(),
-            augmenter.voxel_nm,
-            augmenter.out_size,
-            augmenter.out_voxel_nm,
-            augmenter.device,
-        )
-        self.views = deterministic(*store.batch(watched)).cpu()
-        held_out_chunks = store.batch(held_out)
-        self.pairs = [augmenter(*held_out_chunks, key(seed, -1, view)).cpu() for view in (0, 1)]
+        em,mask,frames = read_chunks(watched)
+        self.views = augmenter.deterministic()(em, mask, frames=frames).cpu()
+        em,mask,frames = read_chunks(held_out)
+        self.pairs = [augmenter(em, mask, key(seed, -1, view), frames=frames).cpu() for view in (0, 1)]
         self.table = table.iloc[watched]
         self.objective = objective
         self.device = augmenter.device

@@ -9,70 +9,23 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
-import numpy as np, pandas as pd, pydantic, torch, torch.distributed as dist
+import numpy as np, pandas as pd, torch, torch.distributed as dist
 from torch import Tensor, nn
-from synapseclr.core import (Source, Strict, SynapseCLRError, content_hash, key, n_cores, progress, provenance,
-    worker_pool)
-from ..data.store import ChunkStore, ConcatStore
-from ..data.synapses import read_ids
-from ..data.tables import read_table
+from ..core import content_hash, key, n_cores, progress, provenance, worker_pool
 from .augment import Augmenter
-from .batches import batch_indices, batches, cached_gradient_backward, pair_indices, split_held_out
+from .batches import (ChunkReader, TrainConfig, TrainingData, TrainingError, batches,
+    cached_gradient_backward, part_of, read_training_data, with_dataset_statistics)
 from .checkpoints import checkpoint_paths, load_checkpoint, save_checkpoint
-from .distributed import (all_reduce_sum, convert_sync_batchnorm, get_rank, get_world_size,
-    process_group, single_process, sum_gradients)
+from synapseclr.learn.distributed import (all_reduce_sum, convert_sync_batchnorm, process_group, single_process,
+    sum_gradients)
 from .loss import nt_xent, nt_xent_floor, nt_xent_start, vicreg
-from .model import SynapseNet, initial_network, save_weights, weights_digest
+from .model import SynapseNet, augmenter_for, initial_network, save_weights, weights_digest
 from .monitor import TrainingLog, TrainingMonitor
-from .precision import Precision, autocast, check_mode, choose_mode, time_mode
+from .precision import autocast, check_mode, choose_mode, time_mode
 from .views import AugmentConfig, CubeConfig
 
 # %% auto #0
-__all__ = ['TrainConfig', 'TrainingError', 'learning_rate', 'with_dataset_statistics', 'train']
-
-# %% ../../nbs/learn/10_train.ipynb #3920d63f
-class TrainConfig(Strict):
-    "How to train; the defaults are those of the paper"
-    model: Literal['paper', 'demo'] = 'paper' # Network preset
-    seed: int = 0 # Of weights, order and views
-    batch_size: int = pydantic.Field(192, ge=2) # Synapses in a step, two views each, over all processes
-    # Synapses in memory at the same time, in each process; 0 for all of the batch of the process
-    micro_batch: int = pydantic.Field(0, ge=0)
-    epochs: pydantic.PositiveInt = 200
-    cosine_period_epochs: pydantic.PositiveInt = 100 # Length of a cosine of the learning rate
-    lr: pydantic.PositiveFloat = 2e-4 # Learning rate at the start of each cosine
-    lr_min: float = 2e-5 # Learning rate at the end of each cosine
-    # Steps over which the learning rate rises from 0, at the start of the run
-    warmup_steps: int = pydantic.Field(0, ge=0)
-    weight_decay: float = pydantic.Field(0, ge=0) # Of AdamW; 0 for Adam
-    max_grad_norm: float = pydantic.Field(0, ge=0) # Longer gradients are scaled down to this norm; 0 for no limit
-    # Whether batch normalisation takes both views of a batch together; otherwise it takes each view separately
-    joint_batch_norm: bool = False
-    objective: Literal['nt_xent', 'vicreg'] = 'nt_xent'
-    temperature: pydantic.PositiveFloat = .5 # Of NT-Xent
-    # Whether NT-Xent leaves synapses of the same axon or dendrite out of the negatives
-    mask_same_neurite_negatives: bool = False
-    # Fraction of pairs whose second view shows another synapse of the same axon
-    same_axon_positives: pydantic.confloat(ge=0, le=1) = 0
-    extra_stores: list[Source] = [] # Chunk stores of other runs to train on as well, each z-scored by itself
-    init: Source|None = None # Weights to begin with, such as those of another run; random ones if None
-    # Table with a column `id`, or text with one id per line: synapses of this run that are never trained on
-    exclude: Source|None = None
-    # `auto` uses bf16 if the device where the run begins has units for it, and if bf16 agrees with fp32; `fastest`
-    # measures which is faster there
-    precision: Precision = 'auto'
-    compile: bool = False # Whether to use torch.compile: minutes to start, then faster on a GPU
-    # Threads that compute a step on a CPU, in each process; 0 for all cores of the machine where the run begins (one,
-    # under torchrun). Sums are rounded in an order that depends on this number
-    threads: pydantic.NonNegativeInt = 0
-    checkpoint_every_steps: pydantic.PositiveInt = 200 # Steps between checkpoints
-    keep_checkpoints: pydantic.PositiveInt = 3 # How many checkpoints to keep
-    # Synapses that are evaluated after each epoch; some of them, at most a twentieth of all, are held out of training
-    monitor_samples: pydantic.PositiveInt = 256
-
-class TrainingError(SynapseCLRError):
-    "Training cannot start, or has failed"
+__all__ = ['learning_rate', 'train']
 
 # %% ../../nbs/learn/10_train.ipynb #d158e1dc
 def learning_rate(
@@ -86,124 +39,18 @@ def learning_rate(
     rate = config.lr_min + (config.lr-config.lr_min)*(1+math.cos(math.pi*phase))/2
     return rate*min(1, (step+1)/max(1, config.warmup_steps))
 
-# %% ../../nbs/learn/10_train.ipynb #2def8c38
-def _table(
-    store: ConcatStore,
-    types: pd.Series|None, # By root id: whether a neuron is inhibitory
-) -> pd.DataFrame: # A row for each synapse: id, pre, post, and what the monitor can use
-    tables = []
-    for i,chunks in enumerate(store.stores):
-        synapses = read_table(chunks.path.parent/'synapses.parquet', 'synapses')
-        synapses = synapses.set_index('id').loc[chunks.ids].reset_index()
-        measured = [column for column in ('cleft_cos_z', 'n_blank_sections') if column in synapses]
-        table = synapses[['id', *measured]].assign(
-            store=i,
-            pre=f'{i}:' + synapses.pre_root_id.astype(str),
-            post=f'{i}:' + synapses.post_root_id.astype(str),
-        )
-        if types is not None: table['inhibitory'] = synapses.pre_root_id.map(types)
-        tables.append(table)
-    table = pd.concat(tables, ignore_index=True)
-    for side in ('pre', 'post'): table[side] = np.unique(table[side], return_inverse=True)[1]
-    return table
-
-def _allowed(config: TrainConfig, table: pd.DataFrame) -> np.ndarray:
-    "Synapses that may be trained on"
-    if not config.exclude: return np.arange(len(table))
-    ids = read_ids(config.exclude)
-    is_listed = table.id.isin(ids)
-    if not is_listed.any():
-        raise TrainingError(f"train.exclude, {config.exclude}: none of its {len(ids)} ids is in this run's table")
-    return np.flatnonzero(~(is_listed & (table.store == 0)))
-
-def with_dataset_statistics(
-    config: AugmentConfig, # With or without a mean and an sd of its own
-    store: ChunkStore, # Whose mean and sd fetch measured
-) -> AugmentConfig:
-    "The configuration with the mean and sd of this data set, unless it states its own"
-    statistics = {}
-    for name in ('mean', 'sd'):
-        if name not in config.model_fields_set and store.attrs.get(name): statistics[name] = store.attrs[name]
-    return config.model_copy(update=statistics)
-
-# %% ../../nbs/learn/10_train.ipynb #bc34c612
-@dataclass(frozen=True)
-class _Data:
-    "The synapses of a run, and which of them this process computes at each step"
-    config: TrainConfig
-    store: ConcatStore
-    table: pd.DataFrame # As of `_table`
-    training: np.ndarray # Synapses that are trained on
-    held_out: np.ndarray # Synapses that are never trained on
-    watched: np.ndarray # Synapses that the monitor evaluates
-    neurites: Tensor # `(N, 2)` number of the axon and of the dendrite
-    # Fixed here: `get_rank` answers otherwise while the monitor computes and the next batch is read
-    rank: int
-    world_size: int
-
-    @property
-    def steps_per_epoch(self) -> int: return len(self.training)//self.config.batch_size
-
-    @property
-    def n_steps(self) -> int: return self.config.epochs*self.steps_per_epoch
-
-    @property
-    def batch_size(self) -> int:
-        "Synapses of a step that this process computes"
-        return self.config.batch_size//self.world_size
-
-    @property
-    def first(self) -> int:
-        "Place in the batch of the first synapse of this process"
-        return self.rank*self.batch_size
-
-    def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        "Synapses of the first and of the second views of a step, in this process"
-        config = self.config
-        batch = batch_indices(len(self.training), config.batch_size, config.seed, step)
-        pairs = batch
-        if config.same_axon_positives:
-            axon = self.table.pre.to_numpy()[self.training]
-            counters = (*divmod(step, self.steps_per_epoch), 2)
-            pairs = pair_indices(batch, axon, config.same_axon_positives, config.seed, *counters)
-        own = slice(self.first, self.first+self.batch_size)
-        return self.training[batch[own]],self.training[pairs[own]]
-
-    def parts(self) -> list[slice]:
-        "Parts of this process's batch that are in memory at the same time"
-        size = self.config.micro_batch or self.batch_size
-        parts = [slice(start, min(start+size, self.batch_size)) for start in range(0, self.batch_size, size)]
-        if parts[-1].stop-parts[-1].start < 2:
-            raise TrainingError(f"train.micro_batch = {self.config.micro_batch} leaves a part of one synapse, which "
-                "cannot be normalised; choose another micro_batch")
-        return parts
-
-def _read_data(run: Path, config: TrainConfig, types: pd.Series|None) -> _Data:
-    "Raises `TrainingError` if there are too few synapses for a batch, or if the processes cannot share it equally"
-    store = ConcatStore([ChunkStore.open(path) for path in (run/'chunks.zarr', *config.extra_stores)])
-    table = _table(store, types)
-    training,held_out,watched = split_held_out(_allowed(config, table), config.monitor_samples, config.seed)
-    world_size = get_world_size()
-    if len(training) < config.batch_size:
-        raise TrainingError(f"{run}: {len(training)} synapses to train on ({len(held_out)} are held out) do not fill a "
-            f"batch of {config.batch_size}; lower train.batch_size")
-    if config.batch_size%world_size:
-        raise TrainingError(f"train.batch_size = {config.batch_size} cannot be divided among {world_size} processes; "
-            f"choose a multiple of {world_size}")
-    neurites = torch.from_numpy(table[['pre', 'post']].to_numpy())
-    return _Data(config, store, table, training, held_out, watched, neurites, get_rank(), world_size)
-
 # %% ../../nbs/learn/10_train.ipynb #914e9030
 @dataclass(frozen=True)
 class _Setup:
     "What a training consists of, ready for its next step"
     folder: Path # `train/` of the run
     config: TrainConfig
-    data: _Data
+    data: TrainingData
     device: torch.device
     net: SynapseNet
     optimizer: torch.optim.Optimizer
     augmenter: Augmenter
+    read_chunks: ChunkReader
     start: int # The next step
     mode: dict # How steps are computed
     compared: list[dict]|None # How fast and how accurate other modes were, if the run begins here
@@ -217,10 +64,12 @@ def _set_up(
     """Read the data, and begin a training or load its newest checkpoint.
     Raises `TrainingError` if the data do not suffice or differ from those of the checkpoint"""
     folder = run/'train'
-    data = _read_data(run, config, types)
+    data = read_training_data(run, config, types)
     data.parts() # a bad micro_batch is refused before an earlier training is deleted
     augment = with_dataset_statistics(augment, data.store)
     net = initial_network(config.model, config.seed, config.init).to(device)
+    augmenter = augmenter_for(net, augment, cube, data.store.voxel_nm, device)
+    read_chunks = ChunkReader(data.store, augment)
     origin = provenance(
         config.model_copy(update=dict(extra_stores=[], exclude=None, init=None)),
         seed=config.seed,
@@ -235,13 +84,12 @@ def _set_up(
     if data.world_size > 1: dist.barrier()
 
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    augmenter = Augmenter(augment, data.store.voxel_nm, cube.size, cube.voxel_nm, device)
     checkpoint = load_checkpoint(folder, net, optimizer)
     if checkpoint and checkpoint['origin'] != origin:
         raise TrainingError(f"{folder}: was trained with another configuration or other data; choose a new run "
             "folder, start again with `synapseclr train --restart`, or continue with the trained network and "
             "`synapseclr extract`")
-    if not checkpoint: checkpoint = dict(step=0, origin=origin) | _agree_on_mode(data, net, augmenter)
+    if not checkpoint: checkpoint = dict(step=0, origin=origin) | _agree_on_mode(data, net, augmenter, read_chunks)
     mode = checkpoint['mode']
     torch.set_num_threads(mode['threads'])
     if checkpoint['step'] < data.n_steps: check_mode(mode, net, cube.size, device)
@@ -249,17 +97,19 @@ def _set_up(
     net.channels_last = mode['channels_last']
     if mode['compile']: net.compile()
     metadata = dict(cube=cube.model_dump(), augment=augment.model_dump(mode='json'), provenance=origin, mode=mode)
-    return _Setup(folder, config, data, device, net, optimizer, augmenter, checkpoint['step'], mode,
+    return _Setup(folder, config, data, device, net, optimizer, augmenter, read_chunks, checkpoint['step'], mode,
         checkpoint.get('measured'), origin, metadata)
 
-def _agree_on_mode(data: _Data, net: SynapseNet, augmenter: Augmenter) -> dict: # `mode`, and as `measured` the others
+def _agree_on_mode(
+    data: TrainingData, net: SynapseNet, augmenter: Augmenter, read_chunks: ChunkReader,
+) -> dict: # `mode`, and as `measured` the others
     "The first process chooses how all steps are computed, and tells the others"
     choice = dict(mode={}, measured=[])
     if data.rank == 0:
         n = max(2, min(16, data.batch_size, 2**22//augmenter.out_size**3))
-        chunks = data.store.batch(data.training[:n])
+        em,mask,frames = read_chunks(data.training[:n])
         with single_process():
-            views = torch.cat([augmenter(*chunks, view) for view in (0, 1)])
+            views = torch.cat([augmenter(em, mask, view, frames=frames) for view in (0, 1)])
             mode,compared = _choose_mode(data.config, net, views, data.batch_size*data.n_steps)
         choice = dict(mode=mode, measured=compared)
     choices = [choice]
@@ -325,7 +175,7 @@ def _train(setup: _Setup, pool: Executor) -> Path:
     optimizer = setup.optimizer
     if data.rank == 0:
         log = TrainingLog(setup.folder, setup.start, setup.mode, setup.compared)
-        monitor = TrainingMonitor(setup.augmenter, data.store, data.held_out, data.watched, data.table, config.seed,
+        monitor = TrainingMonitor(setup.augmenter, setup.read_chunks, data.held_out, data.watched, data.table, config.seed,
             partial(_objective, config))
     parts = data.parts()
     quiet = {} if data.rank == 0 else dict(disable=True)
@@ -334,7 +184,7 @@ def _train(setup: _Setup, pool: Executor) -> Path:
     losses = []
     norms = []
     waited = 0.
-    for step,chunks,seconds in batches(data.store, range(setup.start, data.n_steps), data.indices):
+    for step,chunks,seconds in batches(setup.read_chunks, range(setup.start, data.n_steps), data.indices):
         epoch,step_in_epoch = divmod(step, data.steps_per_epoch)
         for group in optimizer.param_groups: group['lr'] = learning_rate(config, step, data.steps_per_epoch)
         keys = [key(config.seed, epoch, step_in_epoch, view) for view in (0, 1)]
@@ -376,8 +226,8 @@ def _train(setup: _Setup, pool: Executor) -> Path:
 def _project(setup: _Setup, pool: Executor, chunks: list, keys: list[int], part: slice) -> list[Tensor]:
     "Projections of both views of a part of the batch"
     def draw(view_chunks, view_key):
-        em,mask = view_chunks
-        return setup.augmenter(em[part], mask[part], view_key, setup.data.first+part.start)
+        em,mask,frames = part_of(view_chunks, part)
+        return setup.augmenter(em, mask, view_key, setup.data.first+part.start, frames)
     views = [*pool.map(draw, chunks, keys)]
     with autocast(setup.device, setup.mode):
         if setup.config.joint_batch_norm: return [*setup.net(torch.cat(views)).projection.chunk(2)]

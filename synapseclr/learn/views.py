@@ -7,19 +7,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 import numpy as np, pydantic
+from scipy.spatial.transform import Rotation
 from ..core import Strict
 
 # %% auto #0
-__all__ = ['Probability', 'ROTATIONS', 'AugmentConfig', 'CubeConfig', 'ViewParameters', 'random_rotation', 'random_flips',
-           'random_octahedral', 'sample_view']
+__all__ = ['Probability', 'NonNegative', 'ROTATIONS', 'AugmentConfig', 'CubeConfig', 'ViewParameters', 'random_rotation',
+           'random_flips', 'random_octahedral', 'random_turn', 'sample_view']
 
 # %% ../../nbs/learn/01_views.ipynb #8fefa532
 Probability = pydantic.confloat(ge=0, le=1)
+NonNegative = pydantic.confloat(ge=0)
 
 class AugmentConfig(Strict):
     "Augmentation settings: the distribution from which views are drawn"
-    # One transformation for the whole batch, so that its traces do not distinguish synapses; each has its own noise
+    # One geometry for the whole batch, so that its traces do not distinguish synapses. Each has its own grey values and
+    # noise
     coupled: bool = True
+    # `cleft`: from the cleft, pre above and post below, in random turns about its normal
+    frame: Literal['volume', 'cleft'] = 'volume'
+    tilt_deg: NonNegative = 0 # Sd of the angle between the normal and the axis of the cube; for `cleft`
     section_cutout_p: Probability = .5 # Probability of blanking Poisson(fraction * sections) sections
     section_cutout_fraction: Probability = 10/52
     intensity_p: Probability = 1. # Of I -> shift + scale * I^gamma, for each section, then for the volume
@@ -29,9 +35,12 @@ class AugmentConfig(Strict):
     noise_p: Probability = 1. # Of V -> A + M V, A ~ N(0, s), M ~ LogNormal(0, s'), s and s' ~ U(0, .05)
     noise_additive: float = .05
     noise_multiplicative: float = .05
-    # A uniform rotation, or one of the 48 symmetries of the cube (Fig. S7B)
+    # Sd of a Gaussian blur in the plane of the sections, uniform between these; extraction takes the middle. Sections
+    # are thick, and without it sharp edges show how a synapse was cut
+    section_blur_nm: tuple[NonNegative, NonNegative] = (0, 0)
+    # A uniform rotation, or one of the 48 symmetries of the cube (Fig. S7B); with `cleft`, those that keep the normal
     rotation: Literal['so3', 'octahedral', 'none'] = 'so3'
-    flip: bool = True # x, y and z, each with probability 1/2, and x with y swapped
+    flip: bool = True # x, y and z, each with probability 1/2, and x with y swapped; with `cleft`, not along the normal
     displacement: float = .2 # Largest displacement of the centre along each axis, as a fraction of the cube
     blur_p: Probability = .5 # Of a 3 x 3 x 3 Gaussian, in output voxels
     blur_sigmas: tuple[float, ...] = (.25, .5, .75) # One of them is drawn; in output voxels
@@ -46,6 +55,8 @@ class AugmentConfig(Strict):
     fill_blank: bool = False # Replace blank sections by the nearest other, so that the network cannot detect them
     # Value outside the mask: 0 before the z-score (black), or 0 after it (mean), which makes the outline less visible
     background: Literal['black', 'mean'] = 'black'
+    # Whether grey values are z-scored by `mean` and `sd`, or by those of the synapse itself, which hides how dark it is
+    zscore: Literal['volume', 'synapse'] = 'volume'
     mean: float = .44 # Of the z-score; grey values are from 0 to 1
     sd: float = .28 # Of the z-score
     geometry: Literal['physical', 'released'] = 'physical' # `released`: that of the published code
@@ -70,8 +81,10 @@ class AugmentConfig(Strict):
 
     def deterministic(self, **changes) -> AugmentConfig:
         "Settings for feature extraction, without anything random, for a network that was trained with these settings"
-        kept = {option: getattr(self, option) for option in ('mean', 'sd', 'fill_blank', 'background', 'geometry')}
-        return self.extract(**kept | changes)
+        same = ('mean', 'sd', 'fill_blank', 'background', 'geometry', 'frame', 'zscore')
+        kept = {option: getattr(self, option) for option in same}
+        blur_nm = sum(self.section_blur_nm)/2
+        return self.extract(**kept | dict(section_blur_nm=(blur_nm, blur_nm)) | changes)
 
     @classmethod
     def released(cls) -> AugmentConfig:
@@ -82,6 +95,7 @@ class CubeConfig(Strict):
     "The network's input"
     size: pydantic.PositiveInt = 96 # Side of the cube, voxels
     voxel_nm: pydantic.PositiveFloat = 14.3 # Side of a voxel
+    wide_voxel_nm: pydantic.PositiveFloat|None = None # Of a second cube of as many voxels, which shows more around it
 
 # %% ../../nbs/learn/01_views.ipynb #78fd3db7
 @dataclass(frozen=True)
@@ -91,7 +105,8 @@ class ViewParameters:
     sectional: np.ndarray # `(Z, 3)` shift, scale, gamma of each section
     volumetric: np.ndarray # `(3,)` shift, scale, gamma of the volume
     noise: np.ndarray # `(2,)` sd of A and of log M
-    rotation: np.ndarray # `(3, 3)` orthogonal: from output to source directions, `(z, y, x)`
+    section_blur_nm: float # Sd, in the plane of the sections
+    rotation: np.ndarray # `(3, 3)` orthogonal: from output directions to those of the volume or of the cleft, `(z, y, x)`
     displacement: np.ndarray # `(3,)` of the centre
     blur_sigma: float # Output voxels; 0 for no blur
     cutouts: np.ndarray # `(n, 2, 3)` boxes to blank, lower and upper corner in `[0, 1]`
@@ -123,6 +138,20 @@ def random_octahedral(
 
 ROTATIONS = dict(so3=random_rotation, octahedral=random_octahedral, none=lambda rng: np.eye(3))
 
+def random_turn(
+    rng: np.random.Generator,
+    config: AugmentConfig, # `rotation`, `flip` and `tilt_deg`
+) -> np.ndarray: # `(3, 3)` orthogonal; with `tilt_deg` 0 it keeps axis 0
+    "A turn about axis 0, with or without a reflection, and a tilt"
+    angle = rng.uniform(0, 2*np.pi)
+    if config.rotation == 'octahedral': angle = np.rint(angle/(np.pi/2))*np.pi/2
+    if config.rotation == 'none': angle = 0.
+    about_normal = Rotation.from_rotvec([angle, 0, 0]).as_matrix()
+    side = rng.choice([-1., 1.]) if config.flip else 1.
+    direction,amount = rng.uniform(0, 2*np.pi),np.radians(config.tilt_deg)*rng.normal()
+    tilt = Rotation.from_rotvec(amount*np.array([0, np.cos(direction), np.sin(direction)])).as_matrix()
+    return tilt @ about_normal @ np.diag([1., 1., side])
+
 # %% ../../nbs/learn/01_views.ipynb #a5c521c7
 def sample_view(
     config: AugmentConfig, # The distribution
@@ -147,19 +176,22 @@ def sample_view(
     volumetric = curve()
     noise = rng.uniform(0, 1, 2)*(config.noise_additive, config.noise_multiplicative)*happens(config.noise_p)
     rotation = ROTATIONS[config.rotation](rng)
-    flips = random_flips(rng) if config.flip else np.eye(3)
+    if config.flip: rotation = rotation @ random_flips(rng)
+    if config.frame == 'cleft': rotation = random_turn(rng, config)
     displacement = rng.uniform(-1, 1, 3)*config.displacement
     blur_sigma = rng.choice(config.blur_sigmas)*happens(config.blur_p)
     corners = _corner(rng)[:happens(config.corner_cutout_p)]
     cubes = _cubes(rng, *config.cubic_cutout_side)[:2*happens(config.cubic_cutout_p)]
     crop = _crop(rng, config) if happens(config.centre_crop_p) else np.array([[-2.]*3, [2.]*3])
     inflation = int(rng.integers(config.inflation[0], config.inflation[1]+1))
+    section_blur_nm = rng.uniform(*config.section_blur_nm)
     return ViewParameters(
         cut_sections=cut_sections,
         sectional=sectional,
         volumetric=volumetric,
         noise=noise,
-        rotation=rotation @ flips,
+        section_blur_nm=section_blur_nm,
+        rotation=rotation,
         displacement=displacement,
         blur_sigma=blur_sigma,
         cutouts=np.concatenate([corners, cubes]),

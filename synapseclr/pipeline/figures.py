@@ -15,7 +15,7 @@ from ..analyse.embed import connectivities, nearest_neighbours, umap_layout
 from ..data.results import read_results
 from ..show.plot import draw_chunk
 from .report import execute_notebook, html_page, run_parallel
-from ..data.features import read_feature_sets
+from ..data.features import in_space, read_feature_sets
 from .summary import write_index
 from .stages import known_neurons, open_run
 from ..data.store import ChunkStore
@@ -84,6 +84,7 @@ class FigureRun:
     def map_of(self, x: np.ndarray) -> np.ndarray:
         "UMAP of other features, `(N, 2)`, with the options of the run"
         c = self.config.embed
+        x = in_space(x, c.space)
         graph = connectivities(nearest_neighbours(x, c.n_neighbors, c.metric), c.umap_n_neighbors)
         return umap_layout(graph, x, 2, c.min_dist, c.n_epochs or None, c.seed)
 

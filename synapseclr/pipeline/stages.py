@@ -314,7 +314,7 @@ def qc_stage(c: RunConfig):
 
 @_stage
 def query_stage(c: RunConfig):
-    table = compare_retrieval(c.folder, c.query.layer)
+    table = compare_retrieval(c.folder, c.query.layer, c.query.space)
     origin = provenance(c.query, source=feature_provenance(c.folder, 'trained + measured'))
     write_table(table, c.folder/'retrieval.parquet', 'retrieval', origin)
     return table

@@ -98,7 +98,8 @@ def _hero(c: RunConfig) -> str:
 def _probes(c: RunConfig) -> Part:
     scores = read_table(c.folder/'probe_scores.parquet', 'probe scores')
     text = ('<p>Linear probes, scored on held-out neurons with 95 % intervals. Left: biology, which the features '
-        'should encode. Right: imaging variables, which they should not.</p>')
+        'should encode; crosses are the vote of the 15 nearest neighbours. Right: imaging variables, which '
+        'they should not; circles are a probe with an RBF kernel.</p>')
     return Part([], 'What the features encode', text + _figure(plot_probe_scores(scores),
         'Probe scores of each feature set'))
 

@@ -200,7 +200,8 @@ def draw_map(
 def plot_probe_scores(
     scores: pd.DataFrame, # From `probe_run`
 ) -> plt.Figure:
-    "Draw how well linear probes predict biology and imaging from each feature set"
+    """Draw how well linear probes predict biology and imaging from each feature set.
+    Open circles are an RBF probe of imaging; crosses are the vote of neighbours of biology"""
     panel = scores.group.map(dict(biology='biology', both='biology', nuisance='nuisance'))
     height = .32*scores.groupby(panel).target.nunique().max()+1.2
     fig,axes = plt.subplots(1, 2, figsize=(6, height), layout='constrained')
@@ -219,12 +220,16 @@ def _feature_colours(names) -> dict[str, str]:
     return {name: model_colours.get(name) or next(free) for name in names}
 
 def _draw_probe_panel(ax: plt.Axes, scores: pd.DataFrame, colours: dict[str, str]):
-    "Draw the score of each target and feature set, with its interval"
+    "Draw the scores of each target and feature set, and the interval of the linear probe"
     targets = list(scores.target.unique())
     for k,(name,rows) in enumerate(scores.groupby('features', sort=False)):
         y = -np.array([targets.index(target) for target in rows.target]) + .12*(k-1)
         interval = np.stack([rows.value-rows.lo95, rows.hi95-rows.value]).clip(0)
         ax.errorbar(rows.value, y, xerr=interval, fmt='o', ms=3, lw=1, c=colours[name], label=name)
+        if 'rbf' in rows: ax.plot(rows.rbf, y, 'o', ms=5, mfc='none', mew=.7, c=colours[name])
+        if 'vote_whitened' in rows:
+            vote = rows.vote_whitened.where(rows.group != 'nuisance')
+            ax.plot(vote, y, 'x', ms=4, mew=.8, c=colours[name])
     ax.axvline(0, c='k', lw=.5)
     first = scores.drop_duplicates('target')
     labels = [f'{target} ({metric})' for target,metric in zip(first.target, first.metric)]

@@ -45,7 +45,8 @@ def test_outputs(full_run):
             assert x.shape == (len(store), 128)
             assert (x.std(0) > 0).any()
     retrieval = read_table(full_run/'retrieval.parquet', 'retrieval')
-    assert set(retrieval.features) == {'trained', 'untrained', 'morphometrics'}
+    assert set(retrieval.features) == {'trained', 'untrained', 'morphometrics', 'intensity',
+        'profile', 'measured', 'trained + measured'}
     assert retrieval.mean_average_precision.between(0, 1).all()
 
 def test_zarr_and_pandas_read_the_outputs(full_run):

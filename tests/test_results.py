@@ -112,3 +112,7 @@ def test_first_page_agrees_with_mouse_cortex():
     expected = [scores[*target, 'measured'] for target in (density, spine, axon)]
     expected += [scores[*target, 'here'] for target in (density, spine, axon, volume)] + [scores[*volume, 'measured']]
     assert said == [round(value, 2) for value in expected]
+    alone = pd.read_csv(nbs/'measured/ac3_targets.csv').query("subset == 'all' and ~features.str.contains('measured')")
+    assert (alone.measured_gain_hi95.dropna() >= 0).all() # no lead over `measured` has an interval that excludes 0
+    assert scores['on_spine', 'AUC', 'here']-scores['on_spine', 'AUC', 'untrained'] < .02
+    assert scores['vesicle_count', 'Spearman', 'here'] > scores['vesicle_count', 'Spearman', 'measured']

@@ -102,8 +102,8 @@ def test_every_stage_is_compared(undisturbed):
 def test_targets(undisturbed):
     "What each feature set says of the ground truth, also the one from which a nuisance was regressed out"
     targets = pd.read_parquet(io.BytesIO(undisturbed['evaluation_targets.parquet']))
-    assert set(targets.features) == {'trained', 'trained - cutting_angle', 'untrained', 'morphometrics', 'intensity',
-        'handcrafted', 'latents', 'painted'}
+    assert set(targets.features) == {'trained', 'trained - cutting_angle', 'trained + measured', 'untrained',
+        'untrained + measured', 'morphometrics', 'intensity', 'profile', 'measured', 'latents', 'painted'}
     type_scores = targets[(targets.target == 'presynaptic type') & (targets.subset == 'all')]
     assert type_scores.set_index('features').value['latents'] > .9
 

@@ -59,7 +59,8 @@ def test_chunks_are_where_the_table_says(run):
 
 def test_retrieval_report(run):
     retrieval = read_table(run/'retrieval.parquet', 'retrieval').set_index(['synapses', 'features'])
-    assert set(retrieval.index.get_level_values(1)) == {'trained', 'untrained', 'morphometrics'}
+    assert set(retrieval.index.get_level_values(1)) == {'trained', 'untrained', 'morphometrics', 'intensity',
+        'profile', 'measured', 'trained + measured'}
     assert (retrieval.n_groups[:3] == 14).all()
     assert retrieval.mean_average_precision.between(retrieval.lo95, retrieval.hi95).all()
     assert (run/'report/query.html').exists()

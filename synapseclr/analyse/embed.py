@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import normalize
 from ..core import SynapseCLRError, n_cores, provenance, threads, worker_pool
-from ..data.features import FeatureChoice, Space, feature_provenance, in_space, read_feature_sets, zscore
+from ..data.features import FeatureChoice, Space, feature_provenance, in_space, read_feature_sets
 from ..data.tables import read_arrow, read_metadata, read_table, write_table
 
 # %% auto #0
@@ -255,7 +255,6 @@ def embed(
     config = config or EmbedConfig()
     table,sets = read_feature_sets(run, config.layer, [config.feature_set], include_defects=True)
     x = sets[config.feature_set]
-    if config.feature_set == 'morphometrics': x = zscore(x) # they have different units
     x = in_space(x, config.space)
     origin = provenance(config, options=config.model_dump(mode='json'),
         source=feature_provenance(run, config.feature_set), n_synapses=len(table))

@@ -12,18 +12,23 @@ import numpy as np, pandas as pd, psutil, pydantic
 from scipy.special import expit, logit
 from scipy.stats import norm
 from sklearn.base import clone
+from sklearn.linear_model import Ridge, RidgeClassifier
 from sklearn.model_selection import ShuffleSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from ..core import NothingToDo, n_cores, progress, provenance, threads, worker_pool
-from ..metrics import (classification_scores, cluster_bootstrap, neuron_disjoint_folds, percentile_interval,
-    regression_scores, roc_auc, uncentred_explained_variance)
-from ..data.features import FeatureChoice, feature_provenance, read_feature_sets, zscore
-from ..data.results import MORPHOMETRIC_COLUMNS
-from ..data.tables import write_table
+from ..metrics import (classification_scores, cluster_bootstrap, cross_val_predict_by_neuron,
+    explained_variance, neuron_disjoint_folds, percentile_interval, regression_scores, roc_auc,
+    uncentred_explained_variance)
+from ..data.features import (FeatureChoice, MEASURED_BLOCKS, block_names, feature_provenance,
+    parse_feature_name, read_feature_sets, without_column, zscore_networks)
+from ..data.tables import read_metadata, write_table
 from .gp_estimators import GPClassifier, GPRegressor
 
 # %% auto #0
-__all__ = ['TRAITS', 'MIN_NEURONS', 'Trait', 'known_targets', 'model_for', 'predictions', 'cross_val_predictions', 'score_trait',
-           'ImputeConfig', 'cross_validate_trait', 'hide_labels', 'traits_above_chance', 'impute']
+__all__ = ['TRAITS', 'MIN_NEURONS', 'CHOICE_TOLERANCE', 'Trait', 'known_targets', 'model_for', 'predictions',
+           'cross_val_predictions', 'score_trait', 'ImputeConfig', 'choosable', 'choose_features',
+           'cross_validate_trait', 'hide_labels', 'traits_above_chance', 'read_choices', 'impute']
 
 # %% ../../nbs/analyse/08_impute.ipynb #4a8800f7
 @dataclass(frozen=True)
@@ -116,11 +121,9 @@ def cross_val_predictions(
     groups: np.ndarray, # `(N,)` neurons
     folds: Iterable[tuple[np.ndarray, np.ndarray]], # Train and test
 ) -> list[tuple[np.ndarray, np.ndarray]]: # For each fold: its test rows, and their `predictions`
-    """Predict the test part of each fold by a model that was fitted to its training part.
-    A fold is left out if its training part does not have both types (or two values), or not two neurons"""
+    "Predict the test part of each fold by a model that was fitted to its training part"
     predicted = []
     for train,test in folds:
-        if len(np.unique(y[train])) < 2 or len(np.unique(groups[train])) < 2: continue
         fitted = clone(model).fit(x[train], y[train], groups[train])
         predicted.append((test, predictions(fitted, x[test], y.mean())))
     return predicted
@@ -144,9 +147,10 @@ def score_trait(
     sd = (hi-lo)/2/norm.ppf(.95)
     return regression_scores(z(y), mean, sd),(uncentred_explained_variance, z(y), mean)
 
-# %% ../../nbs/analyse/08_impute.ipynb #2e56a70a
+# %% ../../nbs/analyse/08_impute.ipynb #2e56a702
 class ImputeConfig(FeatureChoice):
     "How to impute"
+    features: str = 'auto' # As for other stages; `auto` chooses for each trait, by neurons that are left out
     kernel: Literal['rbf', 'laplace', 'linear'] = 'rbf'
     method: Literal['exact', 'sgpr', 'vsgp'] = 'exact'
     n_inducing: pydantic.PositiveInt = 200 # Inducing points of `sgpr` and `vsgp`
@@ -158,66 +162,123 @@ class ImputeConfig(FeatureChoice):
 
 MIN_NEURONS = 30 # With fewer neurons, a score above chance can be luck
 
+def choosable(
+    names: Iterable[str], # Of feature sets
+    regress_out: list[str]|tuple = (), # Nuisances that are regressed out of the candidates
+) -> list[str]:
+    "The feature sets that `auto` chooses from, simple ones first; the untrained network is a baseline"
+    def complexity(name):
+        blocks = block_names(parse_feature_name(name)[0])
+        return len({*blocks}-{*MEASURED_BLOCKS}),len(blocks)
+    def is_candidate(name):
+        features,nuisances = parse_feature_name(name)
+        return nuisances == list(regress_out) and 'untrained' not in block_names(features)
+    return sorted(filter(is_candidate, names), key=complexity)
+
+CHOICE_TOLERANCE = .01 # A simpler feature set is chosen if its score is no further below the best
+
+def choose_features(
+    trait: Trait,
+    sets: dict[str, np.ndarray], # `(N, d)` each, simple ones first
+    y: np.ndarray, # `(N,)` known
+    pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
+) -> dict: # `features`: the name of the chosen set; `scores`: AUC or EV of each
+    "Choose a feature set by how well a linear model predicts the trait for neurons that it was not fitted to"
+    if trait.is_type: target,metric,linear = y > .5,roc_auc,RidgeClassifier(30., class_weight='balanced')
+    else: target,metric,linear = np.log(y+trait.log_offset),explained_variance,Ridge(30.)
+    model = make_pipeline(StandardScaler(), linear)
+    scores = {}
+    for name,x in sets.items():
+        scores[name] = metric(target, cross_val_predict_by_neuron(x, target, pre, post, model, k=3))
+    best = max((score for score in scores.values() if np.isfinite(score)), default=-np.inf)
+    good = [name for name,score in scores.items() if score >= best-CHOICE_TOLERANCE] or list(scores)
+    return dict(features=good[0], scores=scores)
+
+# %% ../../nbs/analyse/08_impute.ipynb #2e56a70a
 def cross_validate_trait(
     trait: Trait,
     sets: dict[str, np.ndarray], # Feature sets, each `(N, d)`
     y: np.ndarray, # `(N,)` nan where it is not known
     pre: np.ndarray, post: np.ndarray, # `(N,)` neurons
     config: ImputeConfig,
-) -> tuple[pd.DataFrame, np.ndarray, tuple]: # Scores, out-of-fold predictions, parameters
-    """How well a trait is imputed from each feature set.
+) -> tuple[pd.DataFrame, np.ndarray, tuple, dict]: # Scores, out-of-fold predictions, parameters, choice
+    """How well a trait is imputed from the networks, from what is measured, and from the features that are chosen.
+    `auto` chooses anew in the training part of each fold.
     Predictions `(N, 4 or 1)` and parameters are those of the chosen features; predictions are nan where `y` is not
-    known"""
+    known. The choice has the name of the `features` for all that is known, and the `scores` of all candidates"""
     rows = np.flatnonzero(np.isfinite(y))
-    y = y[rows]
-    pre = pre[rows]
-    post = post[rows]
+    y,pre,post = (values[rows] for values in (y, pre, post))
+    x = {name: features[rows] for name,features in sets.items()}
     groups = pre if trait.side == 'pre' else post
+    model = model_for(trait, **config.model)
+    def choose(part):
+        if config.features != 'auto': return dict(features=config.feature_set, scores={})
+        candidates = {name: x[name][part] for name in choosable(x, config.regress_out)}
+        return choose_features(trait, candidates, y[part], pre[part], post[part])
+
+    choice = choose(slice(None))
+    splits = dict(
+        random=(np.arange(len(y)), ShuffleSplit(5, test_size=.1, random_state=0).split(y)),
+        neurons=(groups, neuron_disjoint_folds(pre, post, y, config.n_splits)))
+    splits = {split: (keys, _learnable_folds(y, keys, folds)) for split,(keys,folds) in splits.items()}
+    chosen = {split: [choose(train)['features'] for train,_ in folds] for split,(_,folds) in splits.items()}
+    scored = {choice['features'], *chosen['random'], *chosen['neurons'], *filter(_is_baseline, x)}
+    predicted = {}
+    params = {}
+    for split,(keys,folds) in splits.items():
+        of = predicted[split] = {}
+        for name in sorted(scored, key=list(x).index):
+            of[name],params[name] = _tuned_predictions(model, x[name], y, keys, folds)
+        of[config.feature_set] = [of[name][i] for i,name in enumerate(chosen[split])]
+    table,oof = _score_table(trait, y, predicted, groups, config.feature_set)
+    oof_of_all = np.full((len(sets[choice['features']]), oof.shape[1]), np.nan)
+    oof_of_all[rows] = oof
+    return table,oof_of_all,params[choice['features']],choice
+
+def _is_baseline(name: str) -> bool:
+    "A network, morphometrics, or all that is measured: these are always scored"
+    features,nuisances = parse_feature_name(name)
+    return not nuisances and features not in ('intensity', 'edges', 'profile') and ' + ' not in features
+
+def _learnable_folds(y: np.ndarray, groups: np.ndarray, folds: Iterable) -> list[tuple[np.ndarray, np.ndarray]]:
+    "The folds whose training part has both types (or two values), and two neurons"
+    return [(train, test) for train,test in folds if len(np.unique(y[train])) > 1 and len(np.unique(groups[train])) > 1]
+
+def _score_table(trait: Trait, y: np.ndarray, predicted: dict[str, dict[str, list]], groups: np.ndarray, chosen: str
+    ) -> tuple[pd.DataFrame, np.ndarray]: # Scores, and out-of-fold predictions of the chosen features
+    "Two rows for each feature set, those of random splits and of folds without common neurons; the chosen set first"
     logs = np.zeros(1) if trait.is_type else np.log(y+trait.log_offset)
     location = logs.mean()
     scale = logs.std()
-    model = model_for(trait, **config.model)
+    names = [chosen, *(name for name in predicted['neurons'] if name != chosen)]
     random_rows = []
     neuron_rows = []
     bootstrap_inputs = []
-    fits = {}
-    for name,features in sets.items():
-        x = features[rows]
+    oof = {}
+    for name in names:
         base = dict(trait=trait.name, features=name, n=len(y), neurons=len(np.unique(groups)))
-        random_scores = _random_split_scores(trait, model, x, y, location, scale)
-        random_rows.append(base | random_scores)
-        folds = neuron_disjoint_folds(pre, post, y, config.n_splits)
-        predicted,params = _tuned_predictions(model, x, y, groups, folds)
-        oof = np.full((len(y), 1 if trait.is_type else 4), np.nan)
-        for test,values in predicted: oof[test] = values
-        scores,inputs = score_trait(trait, y, oof, location, scale)
+        random_rows.append(base | _random_split_scores(trait, y, predicted['random'][name], location, scale))
+        oof[name] = np.full((len(y), 1 if trait.is_type else 4), np.nan)
+        for test,values in predicted['neurons'][name]: oof[name][test] = values
+        scores,inputs = score_trait(trait, y, oof[name], location, scale)
         neuron_rows.append(base | dict(split='neurons') | scores)
         bootstrap_inputs.append(inputs)
-        fits[name] = (oof, params)
-    chosen = list(sets).index(config.feature_set)
-    _add_intervals(neuron_rows, bootstrap_inputs, groups, chosen, 'AUC' if trait.is_type else 'EV')
-    table = pd.DataFrame([row for pair in zip(random_rows, neuron_rows) for row in pair])
-    oof,params = fits[config.feature_set]
-    oof_of_all = np.full((len(sets[config.feature_set]), oof.shape[1]), np.nan)
-    oof_of_all[rows] = oof
-    return table,oof_of_all,params
+    _add_intervals(neuron_rows, bootstrap_inputs, groups, 'AUC' if trait.is_type else 'EV')
+    return pd.DataFrame([row for pair in zip(random_rows, neuron_rows) for row in pair]),oof[chosen]
 
-def _random_split_scores(trait: Trait, model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray,
-    location: float, scale: float) -> dict:
+def _random_split_scores(trait: Trait, y: np.ndarray, predicted: list, location: float, scale: float) -> dict:
     "Mean scores over random splits, and the standard deviation of the first of them"
-    splits = ShuffleSplit(5, test_size=.1, random_state=0).split(x)
-    predicted,_ = _tuned_predictions(model, x, y, np.arange(len(y)), splits)
     scores = pd.DataFrame([score_trait(trait, y[test], values, location, scale)[0] for test,values in predicted])
     return dict(split='random', sd=scores.iloc[:, 0].std()) | scores.mean().to_dict()
 
-def _add_intervals(rows: list[dict], inputs: list[tuple], groups: np.ndarray, chosen: int, score: str):
-    "Add to each row the interval of its score, and the gain of the chosen row over it with its interval"
+def _add_intervals(rows: list[dict], inputs: list[tuple], groups: np.ndarray, score: str):
+    "Add to each row the interval of its score, and the gain of the first row over it with its interval"
     metric,truth,_ = inputs[0]
     draws = cluster_bootstrap(metric, truth, [predicted for _,_,predicted in inputs], groups, n_draws=200)
     for i,row in enumerate(rows):
         row['lo95'],row['hi95'] = percentile_interval(draws[:, i])
-        row['gain'] = rows[chosen][score]-row[score]
-        row['gain_lo95'],row['gain_hi95'] = percentile_interval(draws[:, chosen]-draws[:, i])
+        row['gain'] = rows[0][score]-row[score]
+        row['gain_lo95'],row['gain_hi95'] = percentile_interval(draws[:, 0]-draws[:, i])
 
 def _tuned_predictions(model: GPRegressor|GPClassifier, x: np.ndarray, y: np.ndarray, groups: np.ndarray,
     folds: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[list, tuple|None]:
@@ -247,6 +308,18 @@ def traits_above_chance(
     is_type = chosen.AUC.notna() if 'AUC' in chosen else False
     return chosen.lo95 > np.where(is_type, .5, 0)
 
+def read_choices(
+    run: str|Path, # Run folder, imputed
+) -> pd.DataFrame: # A row for each trait: `features`, `score`, `best`, `best_score`; none if features were not chosen
+    "Which features `auto` chose for each trait, and those of the best score, for neurons that were left out"
+    choices = read_metadata(Path(run)/'imputed.parquet')['provenance'].get('choices', {})
+    rows = {}
+    for trait,choice in choices.items():
+        scores = pd.Series(choice['scores'], dtype=float).fillna(-np.inf)
+        name = choice['features']
+        rows[trait] = [name, scores[name], scores.idxmax(), scores.max()]
+    return pd.DataFrame.from_dict(rows, orient='index', columns=['features', 'score', 'best', 'best_score'])
+
 def _n_parallel(config: ImputeConfig, targets: pd.DataFrame) -> int:
     """How many traits to fit at the same time: as many as there are cores, if there is memory for them.
     An exact process needs some ten matrices of all pairs of known synapses"""
@@ -255,20 +328,30 @@ def _n_parallel(config: ImputeConfig, targets: pd.DataFrame) -> int:
     n_fitting = int(psutil.virtual_memory().available//max(1, bytes_each))
     return max(1, min(n_cores(), len(targets.columns), n_fitting))
 
-def _impute_trait(trait: Trait, sets: dict[str, np.ndarray], y: np.ndarray, pre: np.ndarray, post: np.ndarray,
-    config: ImputeConfig) -> tuple[pd.DataFrame, dict, dict]:
-    "Scores of a trait, its columns of `imputed.parquet`, and its columns of `out_of_fold.parquet`"
-    own_columns = [i for i,column in enumerate(MORPHOMETRIC_COLUMNS) if column == trait.column]
-    sets = sets | dict(morphometrics=np.delete(sets['morphometrics'], own_columns, 1))
-    scores,oof,params = cross_validate_trait(trait, sets, y, pre, post, config)
+def _impute_trait(trait: Trait, sets: dict[str, np.ndarray], y: np.ndarray, table: pd.DataFrame, config: ImputeConfig
+    ) -> tuple[pd.DataFrame, dict, dict, dict]:
+    "Scores of a trait, its columns of `imputed.parquet`, its columns of `out_of_fold.parquet`, and the choice"
+    pre = table.pre_root_id.to_numpy()
+    post = table.post_root_id.to_numpy()
+    sets = {name: without_column(name, x, table, trait.column) for name,x in sets.items()}
+    scores,oof,params,choice = cross_validate_trait(trait, sets, y, pre, post, config)
     is_known = np.isfinite(y)
-    x = sets[config.feature_set]
+    x = sets[choice['features']]
     groups = pre if trait.side == 'pre' else post
     model = model_for(trait, **config.model, params=params).fit(x[is_known], y[is_known], groups[is_known])
     final = predictions(model, x, y[is_known].mean())
     if trait.is_type: names = [f'p_{trait.name}']
     else: names = [f'{trait.name}_{quantity}' for quantity in ('mean', 'sd', 'lo90', 'hi90')]
-    return scores,dict(zip(names, final.T)),dict(zip(names, oof.T)) | {trait.name: y}
+    return scores,dict(zip(names, final.T)),dict(zip(names, oof.T)) | {trait.name: y},choice
+
+def _read_sets(run: Path, config: ImputeConfig) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    "Synapses, and all feature sets; those that are to be chosen, or to be chosen from, first"
+    is_auto = config.features == 'auto'
+    table,sets = read_feature_sets(run, config.layer, reference=None if is_auto else config.feature_set)
+    if is_auto and config.regress_out:
+        residuals = [' - '.join([name, *config.regress_out]) for name in choosable(sets)]
+        sets = read_feature_sets(run, config.layer, residuals)[1] | sets
+    return table,zscore_networks(sets)
 
 @threads(1)
 def impute(
@@ -282,29 +365,32 @@ def impute(
     neurons). Raises `NothingToDo` if there is no trait to learn; `imputed.parquet` then has the ids only"""
     run = Path(run)
     config = config or ImputeConfig()
-    table,sets = read_feature_sets(run, config.layer, reference=config.feature_set)
-    sets = {name: zscore(x) for name,x in sets.items()}
+    table,sets = _read_sets(run, config)
     targets,skipped = known_targets(table, hide_labels(neurons, config.label_fraction))
-    origin = provenance(config, source=feature_provenance(run, config.feature_set), n_synapses=len(table),
-        neurons=len(neurons))
+    origin = provenance(config, n_synapses=len(table), neurons=len(neurons))
     if not len(targets.columns):
         for name in ('imputation_scores', 'out_of_fold'): (run/f'{name}.parquet').unlink(missing_ok=True)
         write_table(table[['id']], run/'imputed.parquet', 'imputed', origin | dict(above_chance=[]))
         raise NothingToDo('\n  '.join(['there is no trait to learn:'] + skipped))
-    pre = table.pre_root_id.to_numpy()
-    post = table.post_root_id.to_numpy()
-    def impute_one(trait): return _impute_trait(trait, sets, targets[trait.name].to_numpy(), pre, post, config)
+    def impute_one(trait): return _impute_trait(trait, sets, targets[trait.name].to_numpy(), table, config)
     learnable = [trait for trait in TRAITS if trait.name in targets]
     imputed = dict(id=table.id.to_numpy())
     out_of_fold = dict(id=table.id.to_numpy())
     score_tables = []
+    choices = {}
     with worker_pool(_n_parallel(config, targets)) as pool:
         results = pool.map(impute_one, learnable)
-        for scores,final,oof in progress(results, total=len(learnable), desc='impute', unit='trait'):
+        outcomes = zip(learnable, progress(results, total=len(learnable), desc='impute', unit='trait'))
+        for trait,(scores,final,oof,choice) in outcomes:
             score_tables.append(scores)
+            choices[trait.name] = choice
             imputed |= final
             out_of_fold |= oof
     scores = pd.concat(score_tables, ignore_index=True)
+    chosen = sorted({choice['features'] for choice in choices.values()})
+    sources = {name: feature_provenance(run, name) for name in chosen}
+    if config.features == 'auto': origin |= dict(source=sources, choices=choices)
+    else: origin |= dict(source=sources[config.feature_set])
     write_table(scores, run/'imputation_scores.parquet', 'imputation scores', origin)
     write_table(pd.DataFrame(out_of_fold), run/'out_of_fold.parquet', 'out of fold', origin)
     is_above = traits_above_chance(scores, config.feature_set)

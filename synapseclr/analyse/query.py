@@ -11,7 +11,7 @@ import faiss, numpy as np, pandas as pd
 from sklearn.preprocessing import normalize
 from ..core import Strict, SynapseCLRError, suggest, threads
 from ..data.results import read_results
-from ..data.features import Space, in_space, read_feature_sets, zscore
+from ..data.features import Space, in_space, read_feature_sets
 from ..data.tables import read_table
 
 # %% auto #0
@@ -190,8 +190,8 @@ def compare_retrieval(
 ) -> pd.DataFrame: # One row for each feature set and set of synapses
     """Mean average precision over presynaptic neurites, without pairs of one cleft.
     `trained_gain` is by how much the trained features are better"""
-    table,sets = read_feature_sets(run, layer, ['trained', 'untrained', 'morphometrics'])
-    sets['morphometrics'] = zscore(sets['morphometrics']) # they have different units
+    names = ['trained', 'untrained', 'morphometrics', 'intensity', 'profile', 'measured', 'trained + measured']
+    table,sets = read_feature_sets(run, layer, names)
     sets = {name: in_space(x, space) for name,x in sets.items()}
     subsets = {'all kept': np.ones(len(table), bool)}
     strict = (table.blank_fraction < .1).to_numpy()
@@ -214,7 +214,7 @@ def find_similar(
     query: int|list[int]|np.ndarray, # As in `SimilarityIndex.query`
     k: int = 10, # Number of neighbours
     where: str = '', # Search only synapses that meet this condition, such as `p_inhibitory_pre > .5 and island == 0`
-    features: str = 'trained', # Feature set, as in `read_feature_sets`
+    features: str = 'trained', # Feature set, as in `read_feature_sets`, such as `trained + measured`
     metric: str = 'cosine', # As in `SimilarityIndex`
     space: Space = 'whitened', # In which distances are measured
 ) -> pd.DataFrame: # Rows of `read_results`, nearest first, and `distance`

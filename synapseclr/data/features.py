@@ -5,19 +5,23 @@
 # %% ../../nbs/data/05_features.ipynb #80b83ab6
 from __future__ import annotations
 import hashlib
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from sklearn.decomposition import PCA
-from ..core import Strict, SynapseCLRError, provenance
+from ..core import Strict, SynapseCLRError, provenance, suggest
 from .nuisances import NUISANCE_COLUMNS, Nuisance, regress_out, with_brightness
-from .results import MORPHOMETRIC_COLUMNS, read_kept
-from .tables import read_metadata, write_table
+from .results import (EDGE_COLUMNS, INTENSITY_COLUMNS, MORPHOMETRIC_COLUMNS, read_kept,
+    read_measurements, read_profiles)
+from .tables import read_metadata, read_table, write_table
 
 # %% auto #0
-__all__ = ['Space', 'N_WHITENED', 'FeatureError', 'read_features', 'write_feature_file', 'write_features', 'FeatureChoice',
-           'parse_feature_name', 'feature_provenance', 'read_feature_sets', 'zscore', 'in_space', 'first_component',
-           'profile_features']
+__all__ = ['MEASURED_BLOCKS', 'Space', 'N_WHITENED', 'FeatureError', 'read_features', 'write_feature_file', 'write_features',
+           'ProfileComponents', 'fit_profile_components', 'profile_components_path', 'write_profile_components',
+           'read_profile_components', 'block_names', 'measured_block', 'zscore', 'scale_block', 'join_blocks',
+           'zscore_networks', 'without_column', 'FeatureChoice', 'parse_feature_name', 'feature_provenance',
+           'read_feature_sets', 'in_space', 'first_component']
 
 # %% ../../nbs/data/05_features.ipynb #7701db74
 class FeatureError(SynapseCLRError):
@@ -107,10 +111,126 @@ def _feature_problem(ids: np.ndarray, x: np.ndarray) -> str|None:
     is_finite = (np.abs(x) <= np.finfo(np.float32).max).all(1)
     if not is_finite.all(): return f"the features of synapse {ids[~is_finite][0]} are not finite in float32"
 
+# %% ../../nbs/data/05_features.ipynb #735ac148
+class ProfileComponents(NamedTuple):
+    "Principal components of profiles; a kind is mean or sd of grey, or the share of pre or of post"
+    mean: np.ndarray # `(4*rings,)` of the synapses that they were fitted to
+    scale: np.ndarray # `(4*rings,)` sd of each kind
+    axes: np.ndarray # `(n, 4*rings)` those of most variance first
+
+    def transform(self, profiles: np.ndarray) -> np.ndarray: # `(N, n)` float32
+        "Scores of profiles `(N, 4*rings)`, nan where a ring is empty"
+        return (_scaled(profiles, self.mean, self.scale)@self.axes.T).astype(np.float32)
+
+def _scaled(profiles: np.ndarray, mean: np.ndarray, scale: np.ndarray|float) -> np.ndarray:
+    return np.where(np.isfinite(profiles), (profiles-mean)/scale, 0)
+
+def fit_profile_components(
+    profiles: np.ndarray, # `(N, 4*rings)`, nan where a ring is empty
+    n_components: int = 40, # At most `N` - 1
+) -> ProfileComponents:
+    "Fit principal components of profiles"
+    known = np.isfinite(profiles)
+    mean = np.where(known, profiles, 0).sum(0, dtype=float)/np.maximum(known.sum(0), 1)
+    centred = _scaled(profiles, mean, 1.)
+    sd_of_kind = centred.reshape(len(profiles), 4, -1).std((0, 2))
+    scale = np.repeat(np.maximum(sd_of_kind, 1e-12), profiles.shape[1]//4)
+    n_components = min(n_components, max(1, len(profiles)-1), profiles.shape[1])
+    return ProfileComponents(mean, scale, PCA(n_components, random_state=0).fit(centred/scale).components_)
+
+def profile_components_path(run: str|Path) -> Path: return Path(run)/'annotate/profile_components.parquet'
+
+def write_profile_components(run: str|Path, components: ProfileComponents, origin: dict):
+    "Store the components of a run, one row for each of the 1,600 numbers"
+    table = pd.DataFrame(dict(mean=components.mean, scale=components.scale))
+    axes = pd.DataFrame(components.axes.T).rename(columns=lambda i: f'axis_{i+1}')
+    write_table(pd.concat([table, axes], axis=1), profile_components_path(run), 'profile components', origin)
+
+def read_profile_components(run: str|Path) -> ProfileComponents:
+    "The components that `annotate` has fitted"
+    values = read_table(profile_components_path(run), 'profile components').to_numpy().T
+    return ProfileComponents(values[0], values[1], values[2:])
+
+# %% ../../nbs/data/05_features.ipynb #45e7cc21
+MEASURED_BLOCKS = ('morphometrics', 'intensity', 'edges', 'profile') # Of the feature set `measured`
+
+def block_names(
+    features: str, # Name of a feature set, without nuisances
+) -> list[str]: # Of the blocks that it is made of; the morphometrics first, the network last
+    "The parts of `measured` and of `NETWORK + measured`; any other feature set is one block"
+    if features == 'measured': return [*MEASURED_BLOCKS]
+    if features.endswith(' + measured'): return [*MEASURED_BLOCKS, features.removesuffix(' + measured')]
+    return [features]
+
+def measured_block(
+    name: str, # One of `MEASURED_BLOCKS`
+    run: str|Path, # Run folder, annotated
+    table: pd.DataFrame, # Its synapses
+    components: ProfileComponents|None = None, # Of the profiles; None for those of the run
+) -> np.ndarray: # `(N, d)`, not scaled
+    """Measurements of the synapses of a table: logarithms of volumes and areas, grey values, edges, or the profile.
+    What was measured of none is left out; what was not measured of one is the median of the others, or their mean"""
+    if name == 'morphometrics': return _log_morphometrics(table)
+    if name == 'profile': return read_profiles(run, table.id, (components or read_profile_components(run)).transform)
+    columns = dict(intensity=INTENSITY_COLUMNS, edges=EDGE_COLUMNS)[name]
+    x = read_measurements(run, table.id, columns).dropna(axis=1, how='all')
+    return x.fillna(x.median()).to_numpy()
+
+def _log_morphometrics(table: pd.DataFrame) -> np.ndarray:
+    "Logarithms of the morphometrics; without those that were never measured, and the mean where one was not"
+    x = np.log1p(table[MORPHOMETRIC_COLUMNS].dropna(axis=1, how='all'))
+    return x.fillna(x.mean()).to_numpy()
+
+def zscore(
+    x: np.ndarray, # `(N, d)`
+) -> np.ndarray: # `(N, d)`, each feature with mean 0 and sd 1; a constant feature is 0
+    "z-scored features"
+    return (x-x.mean(0))/np.maximum(x.std(0), 1e-12)
+
+def scale_block(
+    name: str, # One of `MEASURED_BLOCKS`
+    x: np.ndarray, # `(N, d)` from `measured_block`
+) -> np.ndarray: # `(N, d)` with a mean variance of 1
+    "z-scored measurements; of a profile, the axes keep their proportions"
+    return (x-x.mean(0))/_sd(x) if name == 'profile' else zscore(x)
+
+def _sd(x: np.ndarray) -> float: return max(float(x.var(0, dtype=float).mean()), 1e-24)**.5
+
+def join_blocks(
+    blocks: list[np.ndarray], # `(N, d)` each, scaled
+) -> np.ndarray: # `(N, sum of d)` float32 with a mean variance of 1
+    """Blocks side by side, each divided by the sd of its first principal component, so that none dominates distances.
+    This is multiple factor analysis (Escofier and Pages 1994)"""
+    weighted = []
+    for x in blocks:
+        centred = np.asarray(x-x.mean(0), float)
+        largest = np.linalg.eigvalsh(centred.T@centred/len(x))[-1]
+        weighted.append(centred/max(largest, 1e-24)**.5)
+    joined = np.hstack(weighted)
+    return (joined/_sd(joined)).astype(np.float32)
+
+def zscore_networks(
+    sets: dict[str, np.ndarray], # From `read_feature_sets`
+) -> dict[str, np.ndarray]:
+    "The same, the features of networks z-scored; what is measured, alone or beside them, has its scale"
+    def is_measured(name): return block_names(parse_feature_name(name)[0])[0] in MEASURED_BLOCKS
+    return {name: x if is_measured(name) else zscore(x) for name,x in sets.items()}
+
+def without_column(
+    name: str, # Of a feature set
+    x: np.ndarray, # `(N, d)` its features
+    table: pd.DataFrame, # `N` synapses
+    column: str, # Of the table
+) -> np.ndarray:
+    "A feature set without a morphometric, to predict this morphometric from the rest"
+    columns = list(table[MORPHOMETRIC_COLUMNS].dropna(axis=1, how='all'))
+    if column not in columns or block_names(parse_feature_name(name)[0])[0] != 'morphometrics': return x
+    return np.delete(x, columns.index(column), 1) # they come first
+
 # %% ../../nbs/data/05_features.ipynb #45e7cc2d
 class FeatureChoice(Strict):
     "The feature set that a stage uses"
-    features: str = 'trained' # Name of a network, or `morphometrics`
+    features: str = 'trained' # A network, what is measured, or both: `trained`, `measured`, `trained + measured`
     regress_out: list[Nuisance] = [] # Measured imaging variables that are removed from the features
     layer: Literal['backbone', 'hidden', 'projection'] = 'backbone' # Of the network
 
@@ -120,15 +240,15 @@ class FeatureChoice(Strict):
         return ' - '.join([self.features, *self.regress_out])
 
 def parse_feature_name(
-    name: str, # `NETWORK`, or `NETWORK - NUISANCE - ...`
-) -> tuple[str, list[str]]: # Network, and the nuisances that are regressed out
+    name: str, # `FEATURES`, or `FEATURES - NUISANCE - ...`
+) -> tuple[str, list[str]]: # Features, and the nuisances that are regressed out
     "Split the name of a feature set. Raises `FeatureError` for an unknown nuisance"
-    network,*nuisances = name.split(' - ')
+    features,*nuisances = name.split(' - ')
     for nuisance in nuisances:
         if nuisance not in NUISANCE_COLUMNS:
             raise FeatureError(f"feature set '{name}': '{nuisance}' cannot be regressed out; "
                 f"{', '.join(NUISANCE_COLUMNS)} can")
-    return network,nuisances
+    return features,nuisances
 
 def feature_provenance(
     run: str|Path, # Run folder, extracted and annotated
@@ -136,48 +256,70 @@ def feature_provenance(
 ) -> dict: # As of `core.provenance`
     """The provenance of features (weights, views, precision), to be stored with what is computed from them.
     Raises `FeatureError` if there are no such features"""
-    network = parse_feature_name(features)[0]
-    known_patterns = dict(morphometrics='synapses.parquet', trained='features/*.parquet')
-    pattern = known_patterns.get(network, f'features_{network}/*.parquet')
-    paths = sorted(Path(run).glob(pattern))
-    if not paths: raise FeatureError(f"{run}: there are no features '{network}'")
-    return read_metadata(paths[0])['provenance']
+    run = Path(run)
+    blocks = block_names(parse_feature_name(features)[0])
+    origin = {}
+    if not {*blocks} <= {*MEASURED_BLOCKS}:
+        paths = sorted(_network_folder(run, blocks[-1]).glob('*.parquet'))
+        if not paths: raise FeatureError(f"{run}: there are no features '{blocks[-1]}'")
+        origin = read_metadata(paths[0])['provenance']
+        if len(blocks) == 1: return origin
+    measured = read_metadata(run/'synapses.parquet')['provenance']
+    if 'profile' in blocks:
+        measured = measured | dict(profile_components=read_metadata(profile_components_path(run))['provenance'])
+    return origin | dict(measured=measured) if origin else measured
+
+def _network_folder(run: Path, network: str) -> Path:
+    return run/('features' if network == 'trained' else f'features_{network}')
+
+def _network_folders(run: Path) -> dict[str, Path]:
+    "The folder of each network's features; that of `trained` also if it is the only one and is not there yet"
+    others = {folder.name.removeprefix('features_'): folder for folder in sorted(run.glob('features_*'))}
+    return others if others and not (run/'features').exists() else {'trained': run/'features'} | others
 
 def read_feature_sets(
     run: str|Path, # Run folder, extracted and annotated
     layer: str = 'backbone', # Or `hidden`, `projection`
-    names: list[str]|None = None, # Names of feature sets; None for all that are in the run folder
+    names: list[str]|None = None, # Names of feature sets; None for all of the run but `edges`
     include_defects: bool = False, # As for `read_kept`
     reference: str|None = None, # A feature set that comes first
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses, and `(N, d)` float features of each set
-    """Feature sets of a run: `trained`, `untrained`, those of other networks by name, and `morphometrics` (logarithms).
+    """Feature sets of a run: `trained`, `untrained` and other networks by name; `morphometrics`, `intensity`, `edges`
+    and `profile`, which are measured and scaled; these four together, `measured`; and `NETWORK + measured`.
     Each can also have nuisances regressed out (`trained - cutting_angle`), among all synapses that fetch kept.
     Raises `FeatureError`, which names the folder, if there is no such set or if it lacks a synapse of the table"""
     run = Path(run)
     all_kept = read_kept(run, include_defects=True)
     table = all_kept if include_defects else read_kept(run)
-    others = {folder.name.removeprefix('features_'): folder for folder in sorted(run.glob('features_*'))}
-    folders = others if others and not (run/'features').exists() else {'trained': run/'features'} | others
-    available = [*folders, 'morphometrics']
-    requested = names or available
+    folders = _network_folders(run)
+    measured = ['morphometrics']
+    joined = []
+    if any((run/'annotate').glob('*.parquet')):
+        measured = [*MEASURED_BLOCKS, 'measured']
+        joined = [f'{network} + measured' for network in folders]
+    available = [*folders, *measured, *joined]
+    requested = names or [name for name in available if name != 'edges']
     if reference: requested = [reference, *requested]
     if absent := [name for name in requested if parse_feature_name(name)[0] not in available]:
-        raise FeatureError(f"{run}: there are no features '{absent[0]}'; there are {', '.join(available)}")
+        raise FeatureError(f"{run}: there are no features '{absent[0]}'; {suggest(absent[0], available)}")
     if any('brightness' in parse_feature_name(name)[1] for name in requested):
         all_kept = with_brightness(run, all_kept)
+
+    @cache
+    def block(name):
+        if name in folders: return _features_of(all_kept.id, folders[name], layer)
+        return scale_block(name, measured_block(name, run, all_kept))
+
     sets = {}
     rows = pd.Index(all_kept.id).get_indexer(table.id)
     for name in dict.fromkeys(requested):
-        network,nuisances = parse_feature_name(name)
-        if network == 'morphometrics': x = _log_morphometrics(all_kept)
-        else: x = _features_of(all_kept.id, folders[network], layer)
+        features,nuisances = parse_feature_name(name)
+        blocks = [block(part) for part in block_names(features)]
+        if len(blocks) == 1: x = blocks[0]
+        else: x = join_blocks([zscore(values) if part in folders else values
+            for part,values in zip(block_names(features), blocks)])
         sets[name] = regress_out(x, all_kept, nuisances)[rows]
     return table,sets
-
-def _log_morphometrics(table: pd.DataFrame) -> np.ndarray:
-    "Logarithms of the morphometrics; without those that were never measured, and the mean where one was not"
-    x = np.log1p(table[MORPHOMETRIC_COLUMNS].dropna(axis=1, how='all'))
-    return x.fillna(x.mean()).to_numpy()
 
 def _features_of(ids: pd.Series, folder: Path, layer: str) -> np.ndarray:
     "Features of the synapses `ids`, in this order. Raises `FeatureError` if a synapse has none"
@@ -188,12 +330,6 @@ def _features_of(ids: pd.Series, folder: Path, layer: str) -> np.ndarray:
         raise FeatureError(f"{folder}: no features of {len(missing)} synapses of the table, such as "
             f"{missing.iloc[0]}; run `synapseclr extract` again")
     return x[rows]
-
-def zscore(
-    x: np.ndarray, # `(N, d)`
-) -> np.ndarray: # `(N, d)`, each feature with mean 0 and sd 1; a constant feature is 0
-    "z-scored features"
-    return (x-x.mean(0))/np.maximum(x.std(0), 1e-12)
 
 # %% ../../nbs/data/05_features.ipynb #0af3a734
 Space = Literal['raw', 'zscored', 'whitened']
@@ -219,17 +355,3 @@ def first_component(
     component = in_space(x, 'whitened')[:, 0]
     centred = x-x.mean(0)
     return float(np.square(component@centred/len(x)).sum()*len(x)/np.square(centred).sum()),component
-
-# %% ../../nbs/data/05_features.ipynb #735ac148
-def profile_features(
-    profiles: np.ndarray, # `(N, 4*rings)`, nan where a ring is empty, from `measure_store`
-    n_components: int = 40,
-) -> np.ndarray: # `(N, n_components)` float32; at most `N` components
-    "Principal components of profiles, those of most variance first"
-    kinds = np.asarray(profiles, float).reshape(len(profiles), 4, -1)
-    known = np.isfinite(kinds)
-    mean = np.where(known, kinds, 0).sum(0)/np.maximum(known.sum(0), 1)
-    centred = np.where(known, kinds-mean, 0)
-    scaled = centred/np.maximum(centred.std((0, 2), keepdims=True), 1e-12)
-    n_components = min(n_components, len(profiles), scaled[0].size)
-    return PCA(n_components, random_state=0).fit_transform(scaled.reshape(len(profiles), -1)).astype(np.float32)

@@ -5,23 +5,30 @@
 # %% ../../nbs/data/04_results.ipynb #1babf258
 from __future__ import annotations
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-import pandas as pd
+import numpy as np, pandas as pd, pyarrow.parquet as pq
 from ..core import SynapseCLRError
 from .tables import TableError, read_table
 
 # %% auto #0
-__all__ = ['MORPHOMETRIC_COLUMNS', 'RESERVED_COLUMNS', 'RESULT_FILES', 'is_reserved', 'read_kept', 'ResultError', 'read_results']
+__all__ = ['MORPHOMETRIC_COLUMNS', 'EDGE_COLUMNS', 'INTENSITY_COLUMNS', 'RESERVED_COLUMNS', 'RESULT_FILES', 'is_reserved',
+           'read_kept', 'ResultError', 'read_results', 'read_measurements', 'read_profiles', 'profiles_by_type']
 
 # %% ../../nbs/data/04_results.ipynb #b1a4c0d3
 # The morphometric baseline
 MORPHOMETRIC_COLUMNS = ['pre_um3', 'cleft_um3', 'post_um3', 'pre_mito_um3', 'post_mito_um3', 'contact_um2',
     'cleft_planarity']
+EDGE_COLUMNS = ['pre_edge_contrast', 'pre_open_edge', 'post_edge_contrast', 'post_open_edge']
+# Grey values, which are in the files of measurements only
+INTENSITY_COLUMNS = [f'{role}_{statistic}' for role in ('pre', 'cleft', 'post')
+    for statistic in ('mean', 'sd', 'p10', 'p50', 'p90')]
+INTENSITY_COLUMNS += [f'{role}_{shell}_nm' for role in ('pre', 'post')
+    for shell in ('0_to_40', '40_to_80', '80_to_160', '160_to_320')]
 RESERVED_COLUMNS = dict(
     fetch='reject_reason|blank_fraction|visible_fraction|mito_measured|plan_[a-z]+',
-    annotate='|'.join(MORPHOMETRIC_COLUMNS) + r'|cleft_(cos_z|angle_z_deg|normal_[xyz])|n_blank_sections'
-        r'|(pre|post)_(mito|soma_um|soma_reason)',
+    annotate='|'.join(MORPHOMETRIC_COLUMNS + EDGE_COLUMNS) + '|frame_quality|n_blank_sections|brightness'
+        r'|cleft_(cos_z|angle_z_deg|normal_[xyz]|offset_[xyz]_nm)|(pre|post)_(mito|soma_um|soma_reason)',
     embed=r'cluster|leiden|island|umap\d*_\d+',
     qc='removed|defect_score|defect_fdr',
     impute='(cleft_um3|(pre|post)_(soma_um|mito_um3))_(mean|sd|lo90|hi90)|p_(inhibitory|mito)_(pre|post)',
@@ -97,3 +104,60 @@ def _with_partners(table: pd.DataFrame, neurons: pd.DataFrame) -> pd.DataFrame:
         partner = cells.reindex(table[f'{side}_root_id']).add_prefix(f'{side}_').reset_index(drop=True)
         table = pd.concat([table, partner], axis=1)
     return table
+
+# %% ../../nbs/data/04_results.ipynb #b1a4c0d7
+def read_measurements(
+    run: str|Path, # Run folder, annotated
+    ids: Iterable[int], # `(N,)` synapses
+    columns: list[str], # Such as `INTENSITY_COLUMNS`
+) -> pd.DataFrame: # `N` rows, in the order of `ids`
+    "Measurements from the files of `annotate`. Raises `TableError` if they lack a synapse"
+    parts = [pq.read_table(path, columns=['id', *columns]).to_pandas() for path in _measurement_files(run)]
+    table = pd.concat(parts, ignore_index=True)
+    return table[columns].iloc[_rows_of(table.id, ids, run)].reset_index(drop=True)
+
+def read_profiles(
+    run: str|Path, ids: Iterable[int], # As for `read_measurements`
+    reduce: Callable[[np.ndarray], np.ndarray]|None = None, # Applied to the profiles of each shard
+) -> np.ndarray: # `(N, 1600)`, in the order of `ids`; or `(N, d)` from `reduce`
+    "Profiles of clefts. Raises `TableError` if the files of `annotate` lack a synapse"
+    known_ids = []
+    parts = []
+    for path in _measurement_files(run):
+        table = pq.read_table(path, columns=['id', 'profile'])
+        profiles = table['profile'].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
+        known_ids.append(table['id'].to_numpy())
+        parts.append(reduce(profiles) if reduce else profiles)
+    return np.concatenate(parts)[_rows_of(np.concatenate(known_ids), ids, run)]
+
+def _measurement_files(run: str|Path) -> list[Path]:
+    "One for each shard. Raises `TableError` if there is none, or if they are of an older version"
+    folder = Path(run)/'annotate'
+    paths = sorted(folder.glob('[0-9]*.parquet'))
+    if not paths: raise TableError(f"{folder}: there are no measurements; run `synapseclr annotate` first")
+    for path in paths:
+        if 'profile' not in pq.read_schema(path).names:
+            raise TableError(f"{path}: written by an older version, without profiles; run `synapseclr annotate` again")
+    return paths
+
+def _rows_of(known_ids: Iterable[int], ids: Iterable[int], run: str|Path) -> np.ndarray:
+    rows = pd.Index(known_ids).get_indexer(ids)
+    if (missing := np.asarray(ids)[rows < 0]).size:
+        raise TableError(f"{Path(run)/'annotate'}: no measurements of {len(missing)} synapses of the table, such as "
+            f"{missing[0]}; run `synapseclr annotate` again")
+    return rows
+
+# %% ../../nbs/data/04_results.ipynb #b1a4c0da
+def profiles_by_type(
+    run: str|Path, # Run folder, annotated
+    neurons: pd.DataFrame|None, # From `read_neurons`
+    max_each: int = 2000, # Synapses of each type
+) -> dict[str, np.ndarray]: # `(N, 1600)` each
+    "Profiles by the known type of the presynaptic neuron; those of all synapses if no type is known"
+    table = read_kept(run)
+    kind = pd.Series('all synapses', table.index)
+    if neurons is not None and neurons.inhibitory.notna().any():
+        inhibitory = table.pre_root_id.map(neurons.set_index('root_id').inhibitory)
+        kind = inhibitory.map({0.: 'excitatory', 1.: 'inhibitory'})
+    sampled = table.assign(kind=kind).groupby('kind').sample(frac=1, random_state=0).groupby('kind').head(max_each)
+    return {name: read_profiles(run, np.sort(members.id)) for name,members in sampled.groupby('kind')}

@@ -55,13 +55,13 @@ def score_ablations(
     names: list[str], # Ablations whose features of the volume have been computed
     read_on: str|Path, # Run folder
     phantom: str|Path, # Folder of its phantom
-) -> pd.DataFrame: # A row for each ablation, and for morphometrics, intensities and the generator's latents
+) -> pd.DataFrame: # A row for each ablation, for what is measured, and for the generator's latents
     "What the features of each ablation encode of biology and of imaging"
     folders = {name: f'features_{name}' for name in names}
     synapses,sets = load_with_truth([(read_on, phantom)], folders)
     clean = (synapses.defect == '').to_numpy()
     table = synapses[clean].reset_index(drop=True)
-    sets = {name: x[clean] for name,x in sets.items()}
+    sets = {name: x[clean] for name,x in sets.items() if not name.endswith(' + measured')}
     pre,post = (table[f'{side}_neuron'].to_numpy() for side in ('pre', 'post'))
     target_scores = score_targets(phantom_targets(table, sets), sets, pre, post)
     values = target_scores.set_index(['target', 'subset', 'features']).value.sort_index()

@@ -10,9 +10,7 @@ import numpy as np, pandas as pd, safetensors.torch
 from scipy import sparse
 from ..core import atomic, threads
 from ..data.features import read_feature_sets
-from ..data.store import ChunkStore
 from ..data.volume import write_layer
-from ..ingest.measure import measured_feature_sets
 from .defects import benchmark_detection
 from .kasthuri import read_volume
 from .segmentation import contingency, pick_partners, segmentation_defects, segmentation_scores
@@ -152,7 +150,7 @@ def score_segmentation_errors(
 ) -> pd.DataFrame: # For each kind, number of prompts and feature set: `n`, `prevalence`, `value`, `lo95`, `hi95`
     "Average precision for each kind of error, with 95 % intervals over presynaptic neurites and draws of prompts"
     table,sets = read_feature_sets(run)
-    sets |= measured_feature_sets(ChunkStore.open(Path(run)/'chunks.zarr'), table.id.to_numpy())
+    sets |= read_feature_sets(run, names=['edges'])[1]
     sets['random'] = np.random.default_rng(0).normal(size=(len(table), 16))
     truth = truth.set_index('id').loc[table.id]
     defect = truth.defect.fillna('').to_numpy()

@@ -7,21 +7,19 @@ from __future__ import annotations
 from pathlib import Path
 import numpy as np, pandas as pd, pydantic
 from ..core import Source, Strict, content_hash, provenance, suggest, threads
-from ..data.features import feature_provenance, read_feature_sets, zscore
+from ..data.features import feature_provenance, read_feature_sets, zscore_networks
 from ..data.lab_tables import read_lab_table, row_examples, whole_numbers
 from ..data.nuisances import with_brightness
 from ..data.results import read_kept
-from ..data.store import ChunkStore
 from ..data.synapses import id_problem
 from ..data.tables import TableError, write_table
-from ..ingest.measure import measured_feature_sets
 from ..analyse.probe import probe_targets
 from ..analyse.query import average_precision_per_query, mean_average_precision
 from .truth import Target, score_defects, score_targets
 
 # %% auto #0
-__all__ = ['MIN_KNOWN', 'MIN_CLASS', 'EvaluateConfig', 'read_truth', 'truth_targets', 'read_all_feature_sets', 'same_axon_scores',
-           'nuisance_targets', 'evaluate_expert']
+__all__ = ['MIN_KNOWN', 'MIN_CLASS', 'EvaluateConfig', 'read_truth', 'truth_targets', 'same_axon_scores', 'nuisance_targets',
+           'evaluate_expert']
 
 # %% ../../nbs/evaluate/15_expert.ipynb #dfae9f1a
 class EvaluateConfig(Strict):
@@ -107,20 +105,6 @@ def _why_not(name: str, column: pd.Series, known: np.ndarray) -> str:
     if n_levels < 2: return f'{name}: all values are the same'
     return f'{name}: no value that {MIN_CLASS} synapses have and {MIN_CLASS} others have not'
 
-# %% ../../nbs/evaluate/15_expert.ipynb #61100697
-def read_all_feature_sets(
-    run: str|Path, # Run folder, extracted and annotated
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses that fetch kept, and `(N, d)` of each feature set
-    "The features of all networks of a run, what is measured, and each network's features together with the latter"
-    run = Path(run)
-    table,sets = read_feature_sets(run, include_defects=True)
-    measured = measured_feature_sets(ChunkStore.open(run/'chunks.zarr'), table.id.to_numpy())
-    measured = dict(morphometrics=sets.pop('morphometrics')) | measured
-    measured['measured'] = np.hstack(list(measured.values()))
-    del measured['edges'] # four numbers, for splits
-    joined = {f'{name} + measured': np.hstack([x, measured['measured']]) for name,x in sets.items()}
-    return table,sets | measured | joined
-
 # %% ../../nbs/evaluate/15_expert.ipynb #e051b32e
 def same_axon_scores(
     table: pd.DataFrame, # `N` synapses
@@ -128,8 +112,8 @@ def same_axon_scores(
 ) -> pd.DataFrame: # As of `score_targets`; a row for each feature set
     "How well each synapse finds the others of its axon, without those of its own cleft"
     rows = []
-    for name,x in sets.items():
-        per_query = average_precision_per_query(zscore(x), table.pre_root_id.to_numpy(), table.cleft_id.to_numpy())
+    for name,x in zscore_networks(sets).items():
+        per_query = average_precision_per_query(x, table.pre_root_id.to_numpy(), table.cleft_id.to_numpy())
         result = mean_average_precision(per_query)
         chance = result['chance']
         rows.append(dict(target='same axon', subset='all', metric='mAP - chance', features=name,
@@ -160,7 +144,7 @@ def evaluate_expert(
     truth = read_truth(config.truth, read_kept(run, include_defects=True).id.to_numpy())
     defect = truth.defect.fillna('').astype(str) if 'defect' in truth else pd.Series('', truth.index)
     targets,reasons = truth_targets(truth, config, (defect == '').to_numpy())
-    table,sets = read_all_feature_sets(run)
+    table,sets = read_feature_sets(run, include_defects=True)
     tables = {}
     if 'defect' in truth: tables['defects'] = score_defects(table.assign(defect=defect), sets)
     if not targets and not len(tables.get('defects', ())):
@@ -169,8 +153,7 @@ def evaluate_expert(
     targets += nuisance_targets(with_brightness(run, table))
     scores = score_targets(targets, sets, pre, post, [reference], config.n_splits)
     tables['targets'] = pd.concat([scores, same_axon_scores(table, sets)], ignore_index=True)
-    networks = [name for name in sets if name.endswith(' + measured')]
-    sources = {name: feature_provenance(run, name.removesuffix(' + measured')) for name in networks}
+    sources = {name: feature_provenance(run, name) for name in sets if name.endswith(' + measured')}
     origin = provenance(config.model_copy(update=dict(truth=None)), sources=sources, n_synapses=len(table),
         truth=content_hash(truth.to_csv()))
     for name,scores in tables.items():

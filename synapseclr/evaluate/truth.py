@@ -8,16 +8,15 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, pandas as pd, torch
-from ..core import n_cores, provenance, threads, worker_pool
+from ..core import provenance, threads
 from ..metrics import (cluster_bootstrap, cross_val_predict_by_neuron, explained_variance, neighbour_vote,
     nuisance_scores, percentile_interval, roc_auc, spearman, unrelated_neighbours)
-from synapseclr.data.features import (FeatureError, first_component, in_space, parse_feature_name, read_features,
-    zscore)
+from ..data.features import (FeatureError, MEASURED_BLOCKS, first_component, in_space, join_blocks,
+    measured_block, parse_feature_name, read_features, read_profile_components, scale_block, zscore)
 from ..data.nuisances import regress_out, with_brightness
-from ..data.results import MORPHOMETRIC_COLUMNS
+from ..data.results import read_measurements
 from ..data.store import ChunkStore
 from ..data.tables import read_metadata, read_table, write_table
-from ..ingest.measure import intensity_statistics
 from ..phantom.build import LATENTS
 from ..learn.monitor import rank_me
 from .defects import benchmark_detection
@@ -36,14 +35,16 @@ def load_with_truth(
     networks: dict[str, str], # Names, as of `parse_feature_name`, and folders of features in each run folder
     layer: str = 'backbone',
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]: # Synapses that fetch kept, and `(N, d)` of each feature set
-    """Join table, truth and all feature sets of some runs.
+    """Join table, truth and all feature sets of some runs. The profiles are those on the components of the first run.
     Raises `FeatureError` if the features of a network were not made by the same network in each run: one probe
     cannot read both"""
     tables = []
-    sets = {}
+    parts = {}
     settings_of = {}
+    components = read_profile_components(runs[0][0])
     for k,(run,phantom) in enumerate(runs):
-        table,run_sets = _synapses_with_truth(k, Path(run), Path(phantom))
+        table = _synapses_with_truth(k, Path(run), Path(phantom))
+        run_sets = {name: measured_block(name, run, table, components) for name in MEASURED_BLOCKS}
         for name,folder in networks.items():
             ids,x = read_features(Path(run, folder), layer)
             settings = _extract_settings(Path(run, folder))
@@ -53,34 +54,29 @@ def load_with_truth(
             rows = pd.Index(ids).get_indexer(table.id)
             run_sets[name] = regress_out(x[rows], table, parse_feature_name(name)[1])
         tables.append(table)
-        for name,x in run_sets.items(): sets.setdefault(name, []).append(x)
-    joined = {name: np.concatenate(parts) for name,parts in sets.items()}
-    joined['handcrafted'] = np.hstack([zscore(joined['morphometrics']), zscore(joined['intensity'])])
-    order = [*networks, 'morphometrics', 'intensity', 'handcrafted', 'latents', 'painted']
-    return pd.concat(tables, ignore_index=True),{name: joined[name] for name in order}
+        for name,x in run_sets.items(): parts.setdefault(name, []).append(x)
+    table = pd.concat(tables, ignore_index=True)
+    x = {name: np.concatenate(part) for name,part in parts.items()}
+    blocks = {name: scale_block(name, x[name]) for name in MEASURED_BLOCKS}
+    sets = {name: x[name] for name in networks} | blocks | dict(measured=join_blocks([*blocks.values()]))
+    for name in networks:
+        if parse_feature_name(name)[1]: continue
+        sets[f'{name} + measured'] = join_blocks([*blocks.values(), zscore(x[name])])
+    del sets['edges'] # they are for splits
+    sets['latents'] = table[LATENTS].fillna(0).to_numpy()
+    sets['painted'] = np.log1p(table[PAINTED].fillna(0).to_numpy(float))
+    return table,sets
 
-def _synapses_with_truth(k: int, run: Path, phantom: Path) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    "Synapses of run number `k` with their truth, and the feature sets that need no network"
-    store = ChunkStore.open(run/'chunks.zarr')
+def _synapses_with_truth(k: int, run: Path, phantom: Path) -> pd.DataFrame:
+    "Synapses of run number `k` with their truth"
+    ids = ChunkStore.open(run/'chunks.zarr').ids
     truth = pd.read_parquet(phantom/'truth.parquet')
     synapses = read_table(run/'synapses.parquet', 'synapses')
     table = synapses.merge(truth, on='id', validate='1:1', suffixes=(None, None))
-    table = with_brightness(run, table.set_index('id').loc[store.ids].reset_index())
+    table = with_brightness(run, table.set_index('id').loc[ids].reset_index())
     for side in ('pre', 'post'): table[f'{side}_neuron'] = f'{k}:' + table[f'true_{side}_root_id'].astype(str)
-    grey = _intensity_table(store)
-    table['section_brightness'] = grey.pop('section_brightness')
-    sets = dict(
-        morphometrics=np.log1p(table[MORPHOMETRIC_COLUMNS].fillna(0).to_numpy()),
-        intensity=grey.fillna(grey.median()).to_numpy(),
-        latents=table[LATENTS].fillna(0).to_numpy(),
-        painted=np.log1p(table[PAINTED].fillna(0).to_numpy(float)))
-    return table,sets
-
-def _intensity_table(store: ChunkStore) -> pd.DataFrame:
-    def measure(i):
-        chunk = store[i]
-        return intensity_statistics(chunk.em, chunk.mask, store.voxel_nm)
-    with worker_pool(n_cores()) as pool: return pd.DataFrame(list(pool.map(measure, range(len(store)))))
+    table['section_brightness'] = read_measurements(run, ids, ['section_brightness']).section_brightness
+    return table
 
 def _extract_settings(folder: Path) -> dict:
     "What has to agree between feature files, from their provenance"

@@ -10,31 +10,57 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy import ndimage
 from ..core import n_cores, worker_pool
-from ..data.features import profile_features
 from ..data.frame import cleft_frame, cleft_plane, frame_coordinates
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE, StoreError
 
 # %% auto #0
-__all__ = ['SHELLS_NM', 'EDGE_SMOOTHING_NM', 'INTERIOR_NM', 'OPEN_EDGE', 'MIN_EDGE_VOXELS', 'PROFILE_NM', 'DEPTH_BIN_NM',
-           'RADIUS_BIN_NM', 'POINT_NM', 'N_DEPTHS', 'N_RADII', 'contact_um2', 'morphometrics', 'intensity_statistics',
-           'mask_edges', 'Profile', 'profile', 'measure', 'measure_store', 'measured_feature_sets']
+__all__ = ['CONTACT_GAP_NM', 'SHELLS_NM', 'EDGE_SMOOTHING_NM', 'INTERIOR_NM', 'OPEN_EDGE', 'MIN_EDGE_VOXELS', 'PROFILE_NM',
+           'DEPTH_BIN_NM', 'RADIUS_BIN_NM', 'POINT_NM', 'N_DEPTHS', 'N_RADII', 'contact_um2', 'morphometrics',
+           'intensity_statistics', 'mask_edges', 'Profile', 'profile', 'measure', 'measure_store']
 
 # %% ../../nbs/ingest/10_measure.ipynb #f0347d3d
+CONTACT_GAP_NM = 40. # Between two cells that touch
+
 def contact_um2(
     mask: np.ndarray, # `(Z, Y, X)` role bits
     voxel_nm, # `(z, y, x)`
 ) -> float: # um2
-    "Area of the voxel faces between the presynaptic and the postsynaptic cell"
+    "Area of the voxel faces between the presynaptic and the postsynaptic cell, also across a narrow gap"
     pre = (mask & PRE) > 0
     post = (mask & POST) > 0
+    reach = np.maximum(1, (CONTACT_GAP_NM//np.asarray(voxel_nm, float)).astype(int))
+    in_gap = _within_reach(pre, reach) & _within_reach(post, reach)
+    side = np.where(pre, 1, np.where(post, 2, np.where(in_gap, 0, 3))).astype(np.uint8)
     area_nm2 = 0.
     for axis in range(3):
-        pre_slices = np.moveaxis(pre, axis, 0)
-        post_slices = np.moveaxis(post, axis, 0)
-        faces = (pre_slices[:-1] & post_slices[1:]) | (post_slices[:-1] & pre_slices[1:])
         face_nm2 = np.prod(np.delete(np.asarray(voxel_nm, float), axis))
-        area_nm2 += faces.sum()*face_nm2
+        area_nm2 += _n_crossings(np.moveaxis(side, axis, 2))*face_nm2
     return float(area_nm2/1e6)
+
+def _within_reach(cell: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    "Voxels from which a cell is no further than this, in steps within a section or across sections"
+    near = _dilated(cell, reach[1:].min())
+    for n in range(1, min(reach[0], len(cell)-1)+1):
+        near[n:] |= cell[:-n]
+        near[:-n] |= cell[n:]
+    return near
+
+def _dilated(inside: np.ndarray, n: int) -> np.ndarray:
+    "`inside`, grown by `n` voxels in the plane of the section, to four neighbours each time"
+    for _ in range(n):
+        grown = inside.copy()
+        grown[:, 1:] |= inside[:, :-1]
+        grown[:, :-1] |= inside[:, 1:]
+        grown[:, :, 1:] |= inside[:, :, :-1]
+        grown[:, :, :-1] |= inside[:, :, 1:]
+        inside = grown
+    return inside
+
+def _n_crossings(side: np.ndarray) -> int:
+    "How often lines along the last axis go from side 1 to side 2 or back, with nothing but 0 between"
+    last = np.maximum.accumulate(np.where(side > 0, np.arange(side.shape[2], dtype=np.int32), 0), 2)
+    side = np.take_along_axis(side, last, 2)
+    return int((side[:, :, :-1]*side[:, :, 1:] == 2).sum())
 
 # %% ../../nbs/ingest/10_measure.ipynb #5e888ea9
 def morphometrics(
@@ -48,7 +74,11 @@ def morphometrics(
         if bits & MITO and not mito_measured: return np.nan
         return float(((mask & bits) == bits).sum()*np.prod(voxel_nm)/1e9)
     pre_mito_um3,post_mito_um3 = volume(PRE|MITO),volume(POST|MITO)
-    planarity,normal = cleft_plane((mask & CLEFT) > 0, voxel_nm)
+    cleft = (mask & CLEFT) > 0
+    planarity,_ = cleft_plane(cleft, voxel_nm)
+    frame = cleft_frame(mask, voxel_nm)
+    normal,offset_nm = (frame.normal, frame.centre_nm) if cleft.any() else np.full((2, 3), np.nan)
+    cos_z = abs(float(normal[0]))
     in_synapse = (mask & (PRE|CLEFT|POST)) > 0
     has_synapse = in_synapse.any((1, 2))
     has_em = ((em > 0) & in_synapse).any((1, 2))
@@ -60,15 +90,22 @@ def morphometrics(
         post_mito_um3=post_mito_um3,
         contact_um2=contact_um2(mask, voxel_nm),
         cleft_planarity=planarity,
-        cleft_cos_z=float(normal[0]),
-        cleft_angle_z_deg=float(np.degrees(np.arccos(min(1., normal[0])))),
+        cleft_cos_z=cos_z,
+        cleft_angle_z_deg=float(np.degrees(np.arccos(min(1., cos_z)))),
         cleft_normal_z=float(normal[0]),
         cleft_normal_y=float(normal[1]),
         cleft_normal_x=float(normal[2]),
+        cleft_offset_z_nm=float(offset_nm[0]),
+        cleft_offset_y_nm=float(offset_nm[1]),
+        cleft_offset_x_nm=float(offset_nm[2]),
+        frame_quality=frame.quality,
         pre_mito=float(pre_mito_um3 > 0) if mito_measured else np.nan,
         post_mito=float(post_mito_um3 > 0) if mito_measured else np.nan,
         n_blank_sections=int((has_synapse & ~has_em).sum()),
+        brightness=float(_or_nan(np.mean, em[in_synapse & (em > 0)])),
     )
+
+def _or_nan(statistic: Callable, values: np.ndarray) -> float: return statistic(values) if len(values) else np.nan
 
 # %% ../../nbs/ingest/10_measure.ipynb #cf4cf6df
 SHELLS_NM = (0, 40, 80, 160, 320) # Edges of the profile around the cleft
@@ -86,18 +123,24 @@ def intensity_statistics(
         row[f'{name}_mean'] = _or_nan(np.mean, grey)
         row[f'{name}_sd'] = _or_nan(np.std, grey)
         for q in (10, 50, 90): row[f'{name}_p{q}'] = _or_nan(partial(np.percentile, q=q), grey)
-    distance = ndimage.distance_transform_edt((mask & CLEFT) == 0, sampling=voxel_nm)
+    near = _box_around((mask & CLEFT) > 0, SHELLS_NM[-1], voxel_nm)
+    distance = ndimage.distance_transform_edt((mask[near] & CLEFT) == 0, sampling=voxel_nm)
     for name,bit in (('pre', PRE), ('post', POST)):
-        partner = present & ((mask & bit) > 0)
+        partner = present[near] & ((mask[near] & bit) > 0)
         for inner,outer in zip(SHELLS_NM, SHELLS_NM[1:]):
             shell = partner & (distance > inner) & (distance <= outer)
-            row[f'{name}_{inner}_to_{outer}_nm'] = _or_nan(np.mean, em[shell])
+            row[f'{name}_{inner}_to_{outer}_nm'] = _or_nan(np.mean, em[near][shell])
     middle = len(em)//2
     background = present[middle] & (mask[middle] == 0)
     row['section_brightness'] = _or_nan(np.mean, em[middle][background])
     return row
 
-def _or_nan(statistic: Callable, values: np.ndarray) -> float: return statistic(values) if len(values) else np.nan
+def _box_around(cleft: np.ndarray, margin_nm: float, voxel_nm) -> tuple[slice, slice, slice]:
+    "The part of a chunk that is no further from the cleft than this along any axis; empty without a cleft"
+    if not cleft.any(): return (slice(0),)*3
+    margin = np.ceil(margin_nm/np.asarray(voxel_nm, float)).astype(int)
+    at = np.argwhere(cleft)
+    return tuple(slice(lo, hi) for lo,hi in zip((at.min(0)-margin).clip(0), at.max(0)+margin+1))
 
 # %% ../../nbs/ingest/10_measure.ipynb #e20bdd42
 EDGE_SMOOTHING_NM = 10. # Sd of a Gaussian in the plane of the section
@@ -133,17 +176,6 @@ def mask_edges(
         row[f'{name}_edge_contrast'] = float(darkness.mean()) if is_measured else np.nan
         row[f'{name}_open_edge'] = float((darkness < OPEN_EDGE).mean()) if is_measured else np.nan
     return row
-
-def _dilated(inside: np.ndarray, n: int) -> np.ndarray:
-    "`inside`, grown by `n` voxels in the plane of the section, to four neighbours each time"
-    for _ in range(n):
-        grown = inside.copy()
-        grown[:, 1:] |= inside[:, :-1]
-        grown[:, :-1] |= inside[:, 1:]
-        grown[:, :, 1:] |= inside[:, :, :-1]
-        grown[:, :, :-1] |= inside[:, :, 1:]
-        inside = grown
-    return inside
 
 # %% ../../nbs/ingest/10_measure.ipynb #1fcff0a2
 PROFILE_NM = 320. # Depth on both sides of the centre, and radius
@@ -218,32 +250,17 @@ def measure(
 def measure_store(
     store: ChunkStore,
     ids: np.ndarray|None = None, # Synapses, in this order; None for all of the store
-    mito_measured: bool = True, # Whether there is a mitochondria layer
+    mito_measured: bool|np.ndarray = True, # Whether there is a mitochondria layer; or `(N,)`, whether each was measured
 ) -> tuple[pd.DataFrame, np.ndarray]: # `id` and `measure` of each; profiles `(N, 1600)`, as of `Profile.vector`
     "Measure synapses in parallel. Raises `StoreError` if one is not in the store"
     ids = store.ids if ids is None else np.asarray(ids)
     rows = pd.Index(store.ids).get_indexer(ids)
     if (rows < 0).any(): raise StoreError(f"{store.path}: has no synapse {ids[rows < 0][0]}; take ids of this store")
-    def measure_one(row):
+    mito_measured = np.broadcast_to(mito_measured, len(rows))
+    def measure_one(row, has_mito):
         chunk = store[int(row)]
-        values = measure(chunk.em, chunk.mask, store.voxel_nm, mito_measured)
+        values = measure(chunk.em, chunk.mask, store.voxel_nm, bool(has_mito))
         return dict(id=chunk.id) | values,profile(chunk.em, chunk.mask, store.voxel_nm).vector()
-    with worker_pool(n_cores()) as pool: results = list(pool.map(measure_one, rows))
+    with worker_pool(n_cores()) as pool: results = list(pool.map(measure_one, rows, mito_measured))
     profiles = np.stack([vector for _,vector in results]) if results else np.zeros((0, 4*N_DEPTHS*N_RADII), np.float32)
     return pd.DataFrame([values for values,_ in results]),profiles
-
-# %% ../../nbs/ingest/10_measure.ipynb #13785eee
-def measured_feature_sets(
-    store: ChunkStore,
-    ids: np.ndarray, # `(N,)` synapses
-) -> dict[str, np.ndarray]: # `(N, d)` each: `intensity`, `edges`, `profile`
-    "Grey values, edges of the masks, and the profile of the cleft; what could not be measured is the median"
-    table,profiles = measure_store(store, ids)
-    example = store[0]
-    grey_columns = list(intensity_statistics(example.em, example.mask, store.voxel_nm))
-    grey_columns.remove('section_brightness') # of the image, not of the synapse
-    edge_columns = list(mask_edges(example.em, example.mask, store.voxel_nm))
-    def values(columns):
-        x = table[columns].dropna(axis=1, how='all')
-        return x.fillna(x.median()).to_numpy()
-    return dict(intensity=values(grey_columns), edges=values(edge_columns), profile=profile_features(profiles))

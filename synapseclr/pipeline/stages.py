@@ -30,7 +30,7 @@ from ..learn.train import TrainConfig, TrainingError, train, with_dataset_statis
 from ..learn.views import AugmentConfig, CubeConfig
 from ..analyse.consensus import ConsensusConfig, type_neurites
 from ..analyse.embed import EmbedConfig, embed
-from ..analyse.impute import ImputeConfig, impute
+from ..analyse.impute import ImputeConfig, impute, read_choices
 from ..analyse.manifold import ManifoldConfig, manifold
 from ..analyse.probe import probe_run
 from ..analyse.qc import QCConfig, detect_defects
@@ -315,7 +315,7 @@ def qc_stage(c: RunConfig):
 @_stage
 def query_stage(c: RunConfig):
     table = compare_retrieval(c.folder, c.query.layer, c.query.space)
-    origin = provenance(c.query, source=feature_provenance(c.folder, 'trained'))
+    origin = provenance(c.query, source=feature_provenance(c.folder, 'trained + measured'))
     write_table(table, c.folder/'retrieval.parquet', 'retrieval', origin)
     return table
 
@@ -334,6 +334,8 @@ def impute_stage(c: RunConfig):
     _check_neurons(neurons, read_table(c.folder/'synapses.parquet', 'synapses'), c.source)
     scores,skipped = impute(c.folder, neurons, c.impute)
     if skipped: print(f"hint: not imputed: {'; '.join(skipped)}")
+    for line in read_choices(c.folder).itertuples():
+        print(f'{line.Index}: {line.features} ({line.score:.3f}; the best was {line.best}, {line.best_score:.3f})')
     return scores,skipped
 
 @_stage

@@ -14,7 +14,7 @@ from ..core import SynapseCLRError, atomic
 from ..data.results import read_results
 from ..data.tables import read_table
 from ..learn.monitor import read_log
-from ..analyse.impute import MIN_NEURONS, traits_above_chance
+from ..analyse.impute import MIN_NEURONS, read_choices, traits_above_chance
 from ..show.plot import draw_map, plot_probe_scores, training_curve
 from .catalogue import STAGES
 from .report import html_page
@@ -151,7 +151,7 @@ def _trait_sentences(scores: pd.DataFrame, feature_set: str) -> list[str]:
     chosen = scores[scores.features == feature_set].set_index('trait').sort_values('value', ascending=False)
     clear = chosen[chosen.above_chance]
     if not len(clear):
-        return [f'No trait of held-out neurons is predicted above chance from the {feature_set} features.']
+        return [f'No trait of held-out neurons is predicted above chance from {_described(feature_set)}.']
     def describe(row) -> str:
         note = f', only {row.neurons} neurons' if row.neurons < MIN_NEURONS else ''
         return f'{TRAIT_NAMES[row.Index]} ({row.metric} {row.value:.2f}{note})'
@@ -165,7 +165,10 @@ def _trait_sentences(scores: pd.DataFrame, feature_set: str) -> list[str]:
     comparison = (f'They are clearly better than morphometrics for {_join(better)}.' if better else 'For no trait are '
         'they clearly better than morphometrics.')
     if worse: comparison += f' Morphometrics are clearly better for {_join(worse)}.'
-    return [f'For held-out neurons, the {feature_set} features predict {predicted}{rest}.', comparison]
+    return [f'For held-out neurons, {_described(feature_set)} predict {predicted}{rest}.', comparison]
+
+def _described(feature_set: str) -> str:
+    return 'the features chosen for each trait' if feature_set.startswith('auto') else f'the {feature_set} features'
 
 def _traits(c: RunConfig) -> Part:
     scores = _trait_scores(c)
@@ -173,12 +176,19 @@ def _traits(c: RunConfig) -> Part:
     note = ''
     if (scores[scores.features == feature_set].neurons < MIN_NEURONS).any():
         note = f' With fewer than {MIN_NEURONS} labelled neurons a score above chance can be luck.'
-    text = (f'<p>Predicted from the {html.escape(feature_set)} features, scored on held-out neurons; 95 % intervals '
+    text = (f'<p>Predicted from {html.escape(_described(feature_set))}, scored on held-out neurons; 95 % intervals '
         'by bootstrap over neurons. '
         f'EV: fraction of variance explained. AUC: area under the ROC curve, 0.5 is chance. Morphometrics are used '
         f'without the measurement that is predicted.{note}</p>')
     return Part(_trait_sentences(scores, feature_set), 'Imputed traits',
-        text + _table(_trait_table(scores, feature_set)))
+        text + _table(_trait_table(scores, feature_set)) + _choices(c))
+
+def _choices(c: RunConfig) -> str:
+    choices = read_choices(c.folder).rename(index=TRAIT_NAMES)
+    if not len(choices): return ''
+    return ('<p>The features were chosen for each trait by how well a linear model predicts it for neurons that were '
+        'left out; the scores above are of choices that were made without the neurons that are scored.</p>'
+        + _table(choices.round(3)))
 
 # %% ../../nbs/pipeline/04_summary.ipynb #b7946003
 _SIDES = dict(pre='axons', post='dendrites')

@@ -8,7 +8,7 @@ import json, re
 from pathlib import Path
 import anndata, numpy as np, pandas as pd, scipy.sparse as sp
 from ..core import FORMAT_VERSION, atomic, provenance, version_problem
-from ..data.features import read_feature_sets
+from ..data.features import MEASURED_BLOCKS, block_names, parse_feature_name, read_feature_sets
 from ..data.results import read_results
 from ..data.tables import read_metadata, write_table
 from ..data.volume import LayerSource
@@ -66,7 +66,8 @@ def to_anndata(
 
 def _feature_layers(run: Path, features: str) -> dict[str, np.ndarray]:
     "A feature set in all layers that it has"
-    names = ['backbone'] if features == 'morphometrics' else ['backbone', 'hidden', 'projection']
+    is_learned = block_names(parse_feature_name(features)[0])[-1] not in MEASURED_BLOCKS
+    names = ['backbone', 'hidden', 'projection'] if is_learned else ['backbone']
     layers = {}
     for name in names:
         _,sets = read_feature_sets(run, name, [features], include_defects=True)

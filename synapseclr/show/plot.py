@@ -77,16 +77,21 @@ def contact_sheet(
 
 # %% ../../nbs/show/01_plot.ipynb #da3ae566
 def profile_figure(
-    profiles: dict[str, np.ndarray], # `(N, 1600)` from `measure_store`, by name of the class
+    profiles: dict[str, np.ndarray], # `(N, 1600)` from `measure_store` or `read_profiles`, by name of the class
 ) -> plt.Figure:
-    "Draw the mean profile of each class and, if there are two, the first less the second"
-    fig,axes = plt.subplots(1, len(profiles)+(len(profiles) == 2), figsize=(2.2*len(profiles)+2, 2.5), squeeze=False,
-        sharey=True, layout='constrained')
+    "Draw the mean profile of each class; of two, the first less the second; of more, each less the mean of the classes"
+    names = list(profiles)
+    means = [_mean_profile(members)[0] for members in profiles.values()]
+    n_rows,n_columns = (2, len(names)) if len(names) > 2 else (1, 2*len(names)-1)
+    fig,axes = plt.subplots(n_rows, n_columns, figsize=(2.2*n_columns, 2.2*n_rows+.3), squeeze=False, sharey=True,
+        layout='constrained')
     for ax,(name,members) in zip(axes[0], profiles.items()): draw_profile(ax, members, f'{name} (n = {len(members)})')
-    if len(profiles) == 2:
-        first,second = (_mean_profile(members)[0] for members in profiles.values())
-        _draw_rings(axes[0, 2], first-second, 'RdBu_r', (-.8, .8), 'difference')
-    axes[0, 0].set_ylabel('depth (nm), pre above', fontsize=7)
+    if len(names) == 2: differences = {f'{names[0]} less {names[1]}': means[0]-means[1]}
+    else: differences = {f'{name} less all': mean-np.mean(means, 0) for name,mean in zip(names, means)}
+    if len(names) > 1:
+        for ax,(title,rings) in zip(axes.flat[len(names):], differences.items()):
+            _draw_rings(ax, rings, 'RdBu_r', (-.8, .8), title)
+    for row in axes: row[0].set_ylabel('depth (nm), pre above', fontsize=7)
     return fig
 
 def draw_profile(

@@ -17,18 +17,21 @@ from scipy.spatial import cKDTree
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from ..core import Source, Strict, SynapseCLRError, key
+from ..data.features import read_profile_components
 from ..data.frame import Frames, read_frames
+from synapseclr.data.results import (EDGE_COLUMNS, INTENSITY_COLUMNS, MORPHOMETRIC_COLUMNS, read_measurements,
+    read_profiles)
 from ..data.store import ChunkStore, ConcatStore
 from ..data.synapses import read_ids
 from ..data.tables import read_table
 from .distributed import get_rank, get_world_size
 from .precision import Precision
-from .views import AugmentConfig
+from .views import AugmentConfig, NonNegative
 
 # %% auto #0
 __all__ = ['TrainConfig', 'TrainingError', 'batch_indices', 'split_held_out', 'nearby_on_axon', 'pair_indices', 'ChunkReader',
-           'part_of', 'batches', 'with_dataset_statistics', 'TrainingData', 'read_training_data', 'frozen_batch_norm',
-           'cached_gradient_backward']
+           'part_of', 'batches', 'with_dataset_statistics', 'measured_targets', 'TrainingData', 'read_training_data',
+           'frozen_batch_norm', 'cached_gradient_backward']
 
 # %% ../../nbs/learn/08_batches.ipynb #3920d63f
 class TrainConfig(Strict):
@@ -50,6 +53,8 @@ class TrainConfig(Strict):
     joint_batch_norm: bool = False
     objective: Literal['nt_xent', 'vicreg', 'sigreg'] = 'nt_xent'
     temperature: pydantic.PositiveFloat = .5 # Of NT-Xent
+    # Weight of a second task: to predict from the features of a view what `annotate` measured. It needs no labels
+    measured_weight: NonNegative = 0
     # Whether NT-Xent leaves synapses of the same axon or dendrite out of the negatives
     mask_same_neurite_negatives: bool = False
     # Fraction of pairs whose second view shows another synapse of the same axon
@@ -210,6 +215,28 @@ def with_dataset_statistics(
         if name not in config.model_fields_set and store.attrs.get(name): statistics[name] = store.attrs[name]
     return config.model_copy(update=statistics)
 
+# %% ../../nbs/learn/08_batches.ipynb #78ec38b9
+def measured_targets(
+    store: ConcatStore, # Of annotated runs
+) -> np.ndarray: # `(N, T)` float32, each with mean 0 and sd 1; 0 where something was not measured
+    "What a network can be asked to predict. Raises `TableError` if a run is not annotated"
+    runs = [chunks.path.parent for chunks in store.stores]
+    components = read_profile_components(runs[0])
+    parts = []
+    for run,chunks in zip(runs, store.stores):
+        table = read_measurements(run, chunks.ids, [*MORPHOMETRIC_COLUMNS, *INTENSITY_COLUMNS, *EDGE_COLUMNS])
+        sizes = table[MORPHOMETRIC_COLUMNS].to_numpy(float)
+        grey = table[INTENSITY_COLUMNS].to_numpy(float)
+        level = table[['pre_mean', 'post_mean']].mean(axis=1).to_numpy()[:, None]
+        spread = table[['pre_sd', 'post_sd']].mean(axis=1).to_numpy()[:, None]
+        is_sd = np.array([column.endswith('_sd') for column in INTENSITY_COLUMNS])
+        relative = np.where(is_sd, grey, grey-level)/np.maximum(spread, 1)
+        profile = read_profiles(run, chunks.ids, components.transform)
+        parts.append(np.hstack([np.log(np.maximum(sizes, 1e-5)), relative, table[EDGE_COLUMNS], profile]))
+    x = np.concatenate(parts)
+    z = (x-np.nanmean(x, 0))/np.maximum(np.nanstd(x, 0), 1e-9)
+    return np.nan_to_num(z).clip(-4, 4).astype(np.float32)
+
 # %% ../../nbs/learn/08_batches.ipynb #bc34c612
 @dataclass(frozen=True)
 class TrainingData:
@@ -222,6 +249,7 @@ class TrainingData:
     watched: np.ndarray # Synapses that the monitor evaluates
     neurites: Tensor # `(N, 2)` number of the axon and of the dendrite
     nearby: csr_array|None # From `nearby_on_axon`, for the synapses that are trained on
+    targets: Tensor|None # `(N, T)` from `measured_targets`
     # Fixed here: `get_rank` answers otherwise while the monitor computes and the next batch is read
     rank: int
     world_size: int
@@ -280,7 +308,9 @@ def read_training_data(run: Path, config: TrainConfig, types: pd.Series|None) ->
         own = table.iloc[training]
         position_nm = own[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)
         nearby = nearby_on_axon(own.pre, own.cleft, position_nm, 1e3*config.same_axon_within_um)
-    return TrainingData(config, store, table, training, held_out, watched, neurites, nearby, get_rank(), world_size)
+    targets = torch.from_numpy(measured_targets(store)) if config.measured_weight else None
+    return TrainingData(config, store, table, training, held_out, watched, neurites, nearby, targets, get_rank(),
+        world_size)
 
 # %% ../../nbs/learn/08_batches.ipynb #74b10a76
 @contextmanager

@@ -198,6 +198,12 @@ class SynapseNet(nn.Module):
         initialize(self, generator)
         if self.takes_roles: nn.init.orthogonal_(self.backbone.neck.weight, generator=generator)
 
+    def add_regressor(self, n_targets: int):
+        "Add a layer that predicts numbers from the features, for training only: `save_weights` leaves it out"
+        self.regressor = nn.Linear(self.projector.first.in_features, n_targets)
+        nn.init.zeros_(self.regressor.weight)
+        nn.init.zeros_(self.regressor.bias)
+
     @property
     def in_channels(self) -> int: return 4*self.n_cubes if self.takes_roles else 1
 
@@ -234,7 +240,11 @@ def save_weights(
 ):
     "Write a network and its metadata"
     header = dict(format='synapseclr.weights', version=FORMAT_VERSION, preset=net.preset, about=metadata)
-    with atomic(path) as f: safetensors.torch.save_file(net.state_dict(), f, dict(synapseclr=json.dumps(header)))
+    with atomic(path) as f: safetensors.torch.save_file(_own_state(net), f, dict(synapseclr=json.dumps(header)))
+
+def _own_state(net: SynapseNet) -> dict[str, Tensor]:
+    "All weights that are read again"
+    return {name: value for name,value in net.state_dict().items() if not name.startswith('regressor.')}
 
 def load_weights(
     path: str|Path, # safetensors file that `save_weights` wrote
@@ -257,7 +267,7 @@ def load_weights(
 def weights_digest(net: SynapseNet) -> str:
     "A short hash of the weights, by content"
     digest = hashlib.sha256()
-    for name,value in sorted(net.state_dict().items()):
+    for name,value in sorted(_own_state(net).items()):
         digest.update(name.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

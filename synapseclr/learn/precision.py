@@ -81,7 +81,7 @@ def time_mode(
         nt_xent(z1, z2).backward()
         if views.is_cuda: torch.cuda.synchronize()
         seconds.append(time.perf_counter()-start)
-    gradient = torch.cat([p.grad.flatten() for p in net.parameters()])
+    gradient = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
     net.zero_grad()
     net.load_state_dict(state)
     net.channels_last = layout

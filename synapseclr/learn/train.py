@@ -9,15 +9,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-import numpy as np, pandas as pd, torch, torch.distributed as dist
+import numpy as np, pandas as pd, torch, torch.distributed as dist, torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import content_hash, key, n_cores, progress, provenance, worker_pool
 from .augment import Augmenter
 from .batches import (ChunkReader, TrainConfig, TrainingData, TrainingError, batches,
     cached_gradient_backward, part_of, read_training_data, with_dataset_statistics)
 from .checkpoints import checkpoint_paths, load_checkpoint, save_checkpoint
-from synapseclr.learn.distributed import (all_reduce_sum, convert_sync_batchnorm, process_group, single_process,
-    sum_gradients)
+from .distributed import (all_reduce_sum, convert_sync_batchnorm, get_world_size, process_group,
+    single_process, sum_gradients)
 from .loss import nt_xent, nt_xent_floor, nt_xent_start, sigreg, vicreg
 from .model import SynapseNet, augmenter_for, initial_network, save_weights, weights_digest
 from .monitor import TrainingLog, TrainingMonitor
@@ -67,9 +67,11 @@ def _set_up(
     data = read_training_data(run, config, types)
     data.parts() # a bad micro_batch is refused before an earlier training is deleted
     augment = with_dataset_statistics(augment, data.store)
-    net = initial_network(config.model, config.seed, config.init).to(device)
+    net = initial_network(config.model, config.seed, config.init)
     augmenter = augmenter_for(net, augment, cube, data.store.voxel_nm, device)
     read_chunks = ChunkReader(data.store, augment)
+    if data.targets is not None: net.add_regressor(data.targets.shape[1])
+    net = net.to(device)
     origin = provenance(
         config.model_copy(update=dict(extra_stores=[], exclude=None, init=None)),
         seed=config.seed,
@@ -189,7 +191,7 @@ def _train(setup: _Setup, pool: Executor) -> Path:
         for group in optimizer.param_groups: group['lr'] = learning_rate(config, step, data.steps_per_epoch)
         keys = [key(config.seed, epoch, step_in_epoch, view) for view in (0, 1)]
         project = partial(_project, setup, pool, chunks, keys)
-        objective = partial(_objective, config, neurites=_neurites(setup, step))
+        objective = partial(_objective, config, neurites=_neurites(setup, step), targets=_targets(setup, step))
 
         optimizer.zero_grad()
         losses.append(all_reduce_sum(cached_gradient_backward(net, parts, project, objective)))
@@ -229,9 +231,14 @@ def _project(setup: _Setup, pool: Executor, chunks: list, keys: list[int], part:
         em,mask,frames = part_of(view_chunks, part)
         return setup.augmenter(em, mask, view_key, setup.data.first+part.start, frames)
     views = [*pool.map(draw, chunks, keys)]
+    def outputs(view):
+        "Projections; after them, what is predicted of the measurements"
+        features = setup.net(view)
+        if setup.data.targets is None: return features.projection
+        return torch.cat([features.projection, setup.net.regressor(features.backbone)], 1)
     with autocast(setup.device, setup.mode):
-        if setup.config.joint_batch_norm: return [*setup.net(torch.cat(views)).projection.chunk(2)]
-        return [setup.net(view).projection for view in views]
+        if setup.config.joint_batch_norm: return [*outputs(torch.cat(views)).chunk(2)]
+        return [outputs(view) for view in views]
 
 def _neurites(setup: _Setup, step: int) -> Tensor|None: # `(2, B, 2)`
     "Axon and dendrite of each synapse of a step, if the objective masks negatives by them"
@@ -239,7 +246,20 @@ def _neurites(setup: _Setup, step: int) -> Tensor|None: # `(2, B, 2)`
     neurites = torch.stack([setup.data.neurites[synapses] for synapses in setup.data.indices(step)])
     return neurites.to(setup.device, non_blocking=True)
 
-def _objective(config: TrainConfig, z1: Tensor, z2: Tensor, neurites: Tensor|None = None) -> Tensor:
+def _targets(setup: _Setup, step: int) -> Tensor|None: # `(2, B, T)`
+    "What was measured of each synapse of a step"
+    if setup.data.targets is None: return None
+    targets = torch.stack([setup.data.targets[synapses] for synapses in setup.data.indices(step)])
+    return targets.to(setup.device, non_blocking=True)
+
+def _objective(
+    config: TrainConfig, z1: Tensor, z2: Tensor, neurites: Tensor|None = None, targets: Tensor|None = None,
+) -> Tensor:
+    if targets is not None:
+        n = targets.shape[2]
+        predictions = torch.stack([z1[:, -n:], z2[:, -n:]]).float()
+        error = F.smooth_l1_loss(predictions, targets)/get_world_size()
+        return _objective(config, z1[:, :-n], z2[:, :-n], neurites) + config.measured_weight*error
     if config.objective == 'vicreg': return vicreg(z1, z2)
     if config.objective == 'sigreg': return sigreg(z1, z2)
     return nt_xent(z1, z2, config.temperature, neurites)
@@ -265,7 +285,7 @@ def _end_epoch(setup: _Setup, log: TrainingLog, monitor: TrainingMonitor, step: 
     config = setup.config
     mean_loss = float(np.mean(log.epoch_losses))
     record = dict(step=step, epoch=epoch, mean_loss=mean_loss)
-    if config.objective == 'nt_xent':
+    if config.objective == 'nt_xent' and not config.measured_weight:
         loss_at_uniform = nt_xent_start(config.batch_size)
         record |= dict(
             loss_at_uniform=loss_at_uniform,

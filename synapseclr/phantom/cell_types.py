@@ -200,11 +200,13 @@ class Version(NamedTuple):
     mito: tuple[float, float] # Grey value of matrix and cristae, see `paint_mitochondrion`
 
 VERSIONS = {
-    1: Version(CELL_TYPES, 0, 8, _sizes_1, _ultrastructure_1, _radius_1, neck_nm=(150, 750), neck_radius_nm=(45, 75),
-        axon_radius_nm=(52, 85), filler_radius_nm=(55, 130), filler=1, filler_step_nm=50, p_filler_mito=0, bonus_nm=50.,
-        tone=dict(axon=.66, dendrite=.66, filler=.66, glia=.72),
-        membrane=(11., .24, .6), darkest_tone=.52, min_cleft_vx=60, mito=(.52, .20)),
-    2: Version(CELL_TYPES_2, .03, 10, _sizes_2, _ultrastructure_2, _radius_2, neck_nm=(500, 1500),
-        neck_radius_nm=(32, 55), axon_radius_nm=(40, 75), filler_radius_nm=(45, 190), filler=2., filler_step_nm=70, p_filler_mito=.5, bonus_nm=20.,
-        tone=dict(axon=.545, dendrite=.635, filler=.585, glia=.63), membrane=(9., .22, 1.), darkest_tone=.42,
-        min_cleft_vx=20, mito=(.35, .12))}
+    1: Version(CELL_TYPES, 0, 8, _sizes_1, _ultrastructure_1, _radius_1,
+        neck_nm=(150, 750), neck_radius_nm=(45, 75), axon_radius_nm=(52, 85), bonus_nm=50.,
+        filler=1, filler_radius_nm=(55, 130), filler_step_nm=50, p_filler_mito=0,
+        tone=dict(axon=.66, dendrite=.66, filler=.66, glia=.72), darkest_tone=.52,
+        membrane=(11., .24, .6), mito=(.52, .20), min_cleft_vx=60),
+    2: Version(CELL_TYPES_2, .03, 10, _sizes_2, _ultrastructure_2, _radius_2,
+        neck_nm=(500, 1500), neck_radius_nm=(32, 55), axon_radius_nm=(40, 75), bonus_nm=20.,
+        filler=2, filler_radius_nm=(45, 190), filler_step_nm=70, p_filler_mito=.5,
+        tone=dict(axon=.545, dendrite=.635, filler=.585, glia=.63), darkest_tone=.42,
+        membrane=(9., .22, 1.), mito=(.35, .12), min_cleft_vx=20)}

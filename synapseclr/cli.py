@@ -75,6 +75,7 @@ def phantom_command(
     out: Annotated[Path, typer.Option(help='Folder to write it to')] = None,
     seed: Annotated[int, typer.Option(help='Random seed', min=0)] = 0,
     size: Annotated[Literal['small', 'demo', 'paper'], typer.Option(help='Size and resolution')] = 'demo',
+    version: Annotated[int, typer.Option(help='1, or 2, which is harder and more like mouse cortex', min=1, max=2)] = 1,
     config: Annotated[Path, typer.Option('--config', exists=True, dir_okay=False,
         help='Instead of --out: run the phantom stage of this configuration')] = None,
     set: SetOption = [], notebook: NotebookOption = True, # noqa: B006
@@ -85,7 +86,7 @@ def phantom_command(
     import pandas as pd
     from synapseclr.phantom.build import make_phantom
     from synapseclr.phantom.connectome import PhantomConfig, SIZES
-    folder = make_phantom(out, PhantomConfig(seed=seed, **SIZES[size]))
+    folder = make_phantom(out, PhantomConfig(seed=seed, version=version, **SIZES[size]))
     n_synapses = len(pd.read_parquet(folder/'synapses.parquet'))
     print(f'{folder}: {n_synapses} synapses; layers em, seg, cleft, mito; truth.parquet has the ground truth, for '
         'evaluation only')

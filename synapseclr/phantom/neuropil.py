@@ -234,27 +234,31 @@ def membrane(cost, rival_cost, owner, voxel, z, y, x):
     return distance,abs(gz)/slope
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
-def _paint_cells(cost, rival_cost, owner, texture, voxel, cytoplasm, grain, em, z_first, z_last):
+def _paint_cells(cost, rival_cost, owner, texture, voxel, cytoplasm, grain, membrane_nm, membrane_grey, fade, em,
+    z_first, z_last):
     "Paint the sections `z_first` to `z_last`"
     nz,ny,nx = cost.shape
     for z in range(z_first, z_last):
         for y in range(ny):
             for x in range(nx):
                 distance,tilt = membrane(cost, rival_cost, owner, voxel, z, y, x)
-                width = math.sqrt(11.*11. + (voxel[0]*tilt)**2/9)
-                dark = math.exp(-.5*(distance/width)**2)*(11./width)**.6
+                width = math.sqrt(membrane_nm*membrane_nm + (voxel[0]*tilt)**2/9)
+                dark = math.exp(-.5*(distance/width)**2)*(membrane_nm/width)**fade
                 inside = cytoplasm[owner[z, y, x]] + grain[owner[z, y, x]]*texture[z, y, x]/20
-                em[z, y, x] = int(255*(inside*(1-dark) + .24*dark))
+                em[z, y, x] = int(255*(inside*(1-dark) + membrane_grey*dark))
 
 def paint_cells(
     tissue: Tissue, # Painted in place
     cytoplasm: np.ndarray, # `(n_cells,)` grey value of each cell, 0 to 1
     grain: np.ndarray, # `(n_cells,)` contrast of the grain of its cytoplasm
+    membrane_nm: float = 11., # Thickness of a membrane, as the sd of a Gaussian
+    membrane_grey: float = .24, # Grey value of a membrane, 0 to 1
+    fade: float = .6, # How much paler a membrane is that is smeared; 1 keeps the amount of stain
 ):
     "Paint cytoplasm, and membranes of finite thickness between all cells; a tilted one is smeared over its section"
     t = tissue
     edges = np.linspace(0, t.shape[0], 9).astype(int)
     def paint_slab(k):
         _paint_cells(t.cost, t.rival_cost, t.owner, t.texture, t.voxel_nm, cytoplasm.astype(np.float32),
-            grain.astype(np.float32), t.em, edges[k], edges[k+1])
+            grain.astype(np.float32), membrane_nm, membrane_grey, fade, t.em, edges[k], edges[k+1])
     with ThreadPoolExecutor(2) as pool: list(pool.map(paint_slab, range(8)))

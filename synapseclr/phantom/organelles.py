@@ -6,12 +6,15 @@
 from __future__ import annotations
 import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 import numba as nb, numpy as np
 from scipy import ndimage
 from .neuropil import Tissue, membrane, smooth_field
 
 # %% auto #0
-__all__ = ['paint_mitochondrion', 'paint_tube', 'paint_nucleus', 'paint_synapse', 'paint_vesicles', 'take_images']
+__all__ = ['STAIN', 'CONTRAST', 'FOCUS_NM', 'GRAIN', 'GRAIN_NM', 'paint_mitochondrion', 'paint_tube', 'paint_nucleus',
+           'paint_synapse', 'paint_vesicles', 'count_near', 'take_images', 'Optics', 'soft_share', 'draw_optics',
+           'take_images_with']
 
 # %% ../../nbs/phantom/02_organelles.ipynb #8b54d932
 @nb.njit(cache=True, nogil=True, fastmath=True)
@@ -24,8 +27,9 @@ def _box(points, margin, voxel, shape):
     return box
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
-def paint_mitochondrion(points, radius, cell, number, phase, cost, rival_cost, owner, warp, texture, voxel, em, mito):
-    """Paint a bent capsule along `points` inside one cell: double membrane, dark matrix, wavy cristae.
+def paint_mitochondrion(points, radius, cell, number, phase, cost, rival_cost, owner, warp, texture, voxel, em, mito,
+    matrix=.52, cristae=.20):
+    """Paint a bent capsule along `points` inside one cell: double membrane, `matrix`, wavy and darker `cristae`.
     Returns its number of voxels"""
     box = _box(points, radius+100, voxel, cost.shape)
     n_voxels = 0
@@ -48,7 +52,7 @@ def paint_mitochondrion(points, radius, cell, number, phase, cost, rival_cost, o
                 along = (pz-points[0, 0])*axis[0] + (py-points[0, 1])*axis[1] + (px-points[0, 2])*axis[2]
                 waviness = (warp[0, z, y, x]+warp[1, z, y, x])/16.
                 crista = .5 + .5*math.sin(along/13. + waviness + texture[z, y, x]/14. + phase)
-                grey = .52 - .20*crista*crista
+                grey = matrix - cristae*crista*crista
                 if off_axis > radius-22 or depth < 48: grey = .26
                 em[z, y, x] = int(255*grey)
                 mito[z, y, x] = number
@@ -103,10 +107,11 @@ def paint_synapse(
 ):
     """Paint the densities on both sides of a contact, and label the cleft.
     The contact is that between `pre` and `post` within `radius` of `centre`. Returns the number of voxels of the
-    cleft and the sum of their positions"""
+    cleft, the sum of their positions, and the numbers of dense voxels of `pre` and of `post`"""
     box = _box(centre.reshape(1, 3), radius+120, voxel, cost.shape)
     n_voxels = 0
     total = np.zeros(3)
+    n_dense = np.zeros(2, np.int64)
     for z in range(box[0, 0], box[0, 1]):
         for y in range(box[1, 0], box[1, 1]):
             for x in range(box[2, 0], box[2, 1]):
@@ -123,6 +128,7 @@ def paint_synapse(
                 thickness = post_nm if cell == post else pre_nm
                 if mito[z, y, x] == 0 or cell == post:
                     opacity = min(1., (radius-r)/40)/(1 + math.exp((depth-thickness)/(4.5+9*tilt)))
+                    if opacity > .5: n_dense[1 if cell == post else 0] += 1
                     if depth < 7: opacity *= .7
                     grey = em[z, y, x]*(1-opacity) + 255*dark*opacity*(1+.12*texture[z, y, x]/20)
                     if grey < em[z, y, x]: em[z, y, x] = int(max(grey, 0))
@@ -132,13 +138,13 @@ def paint_synapse(
                     total[0] += z
                     total[1] += y
                     total[2] += x
-    return n_voxels,total
+    return n_voxels,total,n_dense
 
 @nb.njit(cache=True, nogil=True, fastmath=True)
 def paint_vesicles(points, long_nm, short_nm, angle, cell, grey, cost, rival_cost, owner, voxel, em, mito):
-    "Paint vesicles, cut by their sections, where they fit into the cell. Returns the number that did"
+    "Paint vesicles, cut by their sections, where they fit into the cell. Returns which of them did"
     nz,ny,nx = owner.shape
-    fitted = 0
+    fitted = np.zeros(len(points), np.bool_)
     for i in range(len(points)):
         zc = int(round(points[i, 0]/voxel[0]))
         yc = int(round(points[i, 1]/voxel[1]))
@@ -147,7 +153,7 @@ def paint_vesicles(points, long_nm, short_nm, angle, cell, grey, cost, rival_cos
         if owner[zc, yc, xc] != cell or mito[zc, yc, xc] > 0: continue
         depth,tilt = membrane(cost, rival_cost, owner, voxel, zc, yc, xc)
         if depth < 24: continue
-        fitted += 1
+        fitted[i] = True
         sin = math.sin(angle[i])
         cos = math.cos(angle[i])
         box = _box(points[i:i+1], 1.6*long_nm[i], voxel, owner.shape)
@@ -164,6 +170,24 @@ def paint_vesicles(points, long_nm, short_nm, angle, cell, grey, cost, rival_cos
                     opacity = fade*.6*math.exp(-((r-.75)/.45)**2)
                     em[z, y, x] = int(em[z, y, x]*(1-opacity) + 255*grey*opacity)
     return fitted
+@nb.njit(cache=True, nogil=True)
+def count_near(centre, reach, pre, post, owner, mito, voxel):
+    "Voxels of both cells, and of mitochondria in them, within `reach` nm of `centre`: `(pre, post, pre's, post's)`"
+    box = _box(centre.reshape(1, 3), reach, voxel, owner.shape)
+    n = np.zeros(4, np.int64)
+    for z in range(box[0, 0], box[0, 1]):
+        for y in range(box[1, 0], box[1, 1]):
+            for x in range(box[2, 0], box[2, 1]):
+                cell = owner[z, y, x]
+                if cell != pre and cell != post: continue
+                dz = z*voxel[0]-centre[0]
+                dy = y*voxel[1]-centre[1]
+                dx = x*voxel[2]-centre[2]
+                if dz*dz + dy*dy + dx*dx > reach*reach: continue
+                side = 1 if cell == post else 0
+                n[side] += 1
+                if mito[z, y, x] > 0: n[2+side] += 1
+    return n
 
 # %% ../../nbs/phantom/02_organelles.ipynb #0b80512a
 def take_images(
@@ -192,3 +216,68 @@ def take_images(
         out[z] = (grey*255).clip(1, 255)
     with ThreadPoolExecutor(2) as pool: list(pool.map(image_section, range(n_sections)))
     return out,lost
+
+# %% ../../nbs/phantom/02_organelles.ipynb #0b805131
+class Optics(NamedTuple):
+    "How stain and focus vary in a block: int8 values with sd 25 that change over 3 um, one for 8 x 8 pixels"
+    stain: np.ndarray # `(z, y/8, x/8)`
+    contrast: np.ndarray
+    focus: np.ndarray
+
+    def at(self, voxel) -> dict: # `stain` in grey values, `contrast` as a factor, `focus` as added blur in nm
+        "The values at a voxel `(z, y, x)`"
+        z,y,x = (int(v) for v in voxel)
+        stain,contrast,focus = (field[z, y//8, x//8]/25 for field in self)
+        return dict(stain=255*STAIN*stain, contrast=1+CONTRAST*contrast, focus=FOCUS_NM*2*math.sqrt(soft_share(focus)))
+
+def soft_share(focus: np.ndarray) -> np.ndarray: # 0 to 1
+    "Share of the more blurred of two images: the variance of the blur is the mean of both"
+    return np.clip((1+.8*focus)/4, 0, 1)
+
+STAIN = .03 # Standard deviations of grey values, 0 to 1, ...
+CONTRAST = .10 # ... and of the contrast
+FOCUS_NM = 6. # Mean blur beside that of the section, as the sd of a Gaussian
+
+def draw_optics(tissue: Tissue, rng: np.random.Generator) -> Optics:
+    "Random stain and focus"
+    nz,ny,nx = tissue.shape
+    vz,vy,vx = tissue.voxel_nm
+    shape = (nz, math.ceil(ny/8), math.ceil(nx/8))
+    return Optics(*(smooth_field(shape, (vz, 8*vy, 8*vx), 3000, 25, 50, rng) for _ in Optics._fields))
+
+def take_images_with(
+    optics: Optics,
+    tissue: Tissue, # Painted
+    rng: np.random.Generator,
+    blank: float = .035, # Fraction of sections that are lost
+) -> tuple[np.ndarray, np.ndarray]: # `(z, y, x)` uint8, 0 where missing; `(z,)` bool: lost sections
+    "The same as `take_images`, with given stain and focus, and with a fine grain of the cytoplasm"
+    n_sections,ny,nx = tissue.shape
+    pixel_nm = tissue.voxel_nm[2]
+    lost = rng.random(n_sections) < blank
+    contrast = rng.normal(1, .06, n_sections)
+    brightness = rng.normal(0, .055, n_sections)
+    blur_nm = rng.gamma(2, 1.5, n_sections)+2
+    noise = rng.lognormal(np.log(.028), .2, n_sections)
+    seeds = rng.integers(2**63, size=n_sections)
+    out = np.zeros(tissue.shape, np.uint8)
+    def full(field, z):
+        return field[z].repeat(8, 0).repeat(8, 1)[:ny, :nx].astype(np.float32)/25
+    def image_section(z):
+        if lost[z]: return
+        section_rng = np.random.default_rng(seeds[z])
+        grain = section_rng.standard_normal((ny, nx), dtype=np.float32)
+        grain = ndimage.gaussian_filter(grain, GRAIN_NM/pixel_nm)
+        grey = tissue.em[z].astype(np.float32)/255 + grain*(GRAIN/grain.std())
+        sharp = ndimage.gaussian_filter(grey, blur_nm[z]/pixel_nm)
+        soft = ndimage.gaussian_filter(sharp, 2*FOCUS_NM/pixel_nm)
+        grey = sharp + soft_share(full(optics.focus, z))*(soft-sharp)
+        grey = (grey-.5)*contrast[z]*(1+CONTRAST*full(optics.contrast, z)) + .5
+        grey += brightness[z] + STAIN*full(optics.stain, z)
+        grey += section_rng.standard_normal(grey.shape, dtype=np.float32)*noise[z]
+        out[z] = (grey*255).clip(1, 255)
+    with ThreadPoolExecutor(2) as pool: list(pool.map(image_section, range(n_sections)))
+    return out,lost
+
+GRAIN = .04 # Standard deviation of the grain of the cytoplasm ...
+GRAIN_NM = 10. # ... and its size, as the sd of a Gaussian

@@ -80,11 +80,15 @@ def undisturbed(run):
     run.succeed('run')
     contents = run.outputs() | run.phantom()
     provenance = [read_metadata(path)['provenance'] for path in run.folder.glob('features*/*.parquet')]
-    for name in ('map', 'probe_scores', 'defects', 'retrieval', 'imputed', 'neurites', 'axes'):
+    for name in ('map', 'probe_scores', 'defects', 'retrieval', 'axes'):
         provenance.append(read_metadata(run.folder/f'{name}.parquet')['provenance']['source'])
     # the whole run has one precision, and every table made from features states it
     assert len({source['precision'] for source in provenance}) == 1
     assert provenance[0]['precision'] in ('fp32', 'bf16')
+    # the features that were chosen for each trait, and what they were made from
+    origin = read_metadata(run.folder/'imputed.parquet')['provenance']
+    assert set(origin['source']) == {choice['features'] for choice in origin['choices'].values()}
+    assert read_metadata(run.folder/'neurites.parquet')['provenance']['source'] == origin['source']
     run.remove_all_but_phantom()
     return contents
 

@@ -28,7 +28,7 @@ from .gp_estimators import GPClassifier, GPRegressor
 # %% auto #0
 __all__ = ['TRAITS', 'MIN_NEURONS', 'CHOICE_TOLERANCE', 'Trait', 'known_targets', 'model_for', 'predictions',
            'cross_val_predictions', 'score_trait', 'ImputeConfig', 'choosable', 'choose_features',
-           'cross_validate_trait', 'hide_labels', 'traits_above_chance', 'read_choices', 'impute']
+           'cross_validate_trait', 'hide_labels', 'traits_above_chance', 'read_choices', 'chosen_features', 'impute']
 
 # %% ../../nbs/analyse/08_impute.ipynb #4a8800f7
 @dataclass(frozen=True)
@@ -319,6 +319,14 @@ def read_choices(
         name = choice['features']
         rows[trait] = [name, scores[name], scores.idxmax(), scores.max()]
     return pd.DataFrame.from_dict(rows, orient='index', columns=['features', 'score', 'best', 'best_score'])
+
+def chosen_features(
+    run: str|Path, # Run folder, imputed
+    config: ImputeConfig,
+    trait: str, # Its name
+) -> str: # Name of a feature set
+    "The features that a trait was imputed from"
+    return read_choices(run).features.get(trait, config.feature_set)
 
 def _n_parallel(config: ImputeConfig, targets: pd.DataFrame) -> int:
     """How many traits to fit at the same time: as many as there are cores, if there is memory for them.

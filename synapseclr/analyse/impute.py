@@ -221,7 +221,8 @@ def cross_validate_trait(
         random=(np.arange(len(y)), ShuffleSplit(5, test_size=.1, random_state=0).split(y)),
         neurons=(groups, neuron_disjoint_folds(pre, post, y, config.n_splits)))
     splits = {split: (keys, _learnable_folds(y, keys, folds)) for split,(keys,folds) in splits.items()}
-    chosen = {split: [choose(train)['features'] for train,_ in folds] for split,(_,folds) in splits.items()}
+    def choices_of(folds): return [choose(train)['features'] for train,_ in folds]
+    chosen = {split: choices_of(folds) for split,(_,folds) in splits.items()}
     scored = {choice['features'], *chosen['random'], *chosen['neurons'], *filter(_is_baseline, x)}
     predicted = {}
     params = {}

@@ -10,10 +10,11 @@ import pandas as pd
 from ..learn.views import AugmentConfig, CubeConfig
 from ..core import Strict, read_config
 from .truth import load_with_truth, phantom_targets, score_nuisances, score_targets
-from ..learn.extract import extract
-from ..learn.model import SynapseNet, load_weights
+from ..learn.extract import extract, untrained_network
+from ..learn.model import load_weights
 from ..data.store import ChunkStore
-from ..learn.train import TrainConfig, train, with_dataset_statistics
+from ..learn.batches import TrainConfig, with_dataset_statistics
+from ..learn.train import train
 
 # %% auto #0
 __all__ = ['AblationConfig', 'run_ablation', 'score_ablations']
@@ -41,14 +42,16 @@ def run_ablation(
     folder = Path(out)/name
     if learn_from:
         folder.mkdir(parents=True, exist_ok=True)
-        for filename in ('chunks.zarr', 'synapses.parquet'):
+        for filename in ('chunks.zarr', 'synapses.parquet', 'frames.parquet', 'annotate'):
+            source = (Path(learn_from)/filename).resolve()
             link = folder/filename
-            if not link.exists(): os.symlink((Path(learn_from)/filename).resolve(), link)
+            if source.exists() and not link.exists(): os.symlink(source, link)
         net,metadata = load_weights(train(folder, c.train, c.augment, c.cube))
         augment = AugmentConfig(**metadata['augment'])
     else:
-        net = SynapseNet(c.train.model, c.train.seed)
-        augment = with_dataset_statistics(c.augment, ChunkStore.open(Path(read_on)/'chunks.zarr'))
+        store = ChunkStore.open(Path(read_on)/'chunks.zarr')
+        augment = with_dataset_statistics(c.augment, store)
+        net = untrained_network(c.train.model, c.train.seed, augment, c.cube, store)
     extract(read_on, net, augment, c.cube, f'features_{name}', views=views)
 
 def score_ablations(

@@ -12,14 +12,14 @@ from .views import AugmentConfig, CubeConfig
 from synapseclr.core import (Source, Strict, content_hash, n_cores, progress, provenance, threads, worker_pool,
     write_once)
 from .batches import ChunkReader
-from .model import Features, SynapseNet, augmenter_for, weights_digest
+from .model import Features, SynapseNet, augmenter_for, fit_statistics, weights_digest
 from .precision import Precision, choose_forward_mode, forward_features, mode_of, say_if_emulated
 from ..data.features import FeatureError, read_features, write_feature_file
 from ..data.store import ChunkStore
 from ..data.tables import read_metadata
 
 # %% auto #0
-__all__ = ['ExtractConfig', 'agreed_precision', 'extract']
+__all__ = ['ExtractConfig', 'untrained_network', 'agreed_precision', 'extract']
 
 # %% ../../nbs/learn/11_extract.ipynb #cd4d9609
 class ExtractConfig(Strict):
@@ -33,6 +33,22 @@ class ExtractConfig(Strict):
     # Other networks to compute features with: ours, published ones of SynapseCLR, MedicalNet's. The features of
     # `x/NAME.pth` go to `features_NAME`
     weights: list[Source] = []
+
+# %% ../../nbs/learn/11_extract.ipynb #aa2b3f7f
+def untrained_network(
+    preset: str, seed: int, # As of `SynapseNet`
+    augment: AugmentConfig, cube: CubeConfig, # Its input
+    store: ChunkStore, # Whose synapses it will describe
+    n: int = 96, # Synapses, evenly spread over the store, for the statistics of normalisations
+) -> SynapseNet: # In evaluation mode
+    "A network with random weights"
+    net = SynapseNet(preset, seed)
+    if not net.takes_roles: return net.eval()
+    extraction = augment.deterministic(rotation='so3', flip=True)
+    rows = np.unique(np.linspace(0, len(store)-1, min(n, len(store))).astype(int))
+    em,mask,frames = ChunkReader(store, extraction)(rows)
+    with threads(1): views = augmenter_for(net, extraction, cube, store.voxel_nm)(em, mask, frames=frames)
+    with threads(1): return fit_statistics(net, views).eval()
 
 # %% ../../nbs/learn/11_extract.ipynb #a3721d99
 def agreed_precision(

@@ -86,7 +86,9 @@ class AugmentConfig(Strict):
         same = ('mean', 'sd', 'fill_blank', 'background', 'geometry', 'frame', 'zscore')
         kept = {option: getattr(self, option) for option in same}
         blur_nm = sum(self.section_blur_nm)/2
-        return self.extract(**kept | dict(section_blur_nm=(blur_nm, blur_nm)) | changes)
+        inflation = min(3, self.inflation[1])
+        fixed = dict(section_blur_nm=(blur_nm, blur_nm), inflation=(inflation, inflation))
+        return self.extract(**kept | fixed | changes)
 
     @classmethod
     def released(cls) -> AugmentConfig:

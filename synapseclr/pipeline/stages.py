@@ -24,7 +24,7 @@ from ..ingest.queue import attempt
 from ..ingest.skeleton import path_lengths_to_soma, skeleton_hints
 from ..phantom.build import make_phantom
 from ..phantom.connectome import PhantomConfig
-from ..learn.extract import ExtractConfig, agreed_precision, extract
+from ..learn.extract import ExtractConfig, agreed_precision, extract, untrained_network
 from ..learn.model import SynapseNet, load_weights, read_network
 from ..learn.train import TrainConfig, TrainingError, train, with_dataset_statistics
 from ..learn.views import AugmentConfig, CubeConfig
@@ -261,7 +261,8 @@ def networks_of(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConfig, Cube
     settings = dict(cube=CubeConfig(**about['cube']), augment=AugmentConfig(**about['augment']))
     _check_settings(c, settings, weights)
     views = settings['augment'],settings['cube']
-    networks['features_untrained'] = SynapseNet(net.preset, about['provenance']['seed']),*views
+    store = ChunkStore.open(c.folder/'chunks.zarr')
+    networks['features_untrained'] = untrained_network(net.preset, about['provenance']['seed'], *views, store),*views
     networks['features'] = net,*views
     return networks
 

@@ -78,7 +78,7 @@ def test_path_does_not_exist(args, run_command):
     ('data.cleft.path="nothing"', 'layer cleft'),
     ('phantom.seed=1', 'or a section [phantom]'),
     ('train', 'section.key=value'),
-    ('train.model=resnet', "'paper' or 'demo'"),
+    ('train.model=resnet', "'paper', 'small', 'lab' or 'demo'"),
 ], ids=str)
 def test_wrong_configuration(override, message, run_stage, tmp_path):
     code,text = run_stage('fetch', '--set', override, '--no-notebook')

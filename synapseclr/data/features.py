@@ -80,6 +80,8 @@ def write_feature_file(
     write_table(pa.table(columns), path, 'features', origin)
 
 # %% ../../nbs/data/05_features.ipynb #c82b375d
+MEASURED_BLOCKS = ('morphometrics', 'intensity', 'edges', 'profile') # Of the feature set `measured`
+
 def write_features(
     folder: str|Path, # `RUN/features_NAME`; made if it does not exist
     ids: np.ndarray, # `(N,)` whole numbers, all synapses of the run, in any order
@@ -91,6 +93,9 @@ def write_features(
     ids = np.asarray(ids)
     x = np.asarray(x)
     if problem := _feature_problem(ids, x): raise FeatureError(f"{folder}: {problem}; nothing was written")
+    name = Path(folder).name.removeprefix('features_')
+    if name in (*MEASURED_BLOCKS, 'measured') or ' ' in name:
+        raise FeatureError(f"{folder}: '{name}' is the name of a feature set already, or has a space; choose another")
     path = Path(folder)/'features.parquet'
     if others := sorted(other.name for other in path.parent.glob('*.parquet') if other.name != path.name):
         raise FeatureError(f"{folder}: holds other features already, such as {others[0]}; choose another name")
@@ -152,8 +157,6 @@ def read_profile_components(run: str|Path) -> ProfileComponents:
     return ProfileComponents(values[0], values[1], values[2:])
 
 # %% ../../nbs/data/05_features.ipynb #45e7cc21
-MEASURED_BLOCKS = ('morphometrics', 'intensity', 'edges', 'profile') # Of the feature set `measured`
-
 def block_names(
     features: str, # Name of a feature set, without nuisances
 ) -> list[str]: # Of the blocks that it is made of; the morphometrics first, the network last

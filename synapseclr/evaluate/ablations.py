@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from ..learn.views import AugmentConfig, CubeConfig
 from ..core import Strict, read_config
-from .truth import load_with_truth, phantom_targets, score_nuisances, score_targets
+from .truth import is_scored, load_with_truth, phantom_targets, score_nuisances, score_targets
 from ..learn.extract import extract, untrained_network
 from ..learn.model import load_weights
 from ..data.store import ChunkStore
@@ -62,7 +62,7 @@ def score_ablations(
     "What the features of each ablation encode of biology and of imaging"
     folders = {name: f'features_{name}' for name in names}
     synapses,sets = load_with_truth([(read_on, phantom)], folders)
-    clean = (synapses.defect == '').to_numpy()
+    clean = is_scored(synapses)
     table = synapses[clean].reset_index(drop=True)
     sets = {name: x[clean] for name,x in sets.items() if not name.endswith(' + measured')}
     pre,post = (table[f'{side}_neuron'].to_numpy() for side in ('pre', 'post'))

@@ -23,8 +23,8 @@ from .defects import benchmark_detection
 
 # %% auto #0
 __all__ = ['PAINTED', 'METRICS', 'load_with_truth', 'Target', 'vote_of_neighbours', 'predict_out_of_fold', 'score_targets',
-           'stratified_auc', 'phantom_targets', 'neurite_scores', 'score_defects', 'score_nuisances', 'evaluate',
-           'average_runs', 'evaluate_each']
+           'stratified_auc', 'is_scored', 'phantom_targets', 'neurite_scores', 'score_defects', 'score_nuisances',
+           'evaluate', 'average_runs', 'evaluate_each']
 
 # %% ../../nbs/evaluate/02_truth.ipynb #bf86cb5a
 PAINTED = ['cleft_vx', 'mito_vx', 'spine_um3'] # What was painted of a synapse
@@ -199,6 +199,13 @@ def stratified_auc(
     return float(np.average(np.array(areas)[defined], weights=np.array(pair_weights)[defined]))
 
 # %% ../../nbs/evaluate/02_truth.ipynb #0451a0b6
+def is_scored(
+    table: pd.DataFrame, # From `load_with_truth`
+) -> np.ndarray: # `(N,)` bool
+    "Synapses without a defect, of cells of the known kinds"
+    sound = (table.defect == '').to_numpy()
+    return sound & ~table.novel.fillna(False).to_numpy(bool) if 'novel' in table else sound
+
 def phantom_targets(
     table: pd.DataFrame, # Without defects, from `load_with_truth`
     sets: dict[str, np.ndarray], # Feature sets, `intensity` among them
@@ -313,7 +320,7 @@ def evaluate(
 ) -> dict[str, pd.DataFrame]: # `targets`, `neurites`, `defects`, `nuisances`
     "Make all tables of an evaluation, and write them as `out/evaluation_NAME.parquet`"
     synapses,sets = load_with_truth(runs, networks)
-    clean = (synapses.defect == '').to_numpy()
+    clean = is_scored(synapses)
     table = synapses[clean].reset_index(drop=True)
     clean_sets = {name: x[clean] for name,x in sets.items()}
     references = [name for name in networks if name != 'untrained' and not parse_feature_name(name)[1]]

@@ -25,6 +25,7 @@ from ..data.store import ChunkStore, ConcatStore
 from ..data.synapses import read_ids
 from ..data.tables import read_table
 from .distributed import get_rank, get_world_size
+from .monitor import NUISANCES
 from .precision import Precision
 from .views import AugmentConfig, NonNegative
 
@@ -182,7 +183,7 @@ def _table(
     for i,chunks in enumerate(store.stores):
         synapses = read_table(chunks.path.parent/'synapses.parquet', 'synapses')
         synapses = synapses.set_index('id').loc[chunks.ids].reset_index()
-        measured = [column for column in ('cleft_cos_z', 'n_blank_sections') if column in synapses]
+        measured = [column for column in NUISANCES.values() if column in synapses]
         position = ['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']
         table = synapses[['id', *position, *measured]].assign(
             store=i,

@@ -95,6 +95,9 @@ def extract(
     unless every synapse is there once (not checked if `shards` are given)"""
     folder = Path(run)/out
     store = ChunkStore.open(Path(run)/'chunks.zarr')
+    if views > 1 and augment.geometry == 'released':
+        raise FeatureError('the published networks are made for one view, in the orientation of the chunk; set '
+            'extract.tta_views = 1')
     rotations = dict(rotation='so3', flip=True) if views > 1 else {}
     extraction = augment.deterministic(**rotations)
     augmenter = augmenter_for(net, extraction, cube, store.voxel_nm, device)

@@ -20,7 +20,8 @@ from ..data.frame import Frames
 from ..metrics import cross_val_predict_by_neuron, explained_variance, roc_auc
 
 # %% auto #0
-__all__ = ['rank_me', 'alignment', 'uniformity', 'knn_predict', 'online_probe', 'TrainingMonitor', 'TrainingLog', 'read_log']
+__all__ = ['NUISANCES', 'rank_me', 'alignment', 'uniformity', 'knn_predict', 'online_probe', 'TrainingMonitor', 'TrainingLog',
+           'read_log']
 
 # %% ../../nbs/learn/07_monitor.ipynb #a3a691c7
 def rank_me(
@@ -59,11 +60,14 @@ def knn_predict(
     n_neighbours = np.isfinite(np.take_along_axis(similarity, nearest, 1)).sum(1)
     return np.where(n_neighbours == k, fraction, np.nan)
 
+# Scores of imaging variables, and their columns
+NUISANCES = dict(orientation_r2='cleft_cos_z', blank_sections_r2='n_blank_sections', brightness_r2='brightness')
+
 def online_probe(
     features: np.ndarray, # `(N, d)`
-    # pre, post; and, if they are known, inhibitory, cleft_cos_z, n_blank_sections
+    # pre, post; and, if they are known, inhibitory and the columns of `NUISANCES`
     table: pd.DataFrame,
-) -> dict: # `type_auc`, `orientation_r2`, `blank_sections_r2`; without those that the table has no column for
+) -> dict: # `type_auc`, and R2 of the `NUISANCES`; without those that the table has no column for
     "Score how well the features predict properties of synapses of held-out neurons"
     scores = {}
     if 'inhibitory' in table and table.inhibitory.nunique() == 2:
@@ -72,7 +76,7 @@ def online_probe(
         y = known.inhibitory.to_numpy(bool)
         predicted = knn_predict(features[is_known], y, known.pre.to_numpy(), known.post.to_numpy())
         scores['type_auc'] = roc_auc(y, predicted)
-    for name,column in (('orientation_r2', 'cleft_cos_z'), ('blank_sections_r2', 'n_blank_sections')):
+    for name,column in NUISANCES.items():
         if column not in table: continue
         is_known = table[column].notna().to_numpy()
         known = table[is_known]

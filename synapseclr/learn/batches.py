@@ -52,7 +52,7 @@ class TrainConfig(Strict):
     max_grad_norm: float = pydantic.Field(0, ge=0) # Longer gradients are scaled down to this norm; 0 for no limit
     # Whether batch normalisation takes both views of a batch together; otherwise it takes each view separately
     joint_batch_norm: bool = False
-    objective: Literal['nt_xent', 'vicreg', 'sigreg'] = 'nt_xent'
+    objective: Literal['nt_xent', 'vicreg', 'sigreg', 'none'] = 'nt_xent' # `none`: only the second task
     temperature: pydantic.PositiveFloat = .5 # Of NT-Xent
     # Weight of a second task: to predict from the features of a view what `annotate` measured. It needs no labels
     measured_weight: NonNegative = 0
@@ -76,6 +76,12 @@ class TrainConfig(Strict):
     keep_checkpoints: pydantic.PositiveInt = 3 # How many checkpoints to keep
     # Synapses that are evaluated after each epoch; some of them, at most a twentieth of all, are held out of training
     monitor_samples: pydantic.PositiveInt = 256
+
+    @pydantic.model_validator(mode='after')
+    def _has_a_task(self):
+        if self.objective == 'none' and not self.measured_weight:
+            raise ValueError('without an objective there is nothing to learn; set measured_weight')
+        return self
 
 class TrainingError(SynapseCLRError):
     "Training cannot start, or has failed"
@@ -291,7 +297,10 @@ class TrainingData:
                 "cannot be normalised; choose another micro_batch")
         return parts
 
-def read_training_data(run: Path, config: TrainConfig, types: pd.Series|None) -> TrainingData:
+def read_training_data(
+    run: Path, config: TrainConfig, types: pd.Series|None,
+    targets: np.ndarray|None = None, # `(N, T)` what the second task predicts; what was measured if None
+) -> TrainingData:
     "Raises `TrainingError` if there are too few synapses for a batch, or if the processes cannot share it equally"
     store = ConcatStore([ChunkStore.open(path) for path in (run/'chunks.zarr', *config.extra_stores)])
     table = _table(store, types)
@@ -309,7 +318,12 @@ def read_training_data(run: Path, config: TrainConfig, types: pd.Series|None) ->
         own = table.iloc[training]
         position_nm = own[['ctr_z_nm', 'ctr_y_nm', 'ctr_x_nm']].to_numpy(float)
         nearby = nearby_on_axon(own.pre, own.cleft, position_nm, 1e3*config.same_axon_within_um)
-    targets = torch.from_numpy(measured_targets(store)) if config.measured_weight else None
+    if config.measured_weight and targets is None: targets = measured_targets(store)
+    if not config.measured_weight: targets = None
+    if targets is not None:
+        if len(targets) != len(store):
+            raise TrainingError(f"targets of {len(targets)} synapses, of {len(store)} in all")
+        targets = torch.as_tensor(targets, dtype=torch.float32)
     return TrainingData(config, store, table, training, held_out, watched, neurites, nearby, targets, get_rank(),
         world_size)
 

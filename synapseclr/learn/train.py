@@ -59,12 +59,12 @@ class _Setup:
 
 def _set_up(
     run: Path, config: TrainConfig, augment: AugmentConfig, cube: CubeConfig, restart: bool, device: torch.device,
-    types: pd.Series|None,
+    types: pd.Series|None, targets: np.ndarray|None,
 ) -> _Setup:
     """Read the data, and begin a training or load its newest checkpoint.
     Raises `TrainingError` if the data do not suffice or differ from those of the checkpoint"""
     folder = run/'train'
-    data = read_training_data(run, config, types)
+    data = read_training_data(run, config, types, targets)
     data.parts() # a bad micro_batch is refused before an earlier training is deleted
     augment = with_dataset_statistics(augment, data.store)
     net = initial_network(config.model, config.seed, config.init)
@@ -76,6 +76,7 @@ def _set_up(
         config.model_copy(update=dict(extra_stores=[], exclude=None, init=None)),
         seed=config.seed,
         **dict(init=weights_digest(net)) if config.init else {},
+        **dict(targets=content_hash(data.targets.tolist())) if targets is not None else {},
         augment=content_hash(augment),
         cube=content_hash(cube),
         chunks=content_hash(data.store.attrs['provenance']),
@@ -160,6 +161,9 @@ def train(
     device: str = 'cuda' if torch.cuda.is_available() else 'cpu',
     # Of some neurons, by root id: whether they are inhibitory. For the monitor only, never for training
     types: pd.Series|None = None,
+    # `(N, T)` numbers that the second task predicts, of all synapses of the run and then of `extra_stores`; nan where
+    # unknown. If None, what `annotate` measured
+    targets: np.ndarray|None = None,
 ) -> Path: # The weights
     """Train on the synapses of a run, into `run/train/`, with all processes that `torchrun` started.
     Resumes from the newest checkpoint. Raises `TrainingError` if training cannot start, if the loss is not a
@@ -167,7 +171,7 @@ def train(
     augment = augment or AugmentConfig()
     cube = cube or CubeConfig()
     with process_group(device) as own_device, worker_pool(2) as pool:
-        return _train(_set_up(Path(run), config, augment, cube, restart, own_device, types), pool)
+        return _train(_set_up(Path(run), config, augment, cube, restart, own_device, types, targets), pool)
 
 def _train(setup: _Setup, pool: Executor) -> Path:
     "Compute the steps that are left, and write the weights"
@@ -258,8 +262,11 @@ def _objective(
     if targets is not None:
         n = targets.shape[2]
         predictions = torch.stack([z1[:, -n:], z2[:, -n:]]).float()
-        error = F.smooth_l1_loss(predictions, targets)/get_world_size()
+        known = targets.isfinite()
+        errors = F.smooth_l1_loss(predictions, targets.nan_to_num(), reduction='none')
+        error = (errors*known).sum()/known.sum().clamp(min=1)/get_world_size()
         return _objective(config, z1[:, :-n], z2[:, :-n], neurites) + config.measured_weight*error
+    if config.objective == 'none': return (z1.sum()+z2.sum())*0
     if config.objective == 'vicreg': return vicreg(z1, z2)
     if config.objective == 'sigreg': return sigreg(z1, z2)
     return nt_xent(z1, z2, config.temperature, neurites)

@@ -58,6 +58,8 @@ class TrainConfig(Strict):
     measured_weight: NonNegative = 0
     # Whether NT-Xent leaves synapses of the same axon or dendrite out of the negatives
     mask_same_neurite_negatives: bool = False
+    # `cutting_angle`: a batch holds synapses that were cut alike, so that the cut does not distinguish them
+    batches: Literal['random', 'cutting_angle'] = 'random'
     # Fraction of pairs whose second view shows another synapse of the same axon
     same_axon_positives: pydantic.confloat(ge=0, le=1) = 0
     same_axon_within_um: pydantic.PositiveFloat = 10 # How far apart these two can be
@@ -92,10 +94,16 @@ def batch_indices(
     batch_size: int, # Of a step
     seed: int, # Of the run
     step: int, # Counted from the start of the run
+    alike: np.ndarray|None = None, # `(n,)` what the synapses of a batch have in common, such as the angle of the cut
+    n_strata: int = 8, # Batches that are drawn together, and divided by `alike`
 ) -> np.ndarray: # `(batch_size,)`
     "Which synapses a step trains on"
     epoch,step_in_epoch = divmod(step, n//batch_size)
     order = np.random.default_rng(key(seed, epoch)).permutation(n)
+    if alike is not None:
+        strata = step_in_epoch//n_strata*n_strata*batch_size
+        together = slice(strata, min(strata+n_strata*batch_size, n//batch_size*batch_size))
+        order[together] = order[together][np.argsort(alike[order[together]], kind='stable')]
     return order[step_in_epoch*batch_size:(step_in_epoch+1)*batch_size]
 
 def split_held_out(
@@ -257,6 +265,7 @@ class TrainingData:
     neurites: Tensor # `(N, 2)` number of the axon and of the dendrite
     nearby: csr_array|None # From `nearby_on_axon`, for the synapses that are trained on
     targets: Tensor|None # `(N, T)` from `measured_targets`
+    alike: np.ndarray|None # Of `batch_indices`, for the synapses that are trained on
     # Fixed here: `get_rank` answers otherwise while the monitor computes and the next batch is read
     rank: int
     world_size: int
@@ -280,7 +289,7 @@ class TrainingData:
     def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         "Synapses of the first and of the second views of a step, in this process"
         config = self.config
-        batch = batch_indices(len(self.training), config.batch_size, config.seed, step)
+        batch = batch_indices(len(self.training), config.batch_size, config.seed, step, self.alike)
         pairs = batch
         if config.same_axon_positives:
             counters = (*divmod(step, self.steps_per_epoch), 2)
@@ -324,8 +333,10 @@ def read_training_data(
         if len(targets) != len(store):
             raise TrainingError(f"targets of {len(targets)} synapses, of {len(store)} in all")
         targets = torch.as_tensor(targets, dtype=torch.float32)
-    return TrainingData(config, store, table, training, held_out, watched, neurites, nearby, targets, get_rank(),
-        world_size)
+    alike = None
+    if config.batches == 'cutting_angle': alike = np.abs(read_frames(store).axes[training, 0, 0])
+    return TrainingData(config, store, table, training, held_out, watched, neurites, nearby, targets, alike,
+        get_rank(), world_size)
 
 # %% ../../nbs/learn/08_batches.ipynb #74b10a76
 @contextmanager

@@ -3,7 +3,9 @@ import numpy as np, pandas as pd, pytest
 from conftest import files
 from synapseclr.data.store import ChunkStore
 from synapseclr.data.tables import read_table
+from synapseclr.data.volume import LayerSource, open_layer
 from synapseclr.dev.fixtures import tiny_phantom
+from synapseclr.phantom import build
 from synapseclr.phantom.build import LATENTS, NUISANCES, PAINTED, make_phantom
 from synapseclr.phantom.connectome import PhantomConfig, SIZES
 from synapseclr.pipeline.stages import annotate_stage, fetch_stage, open_run, phantom_stage
@@ -46,3 +48,14 @@ def test_command(tmp_path, run_command):
     assert 'novel' in pd.read_parquet(tmp_path/'p/truth.parquet')
     code,text = run_command('phantom', '--out', tmp_path/'p', '--size', 'small')
     assert code == 1 and 'other options' in text
+
+def test_last_synapse_is_dropped(tmp_path, monkeypatch):
+    "The cleft of a synapse that was painted but is too small belongs to nobody, also if it was the last one"
+    paint = build.paint
+    monkeypatch.setattr(build, 'paint', lambda *args: paint(*args).iloc[:-1])
+    config = PhantomConfig(seed=7, shape=(64, 250, 250))
+    make_phantom(tmp_path, config)
+    clefts = open_layer('cleft', LayerSource(path=str(tmp_path/'cleft')))
+    truth = pd.read_parquet(tmp_path/'truth.parquet')
+    labels = np.unique(clefts.volume[:, :, :])
+    assert set(labels) - {0} <= set(truth.id)

@@ -42,7 +42,7 @@ def write_tables(
 ) -> np.ndarray: # `(n,)` synapse id of each cleft number
     """Write what a laboratory has, and what only the generator knows.
     The first are `synapses.parquet`, `neurons.csv` and skeletons; the second is `truth.parquet`"""
-    ids = np.zeros(max(len(plan.synapses), int(table.number.max()))+1, np.uint32) # dropped ones too, with id 0
+    ids = np.zeros(max(int(t.cleft.max()), int(table.number.max()))+1, np.uint32) # 0 for clefts that were dropped
     ids[table.number] = rng.permutation(len(table)) + 1
     synapse_id = ids[table.number].astype(np.int64)
     synapses = _synapse_table(table, synapse_id, root)

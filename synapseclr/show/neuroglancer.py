@@ -107,7 +107,7 @@ def viewer_state(
         layout='xy-3d')
 
 def links(
-    # `ctr_x_nm`, `ctr_y_nm`, `ctr_z_nm`, `pre_root_id`, `post_root_id`, `cleft_id` [, from `annotate` the frame]
+    # `ctr_x_nm`, `ctr_y_nm`, `ctr_z_nm`, `pre_root_id`, `post_root_id`, `cleft_id` [, the frame of `annotate`]
     table: pd.DataFrame,
     urls: dict[str, str], # As of `viewer_state`
     voxel_nm: tuple[float, float, float], # `(z, y, x)` of the chunks

@@ -210,6 +210,14 @@ def test_slices_in_the_frame_of_the_cleft_or_as_sections(page, map_server, table
     assert pictures[0] != pictures[1]
     assert not page.errors()
 
+def test_frames_need_no_file(map_server, run, table):
+    "A run of an older version, or one that cannot be written to"
+    (run/'frames.parquet').unlink(missing_ok=True)
+    before = set(run.iterdir())
+    status,picture = map_server.request(f'/cleft/{table.id.iloc[2]}.png')
+    assert status == 200 and picture.startswith(b'\x89PNG')
+    assert set(run.iterdir()) == before
+
 @in_browser
 def test_find_shows_the_synapse_or_a_message(page, map_server, table):
     page.open(map_server.home)

@@ -247,7 +247,7 @@ def explore_command(
     help='Column to begin with; the clusters if absent')] = None,
     static: Annotated[Path, typer.Option(
     help='Instead: write the page to this folder, for any static file server')] = None,
-    slices: Annotated[int, typer.Option(help='Synapses with images in a static copy, about 50 KB each', min=0)] = 500,
+    slices: Annotated[int, typer.Option(help='Synapses with images in a static copy, about 100 KB each', min=0)] = 500,
 ):
     from synapseclr.show.explore import serve, write_static
     if not static: return serve(run, port, colour)

@@ -187,6 +187,38 @@ def test_click_shows_the_synapse(page, map_server, table):
         assert page.find('#nopicture').is_displayed() == (i >= 12)
 
 @in_browser
+def test_slices_in_the_frame_of_the_cleft_or_as_sections(page, map_server, table):
+    "The frame comes first; the choice stays from synapse to synapse"
+    page.errors()
+    page.open(map_server.home)
+    def shown(kind, i):
+        "The picture is that of the server"
+        url = f'{map_server.home}/{kind}/{table.id.iloc[i]}.png'
+        page.wait('document.getElementById("slices").src == arguments[0]', url)
+        page.wait('document.getElementById("slices").complete')
+        assert page.js('document.getElementById("slices").naturalWidth') == 360
+        assert page.text('#cuts .on') == dict(cleft='frame of the cleft', slices='sections')[kind]
+    page.click(3)
+    shown('cleft', 3)
+    page.find('[data-cut="slices"]').click()
+    shown('slices', 3)
+    page.click(5)
+    shown('slices', 5)
+    page.find('body').send_keys('c')
+    shown('cleft', 5)
+    pictures = [map_server.request(f'/{kind}/{table.id.iloc[5]}.png')[1] for kind in ('cleft', 'slices')]
+    assert pictures[0] != pictures[1]
+    assert not page.errors()
+
+def test_frames_need_no_file(map_server, run, table):
+    "A run of an older version, or one that cannot be written to"
+    (run/'frames.parquet').unlink(missing_ok=True)
+    before = set(run.iterdir())
+    status,picture = map_server.request(f'/cleft/{table.id.iloc[2]}.png')
+    assert status == 200 and picture.startswith(b'\x89PNG')
+    assert set(run.iterdir()) == before
+
+@in_browser
 def test_find_shows_the_synapse_or_a_message(page, map_server, table):
     page.open(map_server.home)
     page.find_id(777)
@@ -284,8 +316,8 @@ def test_legend_hides_and_shows(page, map_server, table):
 
 @pytest.mark.parametrize('path', ['/config.toml', '/labels.csv', '/../config.toml', '/lib/../../config.toml',
     '/%2e%2e/config.toml', '/lib/..%2fexplore.py', '//etc/passwd', '/slices/..%2f..%2fconfig.png', '/slices/-1.png',
-    '/slices/99999999.png', '/column/99.bin', '/column/x.json', '/rows/99.json', '/rows/9999999999999999999.json',
-    '/slices/9999999999999999999.png', '/rows/0.bin'])
+    '/slices/99999999.png', '/cleft/99999999.png', '/cleft/1.json', '/column/99.bin', '/column/x.json', '/rows/99.json',
+    '/rows/9999999999999999999.json', '/slices/9999999999999999999.png', '/rows/0.bin'])
 def test_only_known_paths_are_served(path, map_server, run):
     (run/'config.toml').write_text('secret = 1')
     status,content = map_server.request(path)
@@ -393,7 +425,10 @@ def test_static_copy_works_with_any_server(page, run, grid_as_results, tmp_path,
         page.open(home)
         assert page.js('document.body.dataset.colour') == 'cleft_um3'
         page.click(0)
-        page.wait('document.getElementById("slices").naturalWidth')
+        for cut in ('slices', 'cleft'):
+            page.find(f'[data-cut="{cut}"]').click()
+            page.wait('document.getElementById("slices").src.includes(arguments[0])', f'{home}/{cut}/')
+            page.wait('document.getElementById("slices").naturalWidth')
         page.label('clean')
         page.wait('explore.labels.size == 1')
         page.open(home)

@@ -8,7 +8,7 @@ from synapseclr.learn.views import AugmentConfig, CubeConfig
 from synapseclr.dev.fixtures import tiny_fetched
 from synapseclr.analyse.embed import EmbedConfig, embed
 from synapseclr.show.export import annotation_properties, export, read_anndata
-from synapseclr.show.neuroglancer import ExportConfig, layer_server, write_annotations
+from synapseclr.show.neuroglancer import ExportConfig, layer_server, layer_urls, links, write_annotations
 from synapseclr.learn.extract import extract
 from synapseclr.learn.model import SynapseNet
 from synapseclr.data.store import ChunkStore
@@ -159,14 +159,14 @@ def test_neuroglancer_reads_the_annotations(folder, id_offset, limit, run, layer
     assert viewer.annotation_in_the_centre() == str(synapse.id)
     assert not viewer.errors()
 
-def n_pixels_of_hue(picture, colour):
-    "Number of coloured pixels of the hue of a colour such as `#0072b2`"
+def pixels_of_hue(picture, colour):
+    "Coloured pixels of the hue of a colour such as `#0072b2`"
     hue = picture - picture.mean(-1, keepdims=True)
     target = np.array(list(bytes.fromhex(colour[1:])))
     target = target - target.mean()
     along = hue@target/np.linalg.norm(target)
     strength = np.linalg.norm(hue, axis=-1)
-    return ((strength > 20) & (along > .97*strength)).sum()
+    return (strength > 20) & (along > .97*strength)
 
 @in_browser
 def test_link_of_the_table_opens(layers, table, viewer):
@@ -176,7 +176,26 @@ def test_link_of_the_table_opens(layers, table, viewer):
     assert {status for _,status in layers.requests} <= {200, 206}
     for layer in ('em', 'seg', 'cleft'):
         assert any(re.match(rf'/{layer}/\d', path) for path,_ in layers.requests), layer
-    for colour in ('#0072b2', '#e69f00', '#009e73'): assert n_pixels_of_hue(picture, colour) > 50, colour
+    for colour in ('#0072b2', '#e69f00', '#009e73'): assert pixels_of_hue(picture, colour).sum() > 50, colour
+
+@in_browser
+def test_link_shows_the_cleft_from_its_edge(run, layers, table, viewer):
+    "In the section panel the presynaptic cell is above the cleft, and the postsynaptic cell below it"
+    sources = {layer: LayerSource(path=str(run.parent/layer)) for layer in ('em', 'seg', 'cleft')}
+    urls,_ = layer_urls(sources, layers.address)
+    normals = table[['cleft_normal_x', 'cleft_normal_y', 'cleft_normal_z']]
+    assert np.ptp(normals.to_numpy(), 0).max() > .5 # not all of them lie alike
+    for link in links(table[table.frame_quality > .8][:6], urls, (40., 16., 16.)):
+        state = viewer.parse(link).to_json() | dict(layout='xy', showAxisLines=False, crossSectionScale=.1)
+        picture = viewer.show(state)
+        picture = picture[picture.any((1, 2))] # without the bar above the panel
+        middle = np.array(picture.shape[:2])//2
+        near = picture[middle[0]-250:middle[0]+250, middle[1]-250:middle[1]+250]
+        pre,cleft,post = (np.argwhere(pixels_of_hue(near, colour)) for colour in ('#0072b2', '#009e73', '#e69f00'))
+        assert pre[:, 0].mean() < cleft[:, 0].mean() < post[:, 0].mean()
+        assert np.ptp(cleft[:, 1]) > np.ptp(cleft[:, 0])
+        assert abs(cleft.mean(0)-250).max() < 15 # in the middle, within 24 nm
+    assert not viewer.errors()
 
 @in_browser
 def test_viewer_requests_nothing_from_elsewhere(layers, table, viewer):

@@ -13,7 +13,7 @@ from .store import CLEFT, ChunkStore, ConcatStore, POST, PRE
 from .tables import read_metadata, read_table, write_table
 
 # %% auto #0
-__all__ = ['NEAR_NM', 'NEAR_SD_NM', 'CLEFT_WEIGHT', 'cleft_plane', 'Frame', 'cleft_frame', 'Frames', 'read_frames',
+__all__ = ['NEAR_NM', 'NEAR_SD_NM', 'CLEFT_WEIGHT', 'SURE_FRAME', 'cleft_plane', 'Frame', 'cleft_frame', 'Frames', 'read_frames',
            'frame_coordinates', 'in_frame']
 
 # %% ../../nbs/data/09_frame.ipynb #4cecc831
@@ -34,6 +34,7 @@ def cleft_plane(
 NEAR_NM = 300. # Voxels of the two cells further from the centre of the cleft do not count
 NEAR_SD_NM = 80. # Sd of the Gaussian weight of those that do
 CLEFT_WEIGHT = 3. # Of the covariance of the cleft, beside those of the cells
+SURE_FRAME = .6 # Quality above which a frame is sure; with one of the two cells it is at most .5
 
 class Frame(NamedTuple):
     "How a synapse lies in its chunk, `(z, y, x)`"

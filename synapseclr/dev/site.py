@@ -118,7 +118,7 @@ def _katex(d, version='0.16.11'):
 def add_explorer(
     site, # Rendered site
     run, # Run folder with a map, such as the demo's
-    slices:int=60, # Synapses with images, about 50 KB each
+    slices:int=60, # Synapses with images, about 100 KB each
 ):
     """Write a static copy of the explorer into the site, and link to it from the gallery.
     Without the run, the link is left out"""

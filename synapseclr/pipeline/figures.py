@@ -94,9 +94,9 @@ class FigureRun:
         others = sorted(path.name.removeprefix('features_') for path in self.folder.glob('features_*'))
         return ['trained', *others, 'morphometrics']
 
-    def draw(self, ax: plt.Axes, synapse: int, title: str = '', masked: bool = True):
-        "Draw the middle section of a synapse, with its surroundings masked out as in the paper"
-        draw_chunk(ax, self.chunk(synapse), self.store.voxel_nm, title, masked)
+    def draw(self, ax: plt.Axes, synapse: int, title: str = '', masked: bool = True, by_cleft: bool = True):
+        "Draw a synapse in the frame of its cleft, or its middle section, with its surroundings masked out"
+        draw_chunk(ax, self.chunk(synapse), self.store.voxel_nm, title, masked, by_cleft)
 
     def save(self, fig: plt.Figure, name: str):
         "Write a figure as PDF and PNG, into `RUN/figures`"

@@ -11,9 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 import matplotlib, numpy as np, pandas as pd
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from ..core import SynapseCLRError, asset, atomic, progress, suggest
+from ..data.frame import SURE_FRAME, cleft_frame, in_frame
 from ..data.results import read_results
 from .plot import COLOURS
 from ..data.store import CLEFT, Chunk, ChunkStore, POST, PRE, StoreError
@@ -37,28 +38,59 @@ def draw_slices(
     chunk: Chunk, # Of a synapse
     voxel_nm, # `(z, y, x)`
     width: int = 360, # Pixels
+    by_cleft: bool = False, # In the frame of its cleft, the presynaptic cell above
 ) -> bytes: # PNG: x–y above, x–z and z–y below, with a scale bar of 250 nm
-    "Draw three slices through the middle of a chunk with outlines of presynaptic cell, postsynaptic cell and cleft"
-    extent_nm = np.array(chunk.em.shape)*voxel_nm
-    z,y,x = (n//2 for n in chunk.em.shape)
+    """Draw three slices of a chunk with outlines of presynaptic cell, postsynaptic cell and cleft.
+    In the frame of the cleft x is its longest axis, and y its normal"""
+    slices,extent_nm,names = _cuts(chunk, voxel_nm) if by_cleft else _sections(chunk, voxel_nm)
     gap = 4
     upper_scale = width/extent_nm[2] # pixels per nm
     lower_scale = (width-gap)/(extent_nm[2]+extent_nm[0]) # the two lower slices share the width, and a scale
-    lower_height = round(extent_nm[0]*lower_scale)
     lower_width = round(extent_nm[2]*lower_scale)
-    top = _slice(chunk.em[z], chunk.mask[z], round(extent_nm[1]*upper_scale), width)
-    left = _slice(chunk.em[:, y], chunk.mask[:, y], lower_height, lower_width)
-    right = _slice(chunk.em[:, :, x].T, chunk.mask[:, :, x].T, round(extent_nm[1]*lower_scale), width-gap-lower_width)
+    top = _slice(*slices[0], round(extent_nm[1]*upper_scale), width)
+    left = _slice(*slices[1], round(extent_nm[0]*lower_scale), lower_width)
+    right = _slice(*slices[2], round(extent_nm[1]*lower_scale), width-gap-lower_width)
     sheet = np.full((len(top)+gap+max(len(left), len(right)), width), _white, np.uint8)
     sheet[:len(top)] = top
     sheet[len(top)+gap:][:len(left), :left.shape[1]] = left
     sheet[len(top)+gap:][:len(right), width-right.shape[1]:] = right
-    sheet[len(top)-12:len(top)-8, 10:10+round(250*upper_scale)] = _white
+    bar = slice(10, 10+round(250*upper_scale))
+    sheet[len(top)-12:len(top)-8, bar] = _white
     image = Image.fromarray(sheet, 'P')
     image.putpalette(_palette)
+    draw = ImageDraw.Draw(image)
+    _write(draw, '250 nm', ((bar.start+bar.stop)//2, len(top)-17), 'mb', _white)
+    for name,y,anchor,colour in zip(names, (6, len(top)-6), ('rt', 'rb'), range(_n_greys, _dark)):
+        _write(draw, name, (width-8, y), anchor, colour)
     out = io.BytesIO()
     image.save(out, 'png')
     return out.getvalue()
+
+def _write(draw: ImageDraw.ImageDraw, text: str, at: tuple[int, int], anchor: str, colour: int):
+    "Write on a dark ground"
+    x0,y0,x1,y1 = draw.textbbox(at, text, anchor=anchor, font_size=15)
+    draw.rectangle((x0-3, y0-2, x1+2, y1+2), _dark)
+    draw.text(at, text, colour, anchor=anchor, font_size=15)
+
+def _sections(chunk: Chunk, voxel_nm) -> tuple[list, np.ndarray, tuple]:
+    "EM and mask of three slices, the extent along z, y and x, and no names of cells"
+    z,y,x = (n//2 for n in chunk.em.shape)
+    slices = [(pixels[z], pixels[:, y], pixels[:, :, x].T) for pixels in (chunk.em, chunk.mask)]
+    return list(zip(*slices)),np.array(chunk.em.shape)*voxel_nm,()
+
+def _cuts(chunk: Chunk, voxel_nm) -> tuple[list, np.ndarray, tuple]:
+    "The same in the frame of the cleft, with the names of the cell above and of that below"
+    frame = cleft_frame(chunk.mask, voxel_nm)
+    extent_nm = min(np.array(chunk.em.shape)*voxel_nm)
+    slices = []
+    for axis in (2, 0, 1):
+        half_nm = np.full(3, extent_nm/2)
+        half_nm[axis] = 0
+        cut = in_frame(chunk.em, chunk.mask, voxel_nm, frame, half_nm, float(min(voxel_nm)))
+        slices.append([part.take(0, axis) for part in cut])
+    slices[1] = [part.T for part in slices[1]] # the longest axis to the right
+    names = ('pre', 'post') if frame.quality > SURE_FRAME else ('pre?', 'post?')
+    return slices,np.full(3, extent_nm),names
 
 def _rgb(colour: str) -> list[int]:
     "Red, green and blue of `#rrggbb`"
@@ -195,19 +227,19 @@ class ExplorerData:
         rows = self.table.iloc[page*self.rows_in_page : (page+1)*self.rows_in_page]
         return [dict(zip(rows.columns, map(_as_text, row))) for row in rows.itertuples(index=False, name=None)]
 
-    def slices(self, id: int) -> bytes:
-        "PNG of a synapse. Raises `NotFound`"
+    def slices(self, id: int, by_cleft: bool = False) -> bytes:
+        "PNG of a synapse, of `draw_slices`. Raises `NotFound`"
         if id not in self.row_of or (self.pictured is not None and id not in self.pictured):
             raise NotFound(f'there is no picture of synapse {id}')
-        return draw_slices(self.store[self.row_of[id]], self.store.voxel_nm)
+        return draw_slices(self.store[self.row_of[id]], self.store.voxel_nm, by_cleft=by_cleft)
 
     def file(self,
         path: str, # As the page requests it, without the first slash
     ) -> bytes:
         "Content of a path. Raises `NotFound`"
-        match re.fullmatch(r'(column|rows|slices)/([0-9]{1,19})\.(json|bin|png)', path):
+        match re.fullmatch(r'(column|rows|slices|cleft)/([0-9]{1,19})\.(json|bin|png)', path):
             case None: pass
-            case m if m[1] == 'slices' and m[3] == 'png': return self.slices(int(m[2]))
+            case m if m[1] in ('slices', 'cleft') and m[3] == 'png': return self.slices(int(m[2]), m[1] == 'cleft')
             case m if m[1] == 'rows' and m[3] == 'json': return json.dumps(self.rows(int(m[2]))).encode()
             case m if m[1] == 'column' and m[3] != 'png':
                 if int(m[2]) >= len(self.columns): raise NotFound(f'there is no column {m[2]}')
@@ -361,7 +393,7 @@ def open_map(
 def write_static(
     run: str|Path, # Run folder, with a map
     out: str|Path, # Folder to make
-    slices: int = 500, # Number of synapses with pictures, about 50 KB each
+    slices: int = 500, # Number of synapses with pictures, about 100 KB each
     colour: str|None = None, # Column to begin with
 ):
     """Write the page and everything that it requests to a folder for any static file server.
@@ -392,7 +424,7 @@ def write_map(
         'points.bin',
         *(f'column/{k}.{ending}' for k in range(len(static.columns)) for ending in ('json', 'bin')),
         *(f'rows/{page}.json' for page in range(n_pages)),
-        *(f'slices/{synapse}.png' for synapse in pictured),
+        *(f'{kind}/{synapse}.png' for synapse in pictured for kind in ('cleft', 'slices')),
         'map.json']
     for path in progress(paths, desc='explore', unit='file'):
         with atomic(out/path) as f: f.write_bytes(static.file(path))

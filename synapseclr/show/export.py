@@ -146,7 +146,7 @@ def export(
     if config.links:
         urls,_ = layer_urls(layers, config.local_url, (run,))
         annotations = _annotations_url(run, layers, config.local_url) if config.annotations else None
-        table = table.assign(neuroglancer=links(table, urls, voxel_nm, annotations, config.viewer))
+        table = table.assign(neuroglancer=links(table, urls, voxel_nm, annotations, config.viewer, config.orient))
     write_table(table, run/'results.parquet', 'results', origin)
     with atomic(run/'synapses.h5ad') as f: a.write_h5ad(f, compression='gzip') # R, Julia and PyTables read it too
     return table

@@ -8,16 +8,19 @@ import http.server, io, json, os, re, shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 from urllib.parse import quote
 import numpy as np, pandas as pd, tensorstore as ts
 from cloudfiles.compression import decompress
 from cloudvolume.datasource.precomputed.common import compressed_morton_code
+from scipy.spatial.transform import Rotation
 from ..core import Strict, SynapseCLRError
+from ..data.frame import SURE_FRAME
 from ..data.volume import LayerSource
 
 # %% auto #0
-__all__ = ['ExportError', 'ExportConfig', 'layer_urls', 'viewer_state', 'links', 'record_type', 'levels', 'write_annotations',
-           'layer_server']
+__all__ = ['ExportError', 'ExportConfig', 'layer_urls', 'view_orientation', 'viewer_state', 'links', 'record_type', 'levels',
+           'write_annotations', 'layer_server']
 
 # %% ../../nbs/show/03_neuroglancer.ipynb #3d1c8050
 class ExportError(SynapseCLRError):
@@ -28,6 +31,8 @@ class ExportConfig(Strict):
     viewer: str = 'https://neuroglancer-demo.appspot.com' # Neuroglancer that the links open
     local_url: str = 'http://localhost:9000' # Address of `synapseclr serve`, for layers in local folders
     links: bool = True # Add a link to each row of the table
+    # The view of a link: `cleft` is cut across the cleft, pre above, if its frame is sure; `volume` is a section
+    orient: Literal['cleft', 'volume'] = 'cleft'
     annotations: bool = True # Write the annotation layer
 
 def layer_urls(
@@ -56,6 +61,20 @@ def _is_local(source: LayerSource) -> bool: return '://' not in source.path or '
 def _local_path(source: LayerSource) -> Path:
     return Path(source.path.removeprefix('precomputed://').removeprefix('file://')).absolute()
 
+
+# %% ../../nbs/show/03_neuroglancer.ipynb #c52d8f13
+def view_orientation(
+    normal: np.ndarray, # `(N, 3)` x, y, z of length 1, from pre to post
+) -> np.ndarray: # `(N, 4)` quaternions x, y, z, w, as neuroglancer has them in `crossSectionOrientation`
+    "Turn the panel `xy` so that the normal points down, and the axis to the right lies in a section"
+    right = np.cross(normal, (0, 0, 1))
+    length = np.linalg.norm(right, axis=1, keepdims=True)
+    right = np.where(length > 1e-6, right/np.maximum(length, 1e-6), (1, 0, 0))
+    away = np.cross(right, normal)
+    return Rotation.from_matrix(np.stack([right, normal, away], 2)).as_quat(canonical=True)
+
+
+# %% ../../nbs/show/03_neuroglancer.ipynb #f85abc46
 def viewer_state(
     urls: dict[str, str], # From `layer_urls`: `em`, `seg`, and `cleft` if there is one
     voxel_nm: tuple[float, float, float], # `(z, y, x)`
@@ -64,6 +83,7 @@ def viewer_state(
     post: int, # Id of the postsynaptic cell
     cleft: int|None = None, # Id of the cleft
     annotations: str|None = None, # Address of the annotation layer
+    orientation: list|None = None, # From `view_orientation`; a section if None
 ) -> dict: # As neuroglancer encodes it
     "The state of neuroglancer that shows a synapse"
     z,y,x = voxel_nm
@@ -76,36 +96,59 @@ def viewer_state(
     if annotations:
         layers.append(dict(type='annotation', source=annotations, name='synapses',
             linkedSegmentationLayer=dict(pre='seg', post='seg')))
+    turn = {} if orientation is None else dict(crossSectionOrientation=list(orientation))
     return dict(
         dimensions={axis: [size/1e9, 'm'] for axis,size in zip('xyz', (x, y, z))},
         position=[float(round(centre/size, 2)) for centre,size in zip(centre_nm, (x, y, z))],
+        **turn,
         crossSectionScale=.4,
         projectionScale=300.,
         layers=layers,
         layout='xy-3d')
 
 def links(
-    # `ctr_x_nm`, `ctr_y_nm`, `ctr_z_nm`, `pre_root_id`, `post_root_id`, `cleft_id`
+    # `ctr_x_nm`, `ctr_y_nm`, `ctr_z_nm`, `pre_root_id`, `post_root_id`, `cleft_id` [, the frame of `annotate`]
     table: pd.DataFrame,
     urls: dict[str, str], # As of `viewer_state`
-    voxel_nm: tuple[float, float, float], # `(z, y, x)`
+    voxel_nm: tuple[float, float, float], # `(z, y, x)` of the chunks
     annotations: str|None = None, # Address of the annotation layer
     viewer: str = ExportConfig().viewer, # Neuroglancer that the links open
+    orient: str = ExportConfig().orient, # `cleft` or `volume`
 ) -> list[str]: # One for each row
-    "Links that show each synapse in neuroglancer"
-    placeholders = [90_000_000_000_000_000_000+i for i in range(6)] # numbers that occur nowhere else in the text
-    state = viewer_state(urls, voxel_nm, (0, 0, 0), *placeholders[3:], annotations)
+    "Links that show each synapse in neuroglancer; those whose frame is not known or not sure in a section"
+    is_turned = orient == 'cleft' and 'frame_quality' in table
+    position,turns = _views(table, voxel_nm) if is_turned else (_centres(table, voxel_nm), None)
+    placeholders = [90_000_000_000_000_000_000+i for i in range(10)] # numbers that occur nowhere else in the text
+    turn = placeholders[6:] if is_turned else None
+    state = viewer_state(urls, voxel_nm, (0, 0, 0), *placeholders[3:6], annotations, turn)
     text = quote(json.dumps(state | dict(position=placeholders[:3]), separators=(',', ':')))
     any_placeholder = '|'.join(map(str, placeholders))
     pieces = re.split(any_placeholder, text)
     order = [int(placeholder)-placeholders[0] for placeholder in re.findall(any_placeholder, text)]
-    z,y,x = voxel_nm
-    columns = [(table[f'ctr_{axis}_nm']/size).round(2).astype(str) for axis,size in zip('xyz', (x, y, z))]
+    columns = [values.astype(str) for values in position.round(2).T]
     columns += [table[column].astype(str) for column in ('pre_root_id', 'post_root_id', 'cleft_id')]
+    if is_turned: columns += [values.astype(str) for values in turns.round(4).T]
     start = f'{viewer}/#!{pieces[0]}'
     def link(values): return start + ''.join(value+piece for value,piece in zip(values, pieces[1:]))
     ordered = [columns[i] for i in order]
     return [link(values) for values in zip(*ordered)]
+
+def _centres(table: pd.DataFrame, voxel_nm) -> np.ndarray:
+    "Positions of the table, `(N, 3)` x, y, z in voxels"
+    return table[['ctr_x_nm', 'ctr_y_nm', 'ctr_z_nm']].to_numpy(float)/voxel_nm[::-1]
+
+def _views(table: pd.DataFrame, voxel_nm) -> tuple[np.ndarray, np.ndarray]:
+    "The same, in the centre of the cleft where the frame is sure, and the orientation of each view"
+    def along_xyz(name): return table[[name.format(axis) for axis in 'xyz']].to_numpy(float)
+    normal = along_xyz('cleft_normal_{}')
+    is_sure = (table.frame_quality > SURE_FRAME).to_numpy(bool) & np.isfinite(normal).all(1)
+    position = _centres(table, voxel_nm)
+    offset_vx = along_xyz('cleft_offset_{}_nm')/voxel_nm[::-1]
+    # offsets are from the centre of the voxel nearest to the position, as `centres_to_voxels` finds it
+    position[is_sure] = np.floor(position[is_sure]+.5) + .5 + offset_vx[is_sure]
+    orientation = np.tile([0., 0, 0, 1], (len(table), 1))
+    orientation[is_sure] = view_orientation(normal[is_sure])
+    return position,orientation
 
 # %% ../../nbs/show/03_neuroglancer.ipynb #3d388f4a
 def record_type(

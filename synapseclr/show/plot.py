@@ -135,6 +135,7 @@ def neighbour_sheet(
     prompts: list[int], # Synapse ids
     k: int = 7, # Neighbours of each prompt
     skip: dict[int, list[int]]|None = None, # Synapses not to be shown, for each prompt that has some
+    by_cleft: bool = False, # As for `draw_chunk`
 ) -> plt.Figure:
     "Draw prompts at the left, and their nearest neighbours beside them"
     row_of = {int(synapse): row for row,synapse in enumerate(store.ids)}
@@ -144,7 +145,7 @@ def neighbour_sheet(
         neighbours = index.query(int(prompt), k, (skip or {}).get(prompt, ()))
         chunks += [store[row_of[int(synapse)]] for synapse in (prompt, *neighbours.id)]
         titles += [f'prompt {prompt}', *(f'{n.id}: {n.distance:.2f}' for n in neighbours.itertuples())]
-    return contact_sheet(chunks, store.voxel_nm, titles, k+1)
+    return contact_sheet(chunks, store.voxel_nm, titles, k+1, by_cleft)
 
 def distance_histogram(
     index: SimilarityIndex, # Where the features are
@@ -301,13 +302,14 @@ def grid_sheet(
     store: ChunkStore, # Where the chunks are
     ids: np.ndarray, # Synapse ids, indexed by the numbers in `grid`
     grid: np.ndarray, # `(rows, columns)` from `grid_of_examples`
+    by_cleft: bool = False, # As for `draw_chunk`
 ) -> plt.Figure:
     "Draw synapses along two axes: the first to the right, the second upwards"
     row_of = {int(synapse): row for row,synapse in enumerate(store.ids)}
     fig,axes = plt.subplots(*grid.shape, figsize=(.85*grid.shape[1], .85*grid.shape[0]), squeeze=False, dpi=100)
     for ax,index in zip(axes.flat, grid.flat):
         ax.axis('off')
-        if index >= 0: draw_chunk(ax, store[row_of[int(ids[index])]], store.voxel_nm)
+        if index >= 0: draw_chunk(ax, store[row_of[int(ids[index])]], store.voxel_nm, by_cleft=by_cleft)
     fig.subplots_adjust(left=.04, right=1, bottom=.05, top=1, wspace=.04, hspace=.04)
     fig.text(.52, .01, 'axis 1 →', ha='center', fontsize=7)
     fig.text(.005, .52, 'axis 2 →', va='center', rotation=90, fontsize=7)

@@ -281,7 +281,7 @@ class Augmenter:
         "The given views of a batch that is on the device"
         config = self.config
         if config.geometry == 'released': return published_input(em, mask, self.out_size, config.mean, config.sd)
-        x = self._distorted(em, views, keys)
+        x = self._distorted(em, views, keys).clamp_(0, 1)
         rotation = np.stack([v.rotation for v in views])
         displacement_nm = np.stack([v.displacement for v in views])*self.out_size*self.out_voxel_nm
         if config.frame == 'cleft':
@@ -300,7 +300,7 @@ class Augmenter:
         config = self.config
         grid = sampling_grid(rotation, displacement_nm, x.shape[1:], self.voxel_nm, self.out_size, out_voxel_nm,
             self.device)
-        grey,roles = resample(x.clamp(0, 1), mask, grid)
+        grey,roles = resample(x, mask, grid)
         sigma = np.array([v.blur_sigma for v in views])
         if sigma.any(): grey = blur(grey, sigma)
         resection = np.stack([v.resection_nm for v in views])/out_voxel_nm

@@ -193,9 +193,12 @@ def _train(setup: _Setup, pool: Executor) -> Path:
     for step,chunks,seconds in batches(setup.read_chunks, range(setup.start, data.n_steps), data.indices):
         epoch,step_in_epoch = divmod(step, data.steps_per_epoch)
         for group in optimizer.param_groups: group['lr'] = learning_rate(config, step, data.steps_per_epoch)
+        rows = data.indices(step)
         keys = [key(config.seed, epoch, step_in_epoch, view) for view in (0, 1)]
         project = partial(_project, setup, pool, chunks, keys)
-        objective = partial(_objective, config, neurites=_neurites(setup, step), targets=_targets(setup, step))
+        neurites = _of_synapses(data.neurites, rows, setup.device) if config.mask_same_neurite_negatives else None
+        targets = None if data.targets is None else _of_synapses(data.targets, rows, setup.device)
+        objective = partial(_objective, config, neurites=neurites, targets=targets)
 
         optimizer.zero_grad()
         losses.append(all_reduce_sum(cached_gradient_backward(net, parts, project, objective)))
@@ -244,17 +247,9 @@ def _project(setup: _Setup, pool: Executor, chunks: list, keys: list[int], part:
         if setup.config.joint_batch_norm: return [*outputs(torch.cat(views)).chunk(2)]
         return [outputs(view) for view in views]
 
-def _neurites(setup: _Setup, step: int) -> Tensor|None: # `(2, B, 2)`
-    "Axon and dendrite of each synapse of a step, if the objective masks negatives by them"
-    if not setup.config.mask_same_neurite_negatives: return None
-    neurites = torch.stack([setup.data.neurites[synapses] for synapses in setup.data.indices(step)])
-    return neurites.to(setup.device, non_blocking=True)
-
-def _targets(setup: _Setup, step: int) -> Tensor|None: # `(2, B, T)`
-    "What was measured of each synapse of a step"
-    if setup.data.targets is None: return None
-    targets = torch.stack([setup.data.targets[synapses] for synapses in setup.data.indices(step)])
-    return targets.to(setup.device, non_blocking=True)
+def _of_synapses(values: Tensor, rows: tuple[np.ndarray, np.ndarray], device: torch.device) -> Tensor: # `(2, B, k)`
+    "The values of the synapses of both views of a step"
+    return torch.stack([values[synapses] for synapses in rows]).to(device, non_blocking=True)
 
 def _objective(
     config: TrainConfig, z1: Tensor, z2: Tensor, neurites: Tensor|None = None, targets: Tensor|None = None,

@@ -4,8 +4,10 @@
 
 # %% ../../nbs/show/01_plot.ipynb #e79a449d
 from __future__ import annotations
+import itertools
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
+from matplotlib.colors import to_hex
 from scipy.spatial.distance import pdist
 from scipy.stats import beta
 from ..analyse.query import SimilarityIndex
@@ -204,27 +206,29 @@ def plot_probe_scores(
     """Draw how well linear probes predict biology and imaging from each feature set.
     Open circles are an RBF probe of imaging; crosses are the vote of neighbours of biology"""
     panel = scores.group.map(dict(biology='biology', both='biology', nuisance='nuisance'))
-    height = .32*scores.groupby(panel).target.nunique().max()+1.2
-    fig,axes = plt.subplots(1, 2, figsize=(6, height), layout='constrained')
     colours = _feature_colours(scores.features.unique())
+    height = (.1+.07*len(colours))*scores.groupby(panel).target.nunique().max() + 1 + .05*len(colours)
+    fig,axes = plt.subplots(1, 2, figsize=(6, height), layout='constrained')
     _draw_probe_panel(axes[0], scores[panel == 'biology'], colours)
     _draw_probe_panel(axes[1], scores[panel == 'nuisance'], colours)
     axes[0].axvline(.5, c='k', lw=.5, ls=':')
     axes[0].set_title('biology: higher is better', fontsize=7)
     axes[1].set_title('nuisance: lower is better', fontsize=7)
-    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc='outside lower center', ncols=len(colours))
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=6, loc='outside lower center', ncols=min(4, len(colours)))
     return fig
 
 def _feature_colours(names) -> dict[str, str]:
-    "A colour for each feature set"
-    free = (colour for colour in category_colours if colour not in model_colours.values())
+    "A colour for each feature set; of many sets, some have the same"
+    free = [colour for colour in category_colours if colour not in model_colours.values()]
+    free = itertools.cycle([*free, *map(to_hex, plt.get_cmap('tab20b').colors)])
     return {name: model_colours.get(name) or next(free) for name in names}
 
 def _draw_probe_panel(ax: plt.Axes, scores: pd.DataFrame, colours: dict[str, str]):
     "Draw the scores of each target and feature set, and the interval of the linear probe"
     targets = list(scores.target.unique())
     for k,(name,rows) in enumerate(scores.groupby('features', sort=False)):
-        y = -np.array([targets.index(target) for target in rows.target]) + .12*(k-1)
+        place = (k+.5)/len(colours)-.5 # the first at the top
+        y = -np.array([targets.index(target) for target in rows.target]) - .8*place
         interval = np.stack([rows.value-rows.lo95, rows.hi95-rows.value]).clip(0)
         ax.errorbar(rows.value, y, xerr=interval, fmt='o', ms=3, lw=1, c=colours[name], label=name)
         if 'rbf' in rows: ax.plot(rows.rbf, y, 'o', ms=5, mfc='none', mew=.7, c=colours[name])

@@ -148,8 +148,7 @@ def assert_runs_of_two_networks_are_refused(run, other):
     "A probe may use features of several runs if one network computed them all, and not otherwise"
     from synapseclr.evaluate.truth import load_with_truth
     other.mkdir()
-    (other/'chunks.zarr').symlink_to(run/'chunks.zarr')
-    (other/'synapses.parquet').symlink_to(run/'synapses.parquet')
+    for name in ('chunks.zarr', 'synapses.parquet', 'annotate'): (other/name).symlink_to(run/name)
     (other/'features').symlink_to(run/'features_untrained')
     (other/'features_same').symlink_to(run/'features')
     (run/'features_same').symlink_to(run/'features')

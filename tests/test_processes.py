@@ -70,8 +70,8 @@ import synapseclr.learn.train as train
 from synapseclr.learn.views import AugmentConfig, CubeConfig
 fatal_step = int(sys.argv[2])
 batches = train.batches
-def counted(store, steps, indices):
-    for batch in batches(store, steps, indices):
+def counted(read_chunks, steps, indices):
+    for batch in batches(read_chunks, steps, indices):
         if batch[0] == fatal_step: os.kill(os.getpid(), signal.SIGKILL)
         yield batch
 train.batches = counted

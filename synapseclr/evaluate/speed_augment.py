@@ -52,7 +52,8 @@ def reference_views(
 ) -> Tensor: # `(B, 1, D, D, D)`
     "Views of a batch in coupled mode, from library parts"
     v = sample_view(config, np.random.default_rng(k), em.shape[1])
-    x = _reference_intensities(config, v, em, torch.Generator().manual_seed(key(k)))
+    greys = [sample_view(config, np.random.default_rng(key(k, i)), em.shape[1]) for i in range(len(em))]
+    x = _reference_intensities(config, v, greys, em, torch.Generator().manual_seed(key(k)))
     grid = _reference_grid(v, em.shape, voxel_nm, out_size, out_voxel_nm)
     roles = torch.stack([torch.from_numpy((mask & bit) > 0) for bit in (PRE, CLEFT, POST)], 1).float()
     x = F.grid_sample(x[:, None], grid, align_corners=True)
@@ -64,15 +65,21 @@ def reference_views(
     active = _reference_mask(v, roles, out_size)
     return (x*active[:, None] - config.mean)/config.sd
 
-def _reference_intensities(config: AugmentConfig, v: ViewParameters, em: np.ndarray, generator) -> Tensor:
+def _reference_intensities(
+    config: AugmentConfig,
+    v: ViewParameters, # Shared by the batch
+    greys: list[ViewParameters], # Of each synapse, for its grey values
+    em: np.ndarray, generator,
+) -> Tensor:
     "EM in [0, 1] after intensity transformations, noise and section cutout, `(B, Z, Y, X)`"
     x = torch.from_numpy(em).float()/255
     visible = (x > 0) & ~torch.from_numpy(v.cut_sections)[None, :, None, None]
     if config.intensity_p:
-        shift,scale,gamma = torch.from_numpy(v.sectional).float().T.view(3, 1, -1, 1, 1)
-        x = (shift + scale*x**gamma).clamp(0, 1)
-        shift,scale,gamma = v.volumetric.tolist()
-        x = (shift + scale*x**gamma).clamp(0, 1)
+        of_sections = np.stack([own.sectional for own in greys])[..., None, None, :]
+        of_volumes = np.stack([own.volumetric for own in greys])[:, None, None, None]
+        for curve in (of_sections, of_volumes):
+            shift,scale,gamma = torch.from_numpy(curve).float().unbind(-1)
+            x = (shift + scale*x**gamma).clamp(0, 1)
     if config.noise_p:
         additive = torch.normal(0, 1, x.shape, generator=generator)*v.noise[0]
         multiplicative = torch.exp(torch.normal(0, 1, x.shape, generator=generator)*v.noise[1])

@@ -174,7 +174,7 @@ def time_loader(preset: str, n: int = 48, n_batches: int = 12, batch: int = 16) 
         rng = np.random.default_rng(0)
         order = [rng.integers(0, n, batch) for _ in range(n_batches)]
         start = time.perf_counter()
-        for _ in batches(store, range(n_batches), lambda step: (order[step], order[step])): pass
+        for _ in batches(store.batch, range(n_batches), lambda step: (order[step], order[step])): pass
         seconds = time.perf_counter()-start
     n_chunks = n_batches*batch
     return dict(chunks_per_second=n_chunks/seconds, mb_per_second=n_chunks*2*np.prod(shape)/seconds/1e6)

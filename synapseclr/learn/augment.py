@@ -244,11 +244,10 @@ class Augmenter:
         em = em.to(self.device, non_blocking=True)
         mask = mask.to(self.device, non_blocking=True)
         if self.device.type != 'cpu': return self.apply(em, mask, views, keys, frames)
-        def one(i): # one by one: as fast, in an eighth of the memory
-            own = slice(i, i+1)
-            own_frame = None if frames is None else frames.take(own)
-            return self.apply(em[own], mask[own], views[own], keys[own], own_frame)
-        return torch.cat([one(i) for i in range(len(em))])
+        n = max(1, 2**18//self.out_size**3) # at a time: small cubes are faster together, large ones take memory
+        parts = [slice(start, start+n) for start in range(0, len(em), n)]
+        def frames_of(part): return None if frames is None else frames.take(part)
+        return torch.cat([self.apply(em[p], mask[p], views[p], keys[p], frames_of(p)) for p in parts])
 
     def _own_greys(self, view: ViewParameters, key: int, n_sections: int) -> ViewParameters:
         "The shared view, with the grey values of one synapse"
@@ -301,6 +300,7 @@ class Augmenter:
         grid = sampling_grid(rotation, displacement_nm, x.shape[1:], self.voxel_nm, self.out_size, out_voxel_nm,
             self.device)
         grey,roles = resample(x, mask, grid)
+        if config.one_side_p: roles = roles & self._shown_roles(views)
         sigma = np.array([v.blur_sigma for v in views])
         if sigma.any(): grey = blur(grey, sigma)
         resection = np.stack([v.resection_nm for v in views])/out_voxel_nm
@@ -336,6 +336,11 @@ class Augmenter:
         kept = self._kept(cleft, views)
         inflation = np.array([math.ceil(v.inflation*scale) for v in views])
         return self.connected(dilate(synapse & kept, inflation) & kept, cleft)
+
+    def _shown_roles(self, views: list[ViewParameters]) -> Tensor: # `(B, 1, 1, 1)` uint8
+        "The role bits of the sides that are shown"
+        shown = torch.tensor([0xff & ~v.hidden for v in views], dtype=torch.uint8)
+        return shown.to(self.device, non_blocking=True)[:, None, None, None]
 
     def _kept(self, cleft: Tensor, views: list[ViewParameters]) -> Tensor:
         "The voxels that cutouts and the centre crop leave; always the cleft itself"

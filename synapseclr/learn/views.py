@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np, pydantic
 from scipy.spatial.transform import Rotation
 from ..core import Strict
+from ..data.store import POST, PRE
 
 # %% auto #0
 __all__ = ['Probability', 'NonNegative', 'ROTATIONS', 'AugmentConfig', 'CubeConfig', 'ViewParameters', 'random_rotation',
@@ -53,6 +54,9 @@ class AugmentConfig(Strict):
     centre_crop_p: Probability = .25
     centre_crop_side: tuple[float, float] = (.5, .7)
     centre_crop_displacement: float = .2
+    # Of showing only one side and the cleft; either side is as likely. Two views of which one shows the presynaptic and
+    # the other the postsynaptic side do not have the outline of the synapse in common
+    one_side_p: Probability = 0
     inflation: tuple[int, int] = (1, 9) # Radius in output voxels, uniform on the integers of this range
     fill_blank: bool = False # Replace blank sections by the nearest other, so that the network cannot detect them
     # Value outside the mask: 0 before the z-score (black), or 0 after it (mean), which makes the outline less visible
@@ -77,7 +81,7 @@ class AugmentConfig(Strict):
     def extract(cls, **changes) -> AugmentConfig:
         "Settings for feature extraction: only resampling, an inflation of 3 and the z-score, nothing random"
         random_options = ['section_cutout_p', 'intensity_p', 'noise_p', 'displacement', 'blur_p', 'corner_cutout_p',
-            'cubic_cutout_p', 'centre_crop_p']
+            'cubic_cutout_p', 'centre_crop_p', 'one_side_p']
         off = dict.fromkeys(random_options, 0) | dict(resection_nm=(0, 0))
         return cls(**off | dict(rotation='none', flip=False, inflation=(3, 3)) | changes)
 
@@ -117,6 +121,7 @@ class ViewParameters:
     cutouts: np.ndarray # `(n, 2, 3)` boxes to blank, lower and upper corner in `[0, 1]`
     crop: np.ndarray # `(2, 3)` box to keep, relative to the centre of the cleft
     inflation: int # Radius, output voxels
+    hidden: int # Role bit of the side that is not shown; 0 if both are
 
 # %% ../../nbs/learn/01_views.ipynb #9c789494
 def random_rotation(
@@ -192,6 +197,7 @@ def sample_view(
     section_blur_nm = rng.uniform(*config.section_blur_nm)
     direction = rng.normal(size=3)
     resection_nm = rng.uniform(*config.resection_nm)*direction/np.linalg.norm(direction)
+    hidden = int(rng.choice([PRE, POST]))*happens(config.one_side_p)
     return ViewParameters(
         cut_sections=cut_sections,
         sectional=sectional,
@@ -205,6 +211,7 @@ def sample_view(
         cutouts=np.concatenate([corners, cubes]),
         crop=crop,
         inflation=inflation,
+        hidden=hidden,
     )
 
 def _corner(rng) -> np.ndarray:

@@ -42,10 +42,10 @@ def test_stopped_and_continued(tmp_path, monkeypatch):
     run = tiny_fetched(tmp_path, max_per_shard=5)
     measure_store = annotate_module.measure_store
     measured_ids = []
-    def stop_in_second(store, ids, mito_measured):
+    def stop_in_second(store, ids, mito_measured, frames):
         if measured_ids: raise RuntimeError('stopped')
         measured_ids.extend(ids)
-        return measure_store(store, ids, mito_measured)
+        return measure_store(store, ids, mito_measured, frames)
     monkeypatch.setattr(annotate_module, 'measure_store', stop_in_second)
     with pytest.raises(RuntimeError, match='stopped'): annotate(run)
     assert list(files(run)) == ['000000.parquet']

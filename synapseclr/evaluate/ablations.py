@@ -6,10 +6,11 @@
 from __future__ import annotations
 import os
 from pathlib import Path
-import pandas as pd
+import numpy as np, pandas as pd
 from ..learn.views import AugmentConfig, CubeConfig
 from ..core import Strict, read_config
-from .truth import is_scored, load_with_truth, phantom_targets, score_nuisances, score_targets
+from synapseclr.evaluate.truth import (is_scored, load_with_truth, phantom_targets, score_nuisances, score_targets,
+    synapses_with_truth)
 from ..learn.extract import extract, untrained_network
 from ..learn.model import load_weights
 from ..data.store import ChunkStore
@@ -17,7 +18,7 @@ from ..learn.batches import TrainConfig, with_dataset_statistics
 from ..learn.train import train
 
 # %% auto #0
-__all__ = ['AblationConfig', 'run_ablation', 'score_ablations']
+__all__ = ['AblationConfig', 'run_ablation', 'supervised_targets', 'score_ablations']
 
 # %% ../../nbs/evaluate/03_ablations.ipynb #fc1f7a72
 class AblationConfig(Strict):
@@ -36,6 +37,7 @@ def run_ablation(
     read_on: str|Path, # Run folder whose features are then computed, into `features_NAME`
     out: str|Path, # Folder for the ablation's own training
     views: int = 1, # See `extract`
+    targets: np.ndarray|None = None, # Of the synapses that are trained on, for the second task; see `train`
 ):
     "Train with some changes, and compute features of another volume. Steps that are done already are not repeated"
     c = read_config(AblationConfig, config, overrides)
@@ -46,7 +48,7 @@ def run_ablation(
             source = (Path(learn_from)/filename).resolve()
             link = folder/filename
             if source.exists() and not link.exists(): os.symlink(source, link)
-        net,metadata = load_weights(train(folder, c.train, c.augment, c.cube))
+        net,metadata = load_weights(train(folder, c.train, c.augment, c.cube, targets=targets))
         augment = AugmentConfig(**metadata['augment'])
     else:
         store = ChunkStore.open(Path(read_on)/'chunks.zarr')
@@ -54,24 +56,40 @@ def run_ablation(
         net = untrained_network(c.train.model, c.train.seed, augment, c.cube, store)
     extract(read_on, net, augment, c.cube, f'features_{name}', views=views)
 
+# %% ../../nbs/evaluate/03_ablations.ipynb #fc5a629c
+def supervised_targets(
+    runs: list[tuple[str|Path, str|Path]], # Run folder, and the folder of its phantom
+) -> np.ndarray: # `(N, 4)` float, each with mean 0 and sd 1; nan for defects and for cells of an unknown kind
+    "What the ceiling is trained to predict: types of both partners, size of the cleft, presence of a mitochondrion"
+    table = pd.concat([synapses_with_truth(run, phantom) for run,phantom in runs], ignore_index=True)
+    types = [table[f'{side}_type'] == 'inhibitory' for side in ('pre', 'post')]
+    y = np.column_stack([*types, np.log(table.cleft_vx.to_numpy(float)), table.mito_vx > 0]).astype(float)
+    y[~is_scored(table)] = np.nan
+    return (y-np.nanmean(y, 0))/np.nanstd(y, 0)
+
+# %% ../../nbs/evaluate/03_ablations.ipynb #0f38ccff
 def score_ablations(
-    names: list[str], # Ablations whose features of the volume have been computed
-    read_on: str|Path, # Run folder
-    phantom: str|Path, # Folder of its phantom
-) -> pd.DataFrame: # A row for each ablation, for what is measured, and for the generator's latents
+    names: list[str], # Ablations whose features of the volumes have been computed
+    runs: list[tuple[str|Path, str|Path]], # Run folder, and the folder of its phantom
+) -> pd.DataFrame: # Rows `NAME` and `NAME + measured` of each, `measured`, `painted`
     "What the features of each ablation encode of biology and of imaging"
     folders = {name: f'features_{name}' for name in names}
-    synapses,sets = load_with_truth([(read_on, phantom)], folders)
+    synapses,sets = load_with_truth(runs, folders)
     clean = is_scored(synapses)
     table = synapses[clean].reset_index(drop=True)
-    sets = {name: x[clean] for name,x in sets.items() if not name.endswith(' + measured')}
+    intensity = sets['intensity'][clean]
+    kept = [*names, *(f'{name} + measured' for name in names), 'measured', 'painted']
+    sets = {name: sets[name][clean] for name in kept}
     pre,post = (table[f'{side}_neuron'].to_numpy() for side in ('pre', 'post'))
-    target_scores = score_targets(phantom_targets(table, sets), sets, pre, post)
-    values = target_scores.set_index(['target', 'subset', 'features']).value.sort_index()
+    targets = phantom_targets(table, dict(intensity=intensity))
+    scores = score_targets(targets, sets, pre, post).set_index(['target', 'subset', 'features']).sort_index()
     columns = {
         'type AUC': ('presynaptic type', 'all'),
         'type AUC, shaft': ('presynaptic type', 'shaft'),
-        'cleft size EV': ('cleft size', 'all')}
-    scores = score_nuisances(table, sets).set_index('features')
-    for column,target_and_subset in columns.items(): scores.insert(0, column, values.loc[target_and_subset])
-    return scores.reset_index()
+        'post type AUC': ('postsynaptic type', 'all'),
+        'cleft size EV': ('cleft size', 'all'),
+        'mitochondrion AUC': ('mitochondrion', 'all')}
+    values = {column: scores.value.loc[key] for column,key in columns.items()}
+    values['type, 15 neighbours'] = scores.vote.loc['presynaptic type', 'all']
+    nuisances = score_nuisances(table, {name: sets[name] for name in [*names, 'measured']}).set_index('features')
+    return pd.concat([pd.DataFrame(values).loc[kept], nuisances], axis=1).reset_index(names='features')

@@ -22,9 +22,9 @@ from ..learn.monitor import rank_me
 from .defects import benchmark_detection
 
 # %% auto #0
-__all__ = ['PAINTED', 'METRICS', 'load_with_truth', 'Target', 'vote_of_neighbours', 'predict_out_of_fold', 'score_targets',
-           'stratified_auc', 'is_scored', 'phantom_targets', 'neurite_scores', 'score_defects', 'score_nuisances',
-           'evaluate', 'average_runs', 'evaluate_each']
+__all__ = ['PAINTED', 'METRICS', 'load_with_truth', 'synapses_with_truth', 'Target', 'vote_of_neighbours', 'predict_out_of_fold',
+           'score_targets', 'stratified_auc', 'is_scored', 'phantom_targets', 'neurite_scores', 'score_defects',
+           'score_nuisances', 'evaluate', 'average_runs', 'evaluate_each']
 
 # %% ../../nbs/evaluate/02_truth.ipynb #bf86cb5a
 PAINTED = ['cleft_vx', 'mito_vx', 'spine_um3'] # What was painted of a synapse
@@ -43,7 +43,7 @@ def load_with_truth(
     settings_of = {}
     components = read_profile_components(runs[0][0])
     for k,(run,phantom) in enumerate(runs):
-        table = _synapses_with_truth(k, Path(run), Path(phantom))
+        table = synapses_with_truth(run, phantom, k)
         run_sets = {name: measured_block(name, run, table, components) for name in MEASURED_BLOCKS}
         for name,folder in networks.items():
             ids,x = read_features(Path(run, folder), layer)
@@ -67,14 +67,18 @@ def load_with_truth(
     sets['painted'] = np.log1p(table[PAINTED].fillna(0).to_numpy(float))
     return table,sets
 
-def _synapses_with_truth(k: int, run: Path, phantom: Path) -> pd.DataFrame:
-    "Synapses of run number `k` with their truth"
-    ids = ChunkStore.open(run/'chunks.zarr').ids
-    truth = pd.read_parquet(phantom/'truth.parquet')
-    synapses = read_table(run/'synapses.parquet', 'synapses')
+def synapses_with_truth(
+    run: str|Path, # Run folder, annotated
+    phantom: str|Path, # Folder of its phantom
+    number: int = 0, # Of the run: neurons of different runs are different
+) -> pd.DataFrame: # In the order of the store
+    "The synapses that fetch kept, with their truth"
+    ids = ChunkStore.open(Path(run)/'chunks.zarr').ids
+    truth = pd.read_parquet(Path(phantom)/'truth.parquet')
+    synapses = read_table(Path(run)/'synapses.parquet', 'synapses')
     table = synapses.merge(truth, on='id', validate='1:1', suffixes=(None, None))
     table = with_brightness(run, table.set_index('id').loc[ids].reset_index())
-    for side in ('pre', 'post'): table[f'{side}_neuron'] = f'{k}:' + table[f'true_{side}_root_id'].astype(str)
+    for side in ('pre', 'post'): table[f'{side}_neuron'] = f'{number}:' + table[f'true_{side}_root_id'].astype(str)
     table['section_brightness'] = read_measurements(run, ids, ['section_brightness']).section_brightness
     return table
 

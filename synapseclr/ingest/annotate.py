@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 import numpy as np, pandas as pd, pyarrow as pa, pyarrow.parquet as pq
 from ..core import content_hash, progress, provenance, threads
+from ..data.frame import Frames, read_frames
 from .measure import measure_store
 from .skeleton import path_lengths_to_soma, skeleton_hints
 from ..data.features import fit_profile_components, profile_components_path, write_profile_components
@@ -67,19 +68,22 @@ def _measured(run: Path, store: ChunkStore, table: pd.DataFrame) -> pd.DataFrame
     unmeasured = table.id[table.mito_measured == False] if 'mito_measured' in table else [] # noqa: E712
     for path in (run/'annotate').glob('[0-9]*.parquet'):
         if int(path.stem) not in shards: path.unlink() # its synapses were dropped
+    frames = read_frames(store)
     for shard in progress(shards, desc='annotate', unit='shard'):
         ids = store.ids[shard_of == shard]
         path = run/'annotate'/f'{shard:06d}.parquet'
-        _measure_shard(store, ids, ~np.isin(ids, unmeasured), path, run/'fetch'/f'{shard:06d}.json')
+        _measure_shard(store, frames, ids, ~np.isin(ids, unmeasured), path, run/'fetch'/f'{shard:06d}.json')
     columns = [column for column in pq.read_schema(path).names if is_reserved(column)]
     return read_measurements(run, store.ids, columns).assign(id=store.ids)
 
-def _measure_shard(store: ChunkStore, ids: np.ndarray, mito_measured: np.ndarray, path: Path, record: Path):
+def _measure_shard(
+    store: ChunkStore, frames: Frames, ids: np.ndarray, mito_measured: np.ndarray, path: Path, record: Path,
+):
     "Measure the synapses of a shard, unless that was done and the record of the shard is still the same"
     record_hash = hashlib.sha256(record.read_bytes()).hexdigest()[:16] if record.exists() else None
     made_by = dict(record=record_hash, version=_version)
     if record_hash and path.exists() and read_metadata(path)['provenance'] == made_by: return
-    table,profiles = measure_store(store, ids, mito_measured)
+    table,profiles = measure_store(store, ids, mito_measured, frames)
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     column = pa.FixedSizeListArray.from_arrays(pa.array(profiles.ravel()), profiles.shape[1])
     write_table(arrow.append_column('profile', column), path, 'annotations', made_by)

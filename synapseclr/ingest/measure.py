@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from scipy import ndimage
 from ..core import n_cores, worker_pool
-from ..data.frame import cleft_frame, cleft_plane, frame_coordinates
+from ..data.frame import Frame, Frames, cleft_frame, cleft_plane, frame_coordinates, read_frames
 from ..data.store import CLEFT, ChunkStore, MITO, POST, PRE, StoreError
 
 # %% auto #0
@@ -68,6 +68,7 @@ def morphometrics(
     mask: np.ndarray, # `(Z, Y, X)` role bits
     voxel_nm, # `(z, y, x)`
     mito_measured: bool = True, # Whether there is a mitochondria layer; if not, what is said of them is nan
+    frame: Frame|None = None, # Of the cleft, if it is known already
 ) -> dict: # Volumes in um3, area in um2
     "Measurements of one chunk. Volumes are those inside the chunk, not of the whole cell"
     def volume(bits):
@@ -76,7 +77,7 @@ def morphometrics(
     pre_mito_um3,post_mito_um3 = volume(PRE|MITO),volume(POST|MITO)
     cleft = (mask & CLEFT) > 0
     planarity,_ = cleft_plane(cleft, voxel_nm)
-    frame = cleft_frame(mask, voxel_nm)
+    frame = frame or cleft_frame(mask, voxel_nm)
     normal,offset_nm = (frame.normal, frame.centre_nm) if cleft.any() else np.full((2, 3), np.nan)
     cos_z = abs(float(normal[0]))
     in_synapse = (mask & (PRE|CLEFT|POST)) > 0
@@ -214,11 +215,13 @@ def profile(
     em: np.ndarray, # `(Z, Y, X)` uint8, 0 where missing
     mask: np.ndarray, # `(Z, Y, X)` role bits
     voxel_nm, # `(z, y, x)`
+    frame: Frame|None = None, # Of the cleft, if it is known already
 ) -> Profile:
     "Grey values and share of both cells by depth along the normal of the cleft and distance from it"
     points,ring = _profile_points()
     shape = np.array(mask.shape)[:, None, None]
-    voxel = np.rint(frame_coordinates(cleft_frame(mask, voxel_nm), points, mask.shape, voxel_nm)).astype(np.int32)
+    frame = frame or cleft_frame(mask, voxel_nm)
+    voxel = np.rint(frame_coordinates(frame, points, mask.shape, voxel_nm)).astype(np.int32)
     in_chunk = ((voxel >= 0) & (voxel < shape)).all(0)
     index = np.ravel_multi_index(tuple(voxel.clip(0, shape-1)), mask.shape)
     role = np.where(in_chunk, mask.ravel()[index], 0)
@@ -242,25 +245,28 @@ def measure(
     mask: np.ndarray, # `(Z, Y, X)` role bits
     voxel_nm, # `(z, y, x)`
     mito_measured: bool = True, # As for `morphometrics`
+    frame: Frame|None = None, # Of the cleft, if it is known already
 ) -> dict: # Names and values; nan where something cannot be measured
     "Morphometrics, grey values by role and distance from the cleft, and edges of the masks"
-    sizes = morphometrics(em, mask, voxel_nm, mito_measured)
+    sizes = morphometrics(em, mask, voxel_nm, mito_measured, frame)
     return sizes | intensity_statistics(em, mask, voxel_nm) | mask_edges(em, mask, voxel_nm)
 
 def measure_store(
     store: ChunkStore,
     ids: np.ndarray|None = None, # Synapses, in this order; None for all of the store
     mito_measured: bool|np.ndarray = True, # Whether there is a mitochondria layer; or `(N,)`, whether each was measured
+    frames: Frames|None = None, # Of all synapses of the store; `read_frames` if None
 ) -> tuple[pd.DataFrame, np.ndarray]: # `id` and `measure` of each; profiles `(N, 1600)`, as of `Profile.vector`
     "Measure synapses in parallel. Raises `StoreError` if one is not in the store"
     ids = store.ids if ids is None else np.asarray(ids)
     rows = pd.Index(store.ids).get_indexer(ids)
     if (rows < 0).any(): raise StoreError(f"{store.path}: has no synapse {ids[rows < 0][0]}; take ids of this store")
     mito_measured = np.broadcast_to(mito_measured, len(rows))
+    frames = frames or read_frames(store)
     def measure_one(row, has_mito):
         chunk = store[int(row)]
-        values = measure(chunk.em, chunk.mask, store.voxel_nm, bool(has_mito))
-        return dict(id=chunk.id) | values,profile(chunk.em, chunk.mask, store.voxel_nm).vector()
+        values = measure(chunk.em, chunk.mask, store.voxel_nm, bool(has_mito), frames[row])
+        return dict(id=chunk.id) | values,profile(chunk.em, chunk.mask, store.voxel_nm, frames[row]).vector()
     with worker_pool(n_cores()) as pool: results = list(pool.map(measure_one, rows, mito_measured))
     profiles = np.stack([vector for _,vector in results]) if results else np.zeros((0, 4*N_DEPTHS*N_RADII), np.float32)
     return pd.DataFrame([values for values,_ in results]),profiles

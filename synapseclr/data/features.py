@@ -195,9 +195,9 @@ def scale_block(
     x: np.ndarray, # `(N, d)` from `measured_block`
 ) -> np.ndarray: # `(N, d)` with a mean variance of 1
     "z-scored measurements; of a profile, the axes keep their proportions"
-    return (x-x.mean(0))/_sd(x) if name == 'profile' else zscore(x)
+    return (x-x.mean(0))/_root_mean_variance(x) if name == 'profile' else zscore(x)
 
-def _sd(x: np.ndarray) -> float: return max(float(x.var(0, dtype=float).mean()), 1e-24)**.5
+def _root_mean_variance(x: np.ndarray) -> float: return max(float(x.var(0, dtype=float).mean()), 1e-24)**.5
 
 def join_blocks(
     blocks: list[np.ndarray], # `(N, d)` each, scaled
@@ -210,7 +210,7 @@ def join_blocks(
         largest = np.linalg.eigvalsh(centred.T@centred/len(x))[-1]
         weighted.append(centred/max(largest, 1e-24)**.5)
     joined = np.hstack(weighted)
-    return (joined/_sd(joined)).astype(np.float32)
+    return (joined/_root_mean_variance(joined)).astype(np.float32)
 
 def zscore_networks(
     sets: dict[str, np.ndarray], # From `read_feature_sets`

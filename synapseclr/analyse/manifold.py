@@ -10,6 +10,7 @@ from scipy.spatial import cKDTree
 from scipy.stats import rankdata
 from ..core import NothingToDo, Strict, SynapseCLRError, provenance, threads
 from .embed import coordinates
+from ..data.nuisances import NUISANCE_COLUMNS
 from ..data.tables import read_metadata, write_table
 from ..metrics import cluster_bootstrap, percentile_interval
 
@@ -125,7 +126,7 @@ def island_summary(
 measured = ['pre_um3', 'cleft_um3', 'post_um3', 'contact_um2', 'pre_mito', 'post_mito', 'pre_mito_um3', 'post_mito_um3',
     'pre_soma_um', 'post_soma_um', 'pre_inhibitory', 'post_inhibitory']
 imputed = ['p_inhibitory_pre', 'p_inhibitory_post', 'p_mito_pre', 'p_mito_post'] # Imputed traits
-nuisance = ['cleft_cos_z', 'n_blank_sections', 'ctr_z_nm', 'brightness'] # Imaging variables, which should not matter
+nuisance = [*NUISANCE_COLUMNS.values()] # Imaging variables, which should not matter
 
 class ManifoldConfig(Strict):
     "How to compute axes of variation"

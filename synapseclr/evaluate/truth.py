@@ -327,7 +327,7 @@ def evaluate(
     clean = is_scored(synapses)
     table = synapses[clean].reset_index(drop=True)
     clean_sets = {name: x[clean] for name,x in sets.items()}
-    references = [name for name in networks if name != 'untrained' and not parse_feature_name(name)[1]]
+    references = [name for name in networks if name != 'untrained' and not parse_feature_name(name)[1]] + ['measured']
     pre = table.pre_neuron.to_numpy()
     post = table.post_neuron.to_numpy()
     inhibitory = (table.pre_type == 'inhibitory').to_numpy()

@@ -17,6 +17,7 @@ from .distributed import single_process
 from .model import SynapseNet
 from .precision import autocast
 from ..data.frame import Frames
+from ..data.nuisances import NUISANCE_COLUMNS
 from ..metrics import cross_val_predict_by_neuron, explained_variance, roc_auc
 
 # %% auto #0
@@ -61,7 +62,7 @@ def knn_predict(
     return np.where(n_neighbours == k, fraction, np.nan)
 
 # Scores of imaging variables, and their columns
-NUISANCES = dict(orientation_r2='cleft_cos_z', blank_sections_r2='n_blank_sections', brightness_r2='brightness')
+NUISANCES = {f'{name}_r2': NUISANCE_COLUMNS[name] for name in ('cutting_angle', 'blank_sections', 'brightness')}
 
 def online_probe(
     features: np.ndarray, # `(N, d)`

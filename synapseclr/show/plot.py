@@ -327,7 +327,7 @@ def training_curve(
     """Draw the loss per step, its mean per epoch and the loss of held-out synapses (Fig.
     S1B). Lines show the loss if all features are identical, and its lower bound. Below are the effective rank, and
     any online probes"""
-    probes = [name for name in ('type_auc', 'orientation_r2', 'blank_sections_r2') if name in epochs[-1]]
+    probes = [name for name in ('type_auc', 'cutting_angle_r2', 'blank_sections_r2') if name in epochs[-1]]
     height_ratios = [2, 1, 1] if probes else [2, 1]
     fig,axes = plt.subplots(len(height_ratios), 1, figsize=(6, 3.4+bool(probes)), sharex=True,
         height_ratios=height_ratios, layout='constrained')

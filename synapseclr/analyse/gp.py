@@ -7,14 +7,14 @@ from __future__ import annotations
 from functools import cached_property
 import numpy as np, torch
 from scipy.optimize import minimize
-from scipy.special import expit, logit
+from scipy.special import expit, log_softmax, logit, softmax
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 from ..core import SynapseCLRError
 
 # %% auto #0
 __all__ = ['start', 'bounds', 'GPError', 'closeness', 'covariance', 'variance', 'Exact', 'inducing_points', 'Sparse',
-           'collapsed_bound', 'left_out', 'platt', 'tune_on_left_out', 'Variational']
+           'collapsed_bound', 'left_out', 'platt', 'softmax_curve', 'tune_on_left_out', 'Variational']
 
 # %% ../../nbs/analyse/06_gp.ipynb #30a19ce7
 class GPError(SynapseCLRError, ValueError):
@@ -46,7 +46,7 @@ start = (0., 0., -1., -1.)
 bounds = ((-9, 9), (-4, 7), (-14, 4), (-14, 4))
 
 class Exact:
-    "Posterior given all of `x` and `y`, both in their own units: `(N, d)` and `(N,)` doubles"
+    "Posterior given all of `x` and `y`, in their own units: `(N, d)` and `(N,)`, or `(N, C)` for `C` targets, doubles"
     def __init__(self, x: Tensor, y: Tensor, kernel: str, params: np.ndarray, groups: np.ndarray):
         self.x = x
         self.y = y
@@ -54,7 +54,7 @@ class Exact:
         self.params = torch.as_tensor(params, dtype=torch.float64)
         c = covariance(kernel, _self_closeness(kernel, x), *self.params[:2])
         self.factor = torch.linalg.cholesky(_add_noise(c, _same_group(groups), *self.params[2:]))
-        self.weights = torch.cholesky_solve(y[:, None], self.factor)[:, 0]
+        self.weights = torch.cholesky_solve(y.view(len(y), -1), self.factor).view(y.shape)
 
     @staticmethod
     def tune(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> np.ndarray:
@@ -135,7 +135,9 @@ class Sparse:
         self.noise = self.params[2].exp()
         self.phi = self._coordinates(x)
         self.factor = torch.linalg.cholesky(torch.eye(len(centres)).double() + self.phi.T@self.phi/self.noise)
-        self.at_centres = torch.cholesky_solve((self.phi.T@y)[:, None], self.factor)[:, 0]/self.noise
+        y_at_centres = self.phi.T@y
+        of_data = torch.cholesky_solve(y_at_centres.view(len(centres), -1), self.factor)/self.noise
+        self.at_centres = of_data.view(y_at_centres.shape)
         self.weights = (y - self.phi@self.at_centres)/self.noise
 
     def _coordinates(self, x: Tensor) -> Tensor:
@@ -203,12 +205,13 @@ def collapsed_bound(
 def left_out(
     posterior: Exact|Sparse,
     groups: np.ndarray, # `(N,)` what is left out together
-) -> tuple[np.ndarray, np.ndarray]: # Mean and variance, `(N,)`
+) -> tuple[np.ndarray, np.ndarray]: # Mean, in the shape of `y`, and variance, `(N,)`
     "Prediction for each row by the posterior without the row's group"
     if len(np.unique(groups)) == len(groups):
         diagonal,slack = posterior.diagonal()
-        return (posterior.y-posterior.weights/diagonal).numpy(),(1/diagonal+slack).numpy()
-    mean = np.empty(len(groups))
+        weights = posterior.weights/(diagonal if posterior.y.ndim == 1 else diagonal[:, None])
+        return (posterior.y-weights).numpy(),(1/diagonal+slack).numpy()
+    mean = np.empty(posterior.y.shape)
     var = np.empty(len(groups))
     order = np.argsort(groups, kind='stable')
     for rows in np.split(order, np.flatnonzero(np.diff(groups[order]))+1):
@@ -240,13 +243,50 @@ def platt(
     best = minimize(loss, (1., logit(target.mean())), jac=True, method='L-BFGS-B', bounds=((0, None), (None, None)))
     return tuple(best.x)
 
-def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> np.ndarray:
+def softmax_curve(
+    score: np.ndarray, # `(N, C)` of each class against all others, for z-scored targets
+    code: np.ndarray, # `(N,)` number of the class, from 0; each occurs
+    groups: np.ndarray|None = None, # As of `platt`
+) -> tuple[np.ndarray, np.ndarray]: # Slope and offset of the logarithm of each probability, `(C,)`
+    """What `platt` is for two classes: one steepness for all classes, and an offset of each.
+    A correct regression predicts the share `p` of a class among similar synapses, whose logarithm changes with 1/p.
+    So the slope of a class is the steepness times sd/p, which for two classes is Platt's curve"""
+    n_classes = score.shape[1]
+    count = np.bincount(code, minlength=n_classes)
+    share = count/count.sum()
+    per_step = np.sqrt((1-share)/share)
+    target = np.repeat(1/(count[code]+n_classes)[:, None], n_classes, 1)
+    target[np.arange(len(code)), code] *= count[code]+1
+    shrunk = groups is not None
+    rarest = min(len(np.unique(groups[code == c])) for c in range(n_classes)) if shrunk else 0
+    evidence = n_classes*rarest if shrunk else len(code)
+    def loss(params):
+        logits = params[0]*per_step*score + np.append(0, params[1:])
+        residual = softmax(logits, 1)-target
+        deviation = shrunk*(params[0]-1)
+        value = -evidence*(target*log_softmax(logits, 1)).sum(1).mean() + deviation**2/2
+        slope = evidence*(residual*per_step*score).sum()/len(code) + deviation
+        return value,np.append(slope, evidence*residual[:, 1:].mean(0))
+    first = np.log(share[1:]/share[0])
+    free = [(None, None)]*(n_classes-1)
+    best = minimize(loss, [1., *first], jac=True, method='L-BFGS-B', bounds=[(0, None), *free]).x
+    return best[0]*per_step,np.append(0, best[1:])
+
+def tune_on_left_out(
+    x: Tensor, # `(N, d)`
+    y: Tensor, # z-scored: `(N,)` of the second of two classes, or `(N, C)` of each class
+    kernel: str, groups: np.ndarray,
+) -> np.ndarray:
     "Parameters that give the lowest log-loss for the types of left-out groups"
     is_second = (y > 0).numpy()
+    code = is_second.argmax(1) if y.ndim > 1 else None
     lo,hi = np.transpose(bounds[1:3])
     def all_params(length_and_noise): return np.array([0, *np.clip(length_and_noise, lo, hi), -np.inf])
     def loss(length_and_noise):
         score = left_out(Exact(x, y, kernel, all_params(length_and_noise), groups), groups)[0]
+        if code is not None:
+            slope,offset = softmax_curve(score, code)
+            return -log_softmax(slope*score+offset, 1)[np.arange(len(code)), code].mean()
         slope,offset = platt(score, is_second)
         return (np.logaddexp(0, slope*score+offset) - is_second*(slope*score+offset)).mean()
     options = dict(maxfev=40, xatol=.2, fatol=2e-3, initial_simplex=[(0, -1), (1, -1), (0, 1)])
@@ -255,15 +295,20 @@ def tune_on_left_out(x: Tensor, y: Tensor, kernel: str, groups: np.ndarray) -> n
 # %% ../../nbs/analyse/06_gp.ipynb #5a6ba5a6
 class Variational:
     "Posterior by the paper's recipe"
-    def __init__(self, x: Tensor, y: Tensor, kernel: str, centres: Tensor, n_steps: int, seed: int, binary: bool):
+    def __init__(self,
+        x: Tensor,
+        y: Tensor, # `(N,)` z-scored numbers, or numbers of the classes, from 0
+        kernel: str, centres: Tensor, n_steps: int, seed: int,
+        n_classes: int = 0, # 0 for numbers
+    ):
         self.kernel = kernel
-        self.binary = binary
+        self.n_classes = n_classes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = self._train(x, y, centres, n_steps)
         value = lambda parameter: parameter.detach().clone()
         shape = {'rbf': 'lengthscale', 'laplace': 'lengthscale', 'linear': 'offset'}[kernel]
-        noise = torch.tensor(-torch.inf).double() if binary else value(model.likelihood.variance).log()
+        noise = torch.tensor(-torch.inf).double() if n_classes else value(model.likelihood.variance).log()
         self.params = torch.stack([
             value(model.kernel.variance).log(),
             value(getattr(model.kernel, shape)).log(),
@@ -279,7 +324,7 @@ class Variational:
         "The model after `n_steps`"
         import pyro
         with pyro.settings.context(module_local_params=True):
-            model = _pyro_model(x, y, self.kernel, centres, self.binary)
+            model = _pyro_model(x, y, self.kernel, centres, self.n_classes)
             elbo = pyro.infer.TraceMeanField_ELBO().differentiable_loss
             elbo(model.model, model.guide)
             optimiser = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -292,13 +337,15 @@ class Variational:
         return model
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        "Mean and variance, white noise included; for a type they are those of the log-odds, without white noise"
+        """Mean and variance, white noise included; for two classes they are those of the log-odds, without white noise,
+        and for more those of the logarithm of each probability, `(N, C)`"""
         phi = self._coordinates(x)
         beyond_centres = (variance(self.kernel, x, *self.params[:2])-phi.square().sum(1)).clamp_min(0)
-        of_centres = (phi*self.sd).square().sum(1)
-        return phi@self.loc,beyond_centres + of_centres + self.params[2].exp()
+        of_centres = phi.square()@self.sd.square().T
+        beyond = beyond_centres[:, None] if of_centres.ndim > 1 else beyond_centres
+        return phi@self.loc.T,beyond + of_centres + self.params[2].exp()
 
-def _pyro_model(x: Tensor, y: Tensor, kernel: str, centres: Tensor, binary: bool):
+def _pyro_model(x: Tensor, y: Tensor, kernel: str, centres: Tensor, n_classes: int):
     "A sparse process with a diagonal posterior, started from our own units"
     import pyro.contrib.gp as gp
     from pyro.nn import PyroParam
@@ -322,7 +369,10 @@ def _pyro_model(x: Tensor, y: Tensor, kernel: str, centres: Tensor, binary: bool
         rbf=lambda: gp.kernels.RBF(d, unit, unit),
         laplace=lambda: gp.kernels.Exponential(d, unit, unit),
         linear=lambda: Linear(d))[kernel]
-    likelihood = gp.likelihoods.Binary() if binary else gp.likelihoods.Gaussian(torch.tensor(np.exp(start[2])))
-    model = MeanField(x, y, make_kernel(), centres.clone(), likelihood, whiten=True, jitter=1e-6)
-    model.u_sd = PyroParam(torch.ones(len(centres)).double(), constraints.positive)
+    latent_shape = torch.Size([n_classes] if n_classes > 2 else [])
+    if n_classes > 2: likelihood = gp.likelihoods.MultiClass(n_classes)
+    elif n_classes: likelihood = gp.likelihoods.Binary()
+    else: likelihood = gp.likelihoods.Gaussian(torch.tensor(np.exp(start[2])))
+    model = MeanField(x, y, make_kernel(), centres.clone(), likelihood, latent_shape=latent_shape, whiten=True, jitter=1e-6)
+    model.u_sd = PyroParam(torch.ones(*latent_shape, len(centres)).double(), constraints.positive)
     return model

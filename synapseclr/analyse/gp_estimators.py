@@ -5,14 +5,14 @@
 # %% ../../nbs/analyse/07_gp_estimators.ipynb #5915c8a0
 from __future__ import annotations
 import numpy as np, torch
-from scipy.special import expit, logit
+from scipy.special import expit, log_softmax, logit, softmax
 from scipy.stats import norm
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
-from synapseclr.analyse.gp import (Exact, GPError, Sparse, Variational, closeness, inducing_points, left_out, platt,
-    tune_on_left_out)
+from .gp import (Exact, GPError, Sparse, Variational, closeness, inducing_points, left_out, platt,
+    softmax_curve, tune_on_left_out)
 
 # %% auto #0
 __all__ = ['GPRegressor', 'GPClassifier']
@@ -57,12 +57,12 @@ class _GP(BaseEstimator):
         "Features, centred and scaled"
         return torch.from_numpy((X-self.centre_)/self.scale_)
 
-    def _posterior(self, x: Tensor, y: Tensor, groups: np.ndarray, types: bool) -> Exact|Sparse|Variational:
-        "Fit the posterior of the chosen method; set `params_` to its parameters"
+    def _posterior(self, x: Tensor, y: Tensor, groups: np.ndarray, n_classes: int = 0) -> Exact|Sparse|Variational:
+        "Fit the posterior of the chosen method; set `params_` to its parameters. `n_classes` is 0 for numbers"
         params = self.params
         group_order = np.random.default_rng(self.seed).permutation(groups.max()+1)
         tuning = group_order[groups].argsort(kind='stable')[:self.n_tuning]
-        if params is None and self.method != 'vsgp' and types:
+        if params is None and self.method != 'vsgp' and n_classes:
             params = tune_on_left_out(x[tuning], y[tuning], self.kernel, groups[tuning])
         if self.method == 'exact':
             if params is None: params = Exact.tune(x[tuning], y[tuning], self.kernel, groups[tuning])
@@ -70,7 +70,7 @@ class _GP(BaseEstimator):
         else:
             centres = inducing_points(x, self.n_inducing, self.seed)
             if self.method == 'vsgp':
-                posterior = Variational(x, y, self.kernel, centres, self.n_steps, self.seed, types)
+                posterior = Variational(x, y, self.kernel, centres, self.n_steps, self.seed, n_classes)
             else:
                 if params is None: params = Sparse.tune(x, y, self.kernel, centres)
                 posterior = Sparse(x, y, self.kernel, params[:3], centres)
@@ -132,7 +132,7 @@ class GPRegressor(RegressorMixin, _GP):
         if self.y_sd_ <= 1e-12*abs(self.y_mean_):
             raise GPError(f"the target is {y[0]:g} for all {len(y)}: there is nothing to learn")
         z = torch.from_numpy((y-self.y_mean_)/self.y_sd_)
-        self.posterior_ = self._posterior(self._units(X), z, self.groups_, types=False)
+        self.posterior_ = self._posterior(self._units(X), z, self.groups_)
         return self
 
     def _moments(self, mean: np.ndarray, var: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +170,9 @@ class GPRegressor(RegressorMixin, _GP):
 
 # %% ../../nbs/analyse/07_gp_estimators.ipynb #690bb6a8
 class GPClassifier(ClassifierMixin, _GP):
-    "Gaussian-process classification of two classes, calibrated on left-out groups"
+    """Gaussian-process classification, calibrated on left-out groups.
+    The likelihood of the process is Gaussian, of each class against all others; a multinomial logistic curve (for two
+    classes Platt's) makes probabilities of its left-out predictions. `vsgp` has a Bernoulli or categorical likelihood"""
     def __init__(self,
         kernel: str = 'rbf', # As in `GPRegressor`
         method: str = 'exact', # As in `GPRegressor`
@@ -185,81 +187,79 @@ class GPClassifier(ClassifierMixin, _GP):
         super().__init__(kernel, method, n_inducing, n_steps, n_tuning, params, seed)
         self.balanced = balanced
 
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.classifier_tags.multi_class = False
-        return tags
-
     def fit(self,
         X, # `(N, d)` features
-        y, # `(N,)` two classes
+        y, # `(N,)` classes: any values
         groups=None, # `(N,)` neurons: left out together when parameters are tuned and probabilities calibrated
     ) -> GPClassifier:
         "Fit the posterior. Raises `GPError`, which is a `ValueError`, for targets from which nothing can be learnt"
         X,y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
-        self.classes_,y = np.unique(y, return_inverse=True)
-        if len(self.classes_) > 2:
-            raise GPError("Only binary classification is supported. The type of the target is multiclass, with "
-                f"{len(self.classes_)} classes")
+        self.classes_,code = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
             raise GPError(f"all {len(y)} targets are of one class, {self.classes_[0]}: there is nothing to learn")
         self.groups_ = self._check(y, groups)
         self._set_units(X)
-        self.prior_ = y.mean()
+        share = np.bincount(code)/len(code)
+        self.prior_ = share if self._is_multiclass else share[1]
         x = self._units(X)
-        y = y.astype(bool)
-        samples = self._balanced_samples(y) or [np.arange(len(y))]
-        self.members_ = [self._member(x[rows], y[rows], self.groups_[rows]) for rows in samples]
+        samples = self._balanced_samples(code) or [np.arange(len(code))]
+        self.members_ = [self._member(x[rows], code[rows], self.groups_[rows]) for rows in samples]
         return self
 
-    def _balanced_samples(self, y: np.ndarray) -> list[np.ndarray]:
-        "Rows of each of the `balanced` resamples, equally many of either class"
-        rng = np.random.default_rng(self.seed)
-        n_each = min(y.sum(), (~y).sum())
-        first = np.flatnonzero(~y)
-        second = np.flatnonzero(y)
-        samples = []
-        for _ in range(self.balanced):
-            of_first = rng.choice(first, n_each, replace=False)
-            of_second = rng.choice(second, n_each, replace=False)
-            samples.append(np.concatenate([of_first, of_second]))
-        return samples
+    @property
+    def _is_multiclass(self) -> bool: return len(self.classes_) > 2
 
-    def _member(self, x: Tensor, y: np.ndarray, groups: np.ndarray) -> tuple:
-        "Posterior, and the curve from its scores to log-odds"
-        if self.method == 'vsgp': return self._posterior(x, torch.from_numpy(y).double(), groups, types=True),None
-        posterior = self._posterior(x, torch.from_numpy((y-y.mean())/y.std()), groups, types=True)
-        return posterior,platt(left_out(posterior, groups)[0], y, groups)
+    def _balanced_samples(self, code: np.ndarray) -> list[np.ndarray]:
+        "Rows of each of the `balanced` resamples, equally many of each class"
+        rng = np.random.default_rng(self.seed)
+        members = [np.flatnonzero(code == c) for c in range(len(self.classes_))]
+        n_each = min(len(rows) for rows in members)
+        def draw(): return np.concatenate([rng.choice(rows, n_each, replace=False) for rows in members])
+        return [draw() for _ in range(self.balanced)]
+
+    def _member(self, x: Tensor, code: np.ndarray, groups: np.ndarray) -> tuple:
+        "Posterior, and the curve from its scores to log-odds, or to logarithms of probabilities"
+        n_classes = len(self.classes_)
+        if self.method == 'vsgp': return self._posterior(x, torch.from_numpy(code).double(), groups, n_classes),None
+        y = np.eye(n_classes)[code] if self._is_multiclass else code.astype(bool)
+        posterior = self._posterior(x, torch.from_numpy((y-y.mean(0))/y.std(0)), groups, n_classes)
+        score = left_out(posterior, groups)[0]
+        return posterior,softmax_curve(score, code, groups) if self._is_multiclass else platt(score, y, groups)
+
+    def _probabilities(self, odds: np.ndarray) -> np.ndarray:
+        "`(N, C)` from log-odds or logarithms"
+        return softmax(odds, 1) if self._is_multiclass else np.stack([expit(-odds), expit(odds)], 1)
 
     def decision_function(self, X) -> np.ndarray:
-        "Log-odds of the second class, `(N,)`"
+        "Log-odds of the second of two classes, `(N,)`; of more classes the logarithms of their probabilities, `(N, C)`"
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         total = sum(_log_odds(*self._predict(posterior, X), curve) for posterior,curve in self.members_)
-        prior = logit(self.prior_) if self.balanced else 0
-        return total/len(self.members_) + prior
+        odds = total/len(self.members_)
+        if self.balanced: odds = odds + (np.log(self.prior_) if self._is_multiclass else logit(self.prior_))
+        return log_softmax(odds, 1) if self._is_multiclass else odds
 
     def predict_proba(self, X) -> np.ndarray:
-        "Probability of each class, `(N, 2)`"
-        odds = self.decision_function(X)
-        return np.stack([expit(-odds), expit(odds)], 1)
+        "Probability of each class, `(N, C)`"
+        return self._probabilities(self.decision_function(X))
 
     def predict(self, X) -> np.ndarray:
-        "The more probable class, `(N,)`"
-        is_second = (self.decision_function(X) > 0).astype(int)
-        return self.classes_[is_second]
+        "The most probable class, `(N,)`"
+        odds = self.decision_function(X)
+        return self.classes_[odds.argmax(1) if self._is_multiclass else (odds > 0).astype(int)]
 
     def loo(self,
         groups=None, # `(N,)` what is left out together; as in the fit if absent
-    ) -> np.ndarray: # `(N,)` probability of the second class
+    ) -> np.ndarray: # `(N,)` probability of the second of two classes; `(N, C)` of more
         "Prediction for each target without its group, as in `GPRegressor`. Raises `GPError` for `balanced` fits"
         check_is_fitted(self)
         if self.balanced:
             raise GPError('each of the fits to resamples leaves out other targets: use balanced=0, or '
                 'cross_val_predict with groups')
         (posterior,curve), = self.members_
-        return expit(_log_odds(*self._left_out(posterior, groups), curve))
+        odds = _log_odds(*self._left_out(posterior, groups), curve)
+        return softmax(odds, 1) if self._is_multiclass else expit(odds)
 
 def _log_odds(mean: np.ndarray, var: np.ndarray, curve: tuple|None) -> np.ndarray:
     """Log-odds by the logistic curve.

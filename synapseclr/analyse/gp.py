@@ -341,9 +341,9 @@ class Variational:
         and for more those of the logarithm of each probability, `(N, C)`"""
         phi = self._coordinates(x)
         beyond_centres = (variance(self.kernel, x, *self.params[:2])-phi.square().sum(1)).clamp_min(0)
-        of_centres = phi.square()@self.sd.square().T
+        of_centres = phi.square()@self.sd.square().t()
         beyond = beyond_centres[:, None] if of_centres.ndim > 1 else beyond_centres
-        return phi@self.loc.T,beyond + of_centres + self.params[2].exp()
+        return phi@self.loc.t(),beyond + of_centres + self.params[2].exp()
 
 def _pyro_model(x: Tensor, y: Tensor, kernel: str, centres: Tensor, n_classes: int):
     "A sparse process with a diagonal posterior, started from our own units"
@@ -373,6 +373,7 @@ def _pyro_model(x: Tensor, y: Tensor, kernel: str, centres: Tensor, n_classes: i
     if n_classes > 2: likelihood = gp.likelihoods.MultiClass(n_classes)
     elif n_classes: likelihood = gp.likelihoods.Binary()
     else: likelihood = gp.likelihoods.Gaussian(torch.tensor(np.exp(start[2])))
-    model = MeanField(x, y, make_kernel(), centres.clone(), likelihood, latent_shape=latent_shape, whiten=True, jitter=1e-6)
+    model = MeanField(x, y, make_kernel(), centres.clone(), likelihood, latent_shape=latent_shape, whiten=True,
+        jitter=1e-6)
     model.u_sd = PyroParam(torch.ones(*latent_shape, len(centres)).double(), constraints.positive)
     return model

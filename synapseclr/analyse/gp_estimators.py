@@ -172,7 +172,7 @@ class GPRegressor(RegressorMixin, _GP):
 class GPClassifier(ClassifierMixin, _GP):
     """Gaussian-process classification, calibrated on left-out groups.
     The likelihood of the process is Gaussian, of each class against all others; a multinomial logistic curve (for two
-    classes Platt's) makes probabilities of its left-out predictions. `vsgp` has a Bernoulli or categorical likelihood"""
+    classes Platt's) makes probabilities of its left-out predictions. `vsgp` has a Bernoulli or a categorical one"""
     def __init__(self,
         kernel: str = 'rbf', # As in `GPRegressor`
         method: str = 'exact', # As in `GPRegressor`

@@ -192,7 +192,7 @@ def write_once(
 
 # %% ../nbs/00_core.ipynb #a81d453d
 def asset(
-    # Relative to the folder `assets`: `configs/demo.toml`, `weights/demo.safetensors`, `runs/train.ipynb`
+    # Relative to the folder `assets`: `configs/demo.toml`, `weights/small.safetensors`, `runs/train.ipynb`
     path: str = '',
 ) -> Path: # On this machine
     "The path of a file or folder that is installed with the package"

@@ -17,7 +17,7 @@ from ..data.nuisances import regress_out, with_brightness
 from ..data.results import read_measurements
 from ..data.store import ChunkStore
 from ..data.tables import read_metadata, read_table, write_table
-from ..phantom.build import LATENTS
+from ..phantom.build import LATENTS, NUISANCES
 from ..learn.monitor import rank_me
 from .defects import benchmark_detection
 
@@ -299,6 +299,7 @@ def score_nuisances(
         'section brightness': table.section_brightness,
         'brightness': table.brightness,
         'depth': table.ctr_z_nm}
+    nuisances |= {name: table[name] for name in NUISANCES if name in table} # of version 2
     values = {name: column.fillna(column.median()).to_numpy(float) for name,column in nuisances.items()}
     pre = table.pre_neuron.to_numpy()
     post = table.post_neuron.to_numpy()

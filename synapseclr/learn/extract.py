@@ -29,7 +29,8 @@ class ExtractConfig(Strict):
     # Of the network. `auto` uses bf16 if the device has units for it and if features agree with those in fp32 to a
     # cosine of .999; `fastest` only if bf16 is also faster
     precision: Precision = 'fp32'
-    pretrained: bool = False # Whether to compute features with the pretrained network of the package as well
+    # A pretrained network of the package, to compute `features_pretrained` as well
+    pretrained: Literal['small']|None = None
     # Other networks to compute features with: ours, published ones of SynapseCLR, MedicalNet's. The features of
     # `x/NAME.pth` go to `features_NAME`
     weights: list[Source] = []

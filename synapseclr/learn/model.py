@@ -35,8 +35,8 @@ def initialize(
 # %% ../../nbs/learn/03_model.ipynb #5a8724d3
 class Features(NamedTuple):
     "The network's outputs for a batch of views"
-    backbone: Tensor # `(B, 512)`: the feature vector
-    hidden: Tensor # `(B, 512)`: the projector's first layer, before normalisation
+    backbone: Tensor # `(B, 512)`, of some presets `(B, 128)`: the feature vector
+    hidden: Tensor # As large: the projector's first layer, before normalisation
     projection: Tensor # `(B, 128)`: what the loss compares, not normalised
 
 class SpaceToDepth(nn.Module):
@@ -152,7 +152,7 @@ _resnet18 = dict(channels=1, width=64, kernel=7, stride=2,
 PRESETS = dict(
     paper=_resnet18,
     demo=dict(channels=8, width=16, kernel=3, stride=1, stages=dict(layer2=(64, 2, 1), layer3=(128, 2, 1))),
-    small=dict(n_cubes=2, out=512, channels=8, width=16, kernel=3, stride=1,
+    small=dict(n_cubes=2, out=128, channels=8, width=16, kernel=3, stride=1,
         stages=dict(layer2=(64, 2, 1), layer3=(128, 2, 1))),
     lab=dict(n_cubes=2, out=512, channels=8, width=32, kernel=3, stride=1,
         stages=dict(layer1=(32, 1, 1), layer2=(96, 2, 1), layer3=(192, 2, 1))),

@@ -255,7 +255,7 @@ def networks_of(c: RunConfig) -> dict[str, tuple[SynapseNet, AugmentConfig, Cube
     if not weights.exists():
         raise TrainingError(f'{weights}: the network is not trained yet; run `synapseclr train` first')
     networks = {}
-    if c.extract.pretrained: networks['features_pretrained'] = pretrained_network(c.folder)
+    if c.extract.pretrained: networks['features_pretrained'] = pretrained_network(c.extract.pretrained, c.folder)
     for path in c.extract.weights: networks[f'features_{Path(path).stem}'] = _external_network(c, path)
     net,about = load_weights(weights)
     settings = dict(cube=CubeConfig(**about['cube']), augment=AugmentConfig(**about['augment']))
@@ -287,10 +287,11 @@ def _check_settings(c: RunConfig, trained: dict[str, Strict], weights: Path):
             'train again (`synapseclr train --restart`), or take that back')
 
 def pretrained_network(
+    name: str, # As of `ExtractConfig.pretrained`
     run: str|Path, # Run folder, fetched
 ) -> tuple[SynapseNet, AugmentConfig, CubeConfig]:
-    "The network that comes with the package; its input is z-scored with the run's own mean and sd"
-    net,about = load_weights(asset('weights/demo.safetensors'))
+    "A network that comes with the package; if its input is not z-scored by synapse, it is by the run's mean and sd"
+    net,about = load_weights(asset(f'weights/{name}.safetensors'))
     settings = {name: value for name,value in about['augment'].items() if name not in ('mean', 'sd')}
     augment = with_dataset_statistics(AugmentConfig(**settings), ChunkStore.open(Path(run)/'chunks.zarr'))
     return net,augment,CubeConfig(**about['cube'])
